@@ -1,0 +1,192 @@
+// Vectors of lanes: the values of generated CPU kernels. PARTS registers of WIDTH lanes each.
+//
+// Floats, Ints and Mask span all LANES. A kernel's arithmetic is written once: every operator takes any mixture
+// of lanes and plain numbers and gives lanes when one operand has lanes. `Real` is the kernel's compute type.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 64")
+
+namespace attention {
+
+#if defined(COMPUTE_IN_DOUBLE)
+using Real = double;
+using Int = int64_t;
+#else
+using Real = float;
+using Int = int32_t;
+#endif
+
+// Bytes of a register, and rows of a register block: ROWS * PARTS accumulators, so that all stay in registers.
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, ROWS = 8;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32, ROWS = 4;
+#else
+constexpr int VECTOR_BYTES = 16, ROWS = 4;
+#endif
+constexpr int WIDTH = VECTOR_BYTES / sizeof(Real), PARTS = 2, LANES = PARTS * WIDTH;
+
+typedef Real FloatVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(Real)), may_alias));
+typedef Int IntVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(Int)), may_alias));
+
+struct Floats { FloatVector part[PARTS]; };
+struct Ints { IntVector part[PARTS]; };
+struct Mask { IntVector part[PARTS]; };  // -1 where true
+struct Positions : Ints { int first; };  // first, first + 1, ...: one per lane
+
+template <class Result, class F> INLINE Result each(F f) {
+  Result result;
+  UNROLL for (int p = 0; p < PARTS; ++p) result.part[p] = f(p);
+  return result;
+}
+
+INLINE Floats load(const Real* x) { return each<Floats>([&](int p) { return *(const FloatVector*)(x + p * WIDTH); }); }
+INLINE void store(Real* x, Floats v) { UNROLL for (int p = 0; p < PARTS; ++p) *(FloatVector*)(x + p * WIDTH) = v.part[p]; }
+
+INLINE Positions positions(int first) {
+  Positions result;
+  UNROLL for (int p = 0; p < PARTS; ++p)
+    UNROLL for (int i = 0; i < WIDTH; ++i) result.part[p][i] = first + p * WIDTH + i;
+  result.first = first;
+  return result;
+}
+
+// -- conversions between kinds, as Python's: bool < int < float
+
+template <class T> constexpr int KIND = std::is_same_v<T, Floats> || std::is_floating_point_v<T> ? 2
+                                        : std::is_same_v<T, Mask> || std::is_same_v<T, bool>     ? 0 : 1;
+template <class T> constexpr bool WIDE = std::is_same_v<T, Floats> || std::is_same_v<T, Mask> || std::is_base_of_v<Ints, T>;
+template <class A, class B> using IfWide = std::enable_if_t<WIDE<A> || WIDE<B>, int>;
+template <class A, class B> using IfScalar = std::enable_if_t<!WIDE<A> && !WIDE<B>, int>;
+
+INLINE Floats floats(Floats x) { return x; }
+INLINE Floats floats(Ints x) { return each<Floats>([&](int p) { return __builtin_convertvector(x.part[p], FloatVector); }); }
+INLINE Floats floats(Mask x) { return each<Floats>([&](int p) { return __builtin_convertvector(-x.part[p], FloatVector); }); }
+INLINE Floats floats(Real x) { return each<Floats>([&](int) { return x - FloatVector{}; }); }
+INLINE Ints ints(Ints x) { return x; }
+INLINE Ints ints(Mask x) { return each<Ints>([&](int p) { return -x.part[p]; }); }
+INLINE Ints ints(int x) { return each<Ints>([&](int) { return (Int)x - IntVector{}; }); }
+INLINE Mask mask(Mask x) { return x; }
+INLINE Mask mask(bool x) { return each<Mask>([&](int) { return -(Int)x - IntVector{}; }); }
+
+INLINE Floats fill(Real x) { return floats(x); }
+INLINE Floats to_float(Floats x) { return x; }
+INLINE Floats to_float(Ints x) { return floats(x); }
+INLINE Floats to_float(Mask x) { return floats(x); }
+template <class A, IfScalar<A, A> = 0> INLINE Real to_float(A x) { return (Real)x; }
+INLINE Ints to_int(Floats x) { return each<Ints>([&](int p) { return __builtin_convertvector(x.part[p], IntVector); }); }
+INLINE Ints to_int(Ints x) { return x; }
+INLINE Ints to_int(Mask x) { return ints(x); }
+template <class A, IfScalar<A, A> = 0> INLINE int to_int(A x) { return (int)x; }
+
+// -- operators
+
+#define ARITHMETIC(OP)                                                                              \
+  template <class A, class B, IfWide<A, B> = 0> INLINE auto operator OP(A a, B b) {                 \
+    if constexpr (KIND<A> == 2 || KIND<B> == 2) {                                                   \
+      const Floats x = floats(a), y = floats(b);                                                    \
+      return each<Floats>([&](int p) { return x.part[p] OP y.part[p]; });                           \
+    } else {                                                                                        \
+      const Ints x = ints(a), y = ints(b);                                                          \
+      return each<Ints>([&](int p) { return x.part[p] OP y.part[p]; });                             \
+    }                                                                                               \
+  }
+#define COMPARISON(OP)                                                                              \
+  template <class A, class B, IfWide<A, B> = 0> INLINE Mask operator OP(A a, B b) {                 \
+    if constexpr (KIND<A> == 2 || KIND<B> == 2) {                                                   \
+      const Floats x = floats(a), y = floats(b);                                                    \
+      return each<Mask>([&](int p) { return (IntVector)(x.part[p] OP y.part[p]); });                \
+    } else {                                                                                        \
+      const Ints x = ints(a), y = ints(b);                                                          \
+      return each<Mask>([&](int p) { return (IntVector)(x.part[p] OP y.part[p]); });                \
+    }                                                                                               \
+  }
+#define LOGICAL(OP)                                                                                 \
+  template <class A, class B, IfWide<A, B> = 0> INLINE Mask operator OP(A a, B b) {                 \
+    const Mask x = mask(a), y = mask(b);                                                            \
+    return each<Mask>([&](int p) { return x.part[p] OP y.part[p]; });                               \
+  }
+ARITHMETIC(+) ARITHMETIC(-) ARITHMETIC(*)
+COMPARISON(<) COMPARISON(<=) COMPARISON(==) COMPARISON(!=)
+LOGICAL(&) LOGICAL(|)
+#undef ARITHMETIC
+#undef COMPARISON
+#undef LOGICAL
+
+template <class A, class B, IfWide<A, B> = 0> INLINE Floats operator/(A a, B b) {
+  const Floats x = floats(a), y = floats(b);
+  return each<Floats>([&](int p) { return x.part[p] / y.part[p]; });
+}
+INLINE Floats operator-(Floats x) { return each<Floats>([&](int p) { return -x.part[p]; }); }
+INLINE Ints operator-(Ints x) { return each<Ints>([&](int p) { return -x.part[p]; }); }
+INLINE Mask operator!(Mask x) { return each<Mask>([&](int p) { return ~x.part[p]; }); }
+
+/// c ? a : b in each lane; a plain condition chooses for all lanes.
+template <class A, class B> INLINE auto where(Mask c, A a, B b) {
+  if constexpr (KIND<A> == 2 || KIND<B> == 2) {
+    const Floats x = floats(a), y = floats(b);
+    return each<Floats>([&](int p) { return c.part[p] ? x.part[p] : y.part[p]; });
+  } else if constexpr (KIND<A> == 1 || KIND<B> == 1) {
+    const Ints x = ints(a), y = ints(b);
+    return each<Ints>([&](int p) { return c.part[p] ? x.part[p] : y.part[p]; });
+  } else {
+    const Mask x = mask(a), y = mask(b);
+    return each<Mask>([&](int p) { return c.part[p] ? x.part[p] : y.part[p]; });
+  }
+}
+template <class A, class B, IfWide<A, B> = 0> INLINE auto where(bool c, A a, B b) { return where(mask(c), a, b); }
+template <class A, class B, IfScalar<A, B> = 0> INLINE auto where(bool c, A a, B b) { return c ? a : b; }
+
+// -- largest and smallest
+
+#if defined(__AVX512F__) && !defined(COMPUTE_IN_DOUBLE)
+INLINE FloatVector larger(FloatVector a, FloatVector b) { return (FloatVector)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE FloatVector smaller(FloatVector a, FloatVector b) { return (FloatVector)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__) && !defined(COMPUTE_IN_DOUBLE)
+INLINE FloatVector larger(FloatVector a, FloatVector b) { return (FloatVector)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE FloatVector smaller(FloatVector a, FloatVector b) { return (FloatVector)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+INLINE FloatVector larger(FloatVector a, FloatVector b) { return a > b ? a : b; }
+INLINE FloatVector smaller(FloatVector a, FloatVector b) { return a < b ? a : b; }
+#endif
+template <class A, class B, IfWide<A, B> = 0> INLINE auto max(A a, B b) {
+  if constexpr (KIND<A> == 2 || KIND<B> == 2) {
+    const Floats x = floats(a), y = floats(b);
+    return each<Floats>([&](int p) { return larger(x.part[p], y.part[p]); });
+  } else {
+    const Ints x = ints(a), y = ints(b);
+    return where(x < y, y, x);
+  }
+}
+template <class A, class B, IfWide<A, B> = 0> INLINE auto min(A a, B b) {
+  if constexpr (KIND<A> == 2 || KIND<B> == 2) {
+    const Floats x = floats(a), y = floats(b);
+    return each<Floats>([&](int p) { return smaller(x.part[p], y.part[p]); });
+  } else {
+    const Ints x = ints(a), y = ints(b);
+    return where(x < y, x, y);
+  }
+}
+template <class A, class B, IfScalar<A, B> = 0> INLINE auto max(A a, B b) { return a > b ? a : b; }
+template <class A, class B, IfScalar<A, B> = 0> INLINE auto min(A a, B b) { return a < b ? a : b; }
+
+// -- across the first `count` lanes
+
+template <class F> INLINE Real fold(Floats x, int count, Real start, F f) {
+  Real total = start;
+  for (int lane = 0; lane < count; ++lane) total = f(total, x.part[lane / WIDTH][lane % WIDTH]);
+  return total;
+}
+INLINE Real sum_lanes(Floats x, int count) { return fold(x, count, 0, [](Real a, Real b) { return a + b; }); }
+INLINE Real max_lanes(Floats x, int count) { return fold(x, count, -INFINITY, [](Real a, Real b) { return a > b ? a : b; }); }
+INLINE Real min_lanes(Floats x, int count) { return fold(x, count, INFINITY, [](Real a, Real b) { return a < b ? a : b; }); }
+
+}  // namespace attention

@@ -1,0 +1,158 @@
+// Tiles: rows of q, k, v and their like, read in place where possible, and the micro-kernel that multiplies them.
+#pragma once
+#include "storage.h"
+
+namespace attention {
+
+constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
+
+/// The last two dimensions of a tensor.
+template <class T> struct Matrix {
+  T* data;
+  int64_t row_stride, column_stride, rows;
+  T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+};
+
+template <class T, int RANK, class... Index> INLINE Matrix<T> matrix(const Tensor<T, RANK>& tensor, Index... index) {
+  static_assert(sizeof...(Index) == RANK - 2, "an index for each dimension but the last two");
+  T* data = tensor.data;
+  int i = 0;
+  ((data += index * tensor.strides[i++]), ...);
+  return {data, tensor.strides[RANK - 2], tensor.strides[RANK - 1], tensor.sizes[RANK - 2]};
+}
+
+struct Rows {  // a row-major matrix of compute numbers, read in place
+  const Real* data;
+  int64_t stride;
+  const Real* operator[](int64_t row) const { return data + row * stride; }
+};
+
+/// `count` elements of one row, converted.
+template <class T> INLINE void read_row(Real* to, const Matrix<T>& x, int64_t row, int count) {
+  const T* from = x.at(row, 0);
+  int column = 0;
+  if (x.column_stride == 1)
+    for (; column + WIDTH <= count; column += WIDTH) *(FloatVector*)(to + column) = load_vector(from + column);
+  for (; column < count; ++column) to[column] = value_of(from[column * x.column_stride]);
+}
+
+/// Rows first, ..., first + count - 1 (up to a whole block of ROWS): in place when they are there and need neither
+/// conversion nor padding, else copied to `spare` with zeros around.
+template <int COLUMNS, class T, int PADDED>
+INLINE Rows tile_of(const Matrix<T>& x, int first, int count, Real (*spare)[PADDED]) {
+  const int wanted = round_up(count, ROWS);
+  if constexpr (std::is_same_v<std::remove_const_t<T>, Real> && COLUMNS == PADDED)
+    if (x.column_stride == 1 && first + wanted <= x.rows) return {x.at(first, 0), x.row_stride};
+  for (int row = 0; row < wanted; ++row) {
+    const int columns = first + row < x.rows ? COLUMNS : 0;
+    if (columns) read_row(spare[row], x, first + row, columns);
+    for (int column = columns; column < PADDED; ++column) spare[row][column] = 0;
+  }
+  return {spare[0], PADDED};
+}
+
+// -- tiles with one query row per lane: transposed on the way in and out
+
+/// Transposes a square of WIDTH registers in place.
+INLINE void transpose(FloatVector (&v)[WIDTH]) {
+  UNROLL for (int step = 1; step < WIDTH; step *= 2) {
+    IntVector even, odd;
+    for (int i = 0; i < WIDTH; ++i) {
+      even[i] = i & step ? WIDTH + i - step : i;
+      odd[i] = i & step ? WIDTH + i : i + step;
+    }
+    UNROLL for (int i = 0; i < WIDTH; ++i) {
+      if (i & step) continue;
+      const FloatVector a = v[i], b = v[i + step];
+#if defined(__clang__)
+      for (int k = 0; k < WIDTH; ++k) {
+        v[i][k] = even[k] < WIDTH ? a[even[k]] : b[even[k] - WIDTH];
+        v[i + step][k] = odd[k] < WIDTH ? a[odd[k]] : b[odd[k] - WIDTH];
+      }
+#else
+      v[i] = __builtin_shuffle(a, b, even), v[i + step] = __builtin_shuffle(a, b, odd);
+#endif
+    }
+  }
+}
+
+/// to[column][lane] = x[first + lane][column] * factor; lanes from `count` on are zero.
+template <int COLUMNS, class T>
+INLINE void pack_lanes(Real (*to)[LANES], const Matrix<T>& x, int first, int count, Real factor) {
+  constexpr int SQUARES = COLUMNS / WIDTH * WIDTH;
+  const int vectors = x.column_stride == 1 ? SQUARES : 0;
+  for (int lane = 0; lane < LANES; lane += WIDTH) {
+    for (int column = 0; column < vectors; column += WIDTH) {
+      FloatVector square[WIDTH];
+      UNROLL for (int i = 0; i < WIDTH; ++i)
+        square[i] = lane + i < count ? load_vector(x.at(first + lane + i, column)) * factor : FloatVector{};
+      transpose(square);
+      UNROLL for (int i = 0; i < WIDTH; ++i) *(FloatVector*)(to[column + i] + lane) = square[i];
+    }
+    for (int column = vectors; column < COLUMNS; ++column)
+      for (int i = lane; i < lane + WIDTH; ++i) to[column][i] = i < count ? value_of(*x.at(first + i, column)) * factor : 0;
+  }
+}
+
+/// to[first + lane][column] = x[column][lane] for the first `count` lanes.
+template <int COLUMNS, class T>
+INLINE void unpack_lanes(const Matrix<T>& to, int first, int count, const Real (*x)[LANES]) {
+  constexpr int SQUARES = COLUMNS / WIDTH * WIDTH;
+  const int vectors = to.column_stride == 1 ? SQUARES : 0;
+  for (int lane = 0; lane < count; lane += WIDTH) {
+    const int rows = min(WIDTH, count - lane);
+    for (int column = 0; column < vectors; column += WIDTH) {
+      FloatVector square[WIDTH];
+      UNROLL for (int i = 0; i < WIDTH; ++i) square[i] = *(const FloatVector*)(x[column + i] + lane);
+      transpose(square);
+      UNROLL for (int i = 0; i < WIDTH; ++i)
+        if (i < rows) store_vector(to.at(first + lane + i, column), square[i], WIDTH);
+    }
+    for (int column = vectors; column < COLUMNS; ++column)
+      for (int i = lane; i < lane + rows; ++i) *to.at(first + i, column) = element_of<T>(x[column][i]);
+  }
+}
+
+// -- tiles with one column per lane: rows of gradients
+
+/// to[row][column, ...] = value, where the row has those columns.
+template <int COLUMNS, class T> INLINE void write_row(const Matrix<T>& to, int row, int column, Floats value) {
+  UNROLL for (int p = 0; p < PARTS; ++p) {
+    const int start = column + p * WIDTH;
+    if (to.column_stride == 1) store_vector(to.at(row, start), value.part[p], COLUMNS - start);
+    else for (int i = 0; i < WIDTH && start + i < COLUMNS; ++i) *to.at(row, start + i) = element_of<T>(value.part[p][i]);
+  }
+}
+
+/// to[row][column, ...] += value, where the row has those columns.
+template <int COLUMNS, class T> INLINE void add_row(const Matrix<T>& to, int row, int column, Floats value) {
+  UNROLL for (int p = 0; p < PARTS; ++p) {
+    const int start = column + p * WIDTH;
+    if (std::is_same_v<T, Real> && to.column_stride == 1 && start + WIDTH <= COLUMNS) {
+      *(FloatVector*)to.at(row, start) += value.part[p];
+    } else {
+      for (int i = 0; i < WIDTH && start + i < COLUMNS; ++i) {
+        T& element = *to.at(row, start + i);
+        element = element_of<T>(value_of(element) + value.part[p][i]);
+      }
+    }
+  }
+}
+
+// -- the micro-kernel
+
+/// sums[r] += sum over k of a[r, k] * b[k]: numbers of `a` by any two strides, lanes of `b` by one. ROWS * PARTS
+/// accumulators stay in registers; nothing is packed.
+INLINE void multiply_add(Floats (&sums)[ROWS], int depth, const Real* a, int64_t row_stride, int64_t depth_stride,
+                         const Real* b, int64_t lanes_stride) {
+  for (int k = 0; k < depth; ++k) {
+    const Floats lanes = load(b);
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+      const Real number = a[r * row_stride];
+      UNROLL for (int p = 0; p < PARTS; ++p) sums[r].part[p] += number * lanes.part[p];
+    }
+    a += depth_stride, b += lanes_stride;
+  }
+}
+
+}  // namespace attention

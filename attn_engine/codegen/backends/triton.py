@@ -1,0 +1,375 @@
+"""Triton spellings: one kernel becomes one readable file that imports only triton.
+
+The file is complete: block sizes are constants at its top, device functions that it needs stand before the kernel.
+A launch passes what `argument_names` lists, in that order.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+from attn_engine.codegen.backends.triton_address import (
+    BLOCKS, DIMENSION_CONSTANTS, GRID_SIZES, Address, Addressing, block_size, captured, stride_names,
+)  # fmt: skip
+from attn_engine.codegen.backends.triton_functions import HELPERS, helper_lines
+from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
+from attn_engine.codegen.render import ATOM, ordered
+from attn_engine.ir.expr import Call, Expr, Full, Load, Reduce, Var, call, postorder, transform
+from attn_engine.ir.ops import INFO, DType, Op, Signature, Storage
+from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Stmt, StoreTile, expressions, map_expressions, walk
+
+SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
+TYPES: Mapping[Storage, str] = {
+    Storage.FLOAT64: "float64", Storage.FLOAT32: "float32", Storage.FLOAT16: "float16", Storage.BFLOAT16: "bfloat16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TritonOptions:
+    """How a kernel is compiled and launched: warps per program instance, stages of the load pipeline."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def render_triton(kernel: Kernel, options: TritonOptions | None = None) -> str:
+    """The text of a Python file that defines the kernel as a `@triton.jit` function of the kernel's name."""
+    options = options or TritonOptions()
+    launch = f"launch with num_warps={options.num_warps}, num_stages={options.num_stages}"
+    return TritonRenderer().render(replace(kernel, header=(*kernel.header, launch)))
+
+
+@lru_cache(maxsize=1024)
+def argument_names(kernel: Kernel) -> tuple[str, ...]:
+    """The arguments of the rendered kernel in order: tensors, strides, numbers, sizes. Those it never reads are left out."""
+    renderer = TritonRenderer()
+    renderer.render(kernel)
+    return tuple(name for group in renderer.arguments for name in group)
+
+
+class TritonRenderer(Addressing):
+    """Renders one kernel; use a fresh one for each."""
+
+    functions: ClassVar[Mapping[Op, str]] = {
+        Op.MAX: "tl.maximum", Op.MIN: "tl.minimum", Op.WHERE: "tl.where", Op.ABS: "tl.abs", Op.FLOOR: "tl.floor",
+        Op.EXP: "tl.exp", Op.EXP2: "tl.exp2", Op.LOG: "tl.log", Op.LOG2: "tl.log2", Op.TANH: "tanh",
+        Op.SIGMOID: "tl.sigmoid", Op.SQRT: "tl.sqrt", Op.RSQRT: "tl.rsqrt", Op.SIN: "tl.sin", Op.COS: "tl.cos",
+        Op.FLOORDIV: "floor_divide", Op.MOD: "floor_modulo",
+    }  # fmt: skip
+
+    arguments: list[list[str]]  # in groups, one line of the signature each
+
+    # -- the file
+
+    def render(self, kernel: Kernel) -> str:
+        self.element = _element(kernel)
+        self.kernel = replace(kernel, body=map_expressions(kernel.body, self._widened))
+        self.learn(self.kernel)
+        self._hoisted: list[str] = []
+        self._names_of: dict[object, str] = {}
+        self._renamed = self._renamings()
+        body = self.block(self.kernel.body, depth=1)
+        body = [*self._positions("\n".join(body)), *body]
+        body = [line for line in body if not _unread(line, body)]
+        text = "\n".join(body)
+        self.arguments = self._arguments(text)
+        used = {name for name in HELPERS if re.search(rf"\b{name}\(", text)}
+        return "\n".join([*self._top(text), *helper_lines(used), *self._signature(), *body]) + "\n"
+
+    def _top(self, body: str) -> list[str]:
+        lines = [*(f"# {line}" for line in self.kernel.header), "import triton", "import triton.language as tl", ""]
+        for axis, size in self.kernel.tile:
+            block = block_size(self.kernel, axis)
+            if axis in ("d", "dv") and block != size:
+                lines.append(f"{_dimension(axis)} = tl.constexpr({size})")
+            if re.search(rf"\b{BLOCKS[axis]}\b", body):
+                lines.append(f"{BLOCKS[axis]} = tl.constexpr({block})")
+        return [*lines, "", ""]
+
+    def _arguments(self, body: str) -> list[list[str]]:
+        """The arguments that the body reads: tensors, then the strides of each, then numbers and sizes."""
+        params = self.kernel.params
+        own_sizes = dict.fromkeys(s for p in params if captured(p) for s in p.shape)
+        groups = [
+            [p.name for p in params],
+            *(list(stride_names(p)) for p in params),
+            [*dict.fromkeys([*(s.name for s in self.kernel.scalars), *SIZES])],
+            list(own_sizes),
+        ]
+        words = set(re.findall(r"\w+", body)) | {p.name for p in params}
+        return [kept for group in groups if (kept := [name for name in group if name in words])]
+
+    def _signature(self) -> list[str]:
+        """Lengths, counts and row vectors' strides change from call to call: no recompilation for their values."""
+        numbers = {s.name for s in self.kernel.scalars}
+        rows = {s for p in self.kernel.params if len(p.shape) == 3 and not captured(p) for s in stride_names(p)[:-1]}
+        fixed = [n for group in self.arguments for n in group if n in numbers or n in SIZES or "_size_" in n or n in rows]
+        quoted = textwrap.wrap(", ".join(f'"{name}"' for name in fixed), WIDTH - 4)
+        return [
+            "@triton.jit(do_not_specialize=[",
+            *(f"    {line}" for line in quoted),
+            "])  # fmt: skip",
+            f"def {self.kernel.name}(",
+            *(f"    {', '.join(group)}," for group in self.arguments),
+            "):  # fmt: skip",
+        ]
+
+    def _positions(self, body: str) -> list[str]:
+        """What this program instance is: its grid indices and its tile's positions, as far as the body reads them."""
+        tiles: list[str] = []
+        for axis, _ in self.kernel.tile:
+            name = f"{axis}_tile" if axis in ("q", "kv") else f"{axis}_idx"
+            if axis in self.kernel.grid or re.search(rf"\b{name}\b", body):
+                tiles.append(f"{name} = tl.arange(0, {BLOCKS[axis]})")
+        lines: list[str] = []
+        for axis, program in zip(self.kernel.grid, _program_ids(self.kernel.grid), strict=True):
+            if axis in ("q", "kv"):
+                if self.kernel.heavy_last and axis == self.kernel.grid[0]:
+                    program = f"(tl.num_programs(0) - 1 - {program})"
+                lines += [f"{axis}_start = {program} * {BLOCKS[axis]}", *_tile_positions(axis)]
+            elif re.search(rf"\b{axis}\b", body):
+                lines.append(f"{axis} = {program}.to(tl.int64)")
+        return [f"    {line}" for line in [*tiles, *lines]]
+
+    # -- names
+
+    def _renamings(self) -> dict[str, str]:
+        """New names for a user's values that would hide the file's own names."""
+        own = {"tl", "triton", "float", *HELPERS, *BLOCKS.values(), *DIMENSION_CONSTANTS.values()}
+        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")}
+        for p in self.kernel.params:
+            own |= {p.name, *stride_names(p), *p.shape}
+        taken = own | {s.name for s in walk(self.kernel.body) if isinstance(s, Let)}
+        renamed: dict[str, str] = {}
+        for s in walk(self.kernel.body):
+            if isinstance(s, Let) and s.name in own and s.name not in renamed:
+                renamed[s.name] = _fresh(f"{s.name}_value", taken)
+        self._taken = taken
+        return renamed
+
+    def _named(self, key: object, wish: str) -> str:
+        """A name for a hoisted value, the same for the same key."""
+        if key not in self._names_of:
+            self._names_of[key] = _fresh(wish, self._taken)
+        return self._names_of[key]
+
+    # -- statements
+
+    def block(self, body: tuple[Stmt, ...], depth: int) -> list[str]:
+        outer, self._depth = self._depth, depth
+        lines = super().block(body, depth)
+        self._depth = outer
+        return lines or ["    " * depth + "pass"]
+
+    def statement(self, s: Stmt) -> list[str]:
+        self._hoisted = []
+        lines = super().statement(s)
+        if isinstance(s, Let):
+            comment, assignment = lines[:-1], lines[-1]
+            said = s.source == self._source  # the line above came from the same line of the user's
+            lines = [*([] if said else comment), *self._hoisted, assignment]
+            self._source = s.source
+        else:
+            lines, self._source = [*self._hoisted, *lines], ""
+        return [piece for line in lines for piece in wrapped(line, self._depth)]
+
+    _source = ""
+    _depth = 1
+
+    def let(self, s: Let) -> list[str]:
+        name = self._renamed.get(s.name, s.name)
+        if isinstance(s.value, Load):
+            return [f"{name} = {self._loaded(s.value, self.span(s.value))}"]
+        return [f"{name} = {self.expr(s.value)}"]
+
+    def loop(self, s: Loop) -> list[str]:
+        lo, hi = self.expr(s.lo), self.expr(s.hi)
+        if s.axis is None:
+            return [f"for {s.var} in tl.range({lo}, {hi}):"]
+        return [
+            f"for {s.var} in tl.range({lo}, {hi}, {BLOCKS[s.axis]}):",
+            *(f"    {line}" for line in _tile_positions(s.axis)),
+        ]
+
+    def store(self, s: StoreTile) -> list[str]:
+        axes = self._index_axes(s.indices)
+        address = self._based(s.tensor, self.address(s.tensor, s.indices, axes, clamp=False))
+        mask = f", mask={address.inside}" if address.inside else ""
+        return [f"tl.store({address.pointer}, {self.expr(s.value, axes)}{mask})"]
+
+    def accumulate(self, s: Accumulate) -> list[str]:
+        """Read, add, write. The barrier orders this tile's writes before other threads' reads of the next tile's."""
+        axes = self._index_axes(s.indices)
+        address = self._based(s.tensor, self.address(s.tensor, s.indices, axes, clamp=False))
+        place, old = self._named((s.tensor, "place"), f"{s.tensor}_place"), self._named((s.tensor, "old"), f"{s.tensor}_old")
+        mask = f", mask={address.inside}" if address.inside else ""
+        other = ", other=0.0" if address.inside else ""
+        return [
+            f"{place} = {address.pointer}",
+            f"{old} = tl.load({place}{mask}{other})",
+            f"tl.store({place}, {old} + {self.expr(s.value, axes, 6)}{mask})",
+            "tl.debug_barrier()",
+        ]
+
+    def _index_axes(self, indices: tuple[Expr, ...]) -> tuple[str, ...]:
+        return ordered(tuple(a for i in indices for a in i.axes), self.kernel.order)
+
+    def _based(self, tensor: str, address: Address) -> Address:
+        """The same address with its scalar part named on a line of its own."""
+        if not address.offset or address.base == tensor:
+            return address
+        name = self._named((tensor, address.base), f"{tensor}_base")
+        line = f"{name} = {address.base}"
+        if line not in self._hoisted:
+            self._hoisted.append(line)
+        return replace(address, base=name)
+
+    # -- expressions
+
+    def expr(self, e: Expr, axes: tuple[str, ...] | None = None, parent: int = 0) -> str:
+        match e:
+            case Var(name):
+                have = self.span(e)
+                return self._renamed.get(name, name) + self.broadcast(have, have if axes is None else axes)
+            case Full():
+                have = self.span(e)
+                return self.full(e) + self.broadcast(have, have if axes is None else axes)
+            case _:
+                return super().expr(e, axes, parent)
+
+    def call(self, e: Call, axes: tuple[str, ...], parent: int) -> str:
+        match e.op:
+            case Op.FLOORDIV | Op.MOD if not all(self.is_non_negative(a) for a in e.args):
+                return self.function(e.op, [self.expr(a, axes) for a in e.args])
+            case Op.TO_FLOAT | Op.TO_INT:
+                return self._converted(e, axes, parent)
+            case Op.NOT if not e.axes:  # `~` of a scalar that the interpreter holds as a Python bool is never false
+                text = f"{self.expr(e.args[0], axes, 3)} == 0"
+                return f"({text})" if parent > 1 else text
+            case _:
+                return super().call(e, axes, parent)
+
+    def _converted(self, e: Call, axes: tuple[str, ...], parent: int) -> str:
+        (x,) = e.args
+        if x.dtype is e.dtype:
+            return self.expr(x, axes, parent)
+        target = f"tl.{self.compute}" if e.op is Op.TO_FLOAT else "tl.int32"
+        if not x.axes:  # may be a plain number, which has no methods
+            return f"tl.cast({self.expr(x, axes)}, {target})"
+        return f"{self.expr(x, axes, ATOM)}.to({target})"
+
+    def load(self, e: Load, axes: tuple[str, ...]) -> str:
+        """Loads within an expression get a line and a name of their own."""
+        name = self._named(e, f"{e.tensor}_value")
+        line = f"{name} = {self._loaded(e, self.span(e))}"
+        if line not in self._hoisted:
+            self._hoisted.append(line)
+        return name + self.broadcast(self.span(e), axes)
+
+    def _loaded(self, e: Load, axes: tuple[str, ...]) -> str:
+        address = self._based(e.tensor, self.address(e.tensor, e.indices, axes, clamp=True))
+        storage = self.kernel.param(e.tensor).storage
+        other = "0.0" if storage.floating else "0"
+        text = f"tl.load({address.pointer}, mask={address.inside}, other={other})" if address.inside else f"tl.load({address.pointer})"
+        if e.kind is DType.FLOAT and TYPES.get(storage) != self.compute:
+            return f"{text}.to(tl.{self.compute})"
+        if e.kind is DType.INT and storage is not Storage.INT32:
+            return f"{text}.to(tl.int32)"
+        return text
+
+    def full(self, e: Full) -> str:
+        if not e.axes:
+            return self.number(e.value)
+        shape = ", ".join(BLOCKS[axis] for axis in self.span(e))
+        return f"tl.full([{shape}], {self.number(e.value)}, tl.{self.compute})"
+
+    def dot(self, left: str, right: str) -> str:
+        exact = ', input_precision="ieee"' if self.element in (Storage.FLOAT32, Storage.FLOAT64) else ""
+        return f"tl.dot({left}, {right}{exact})"
+
+    def cast(self, x: str, like: str) -> str:
+        if TYPES[self.kernel.param(like).storage] == self.compute:
+            return x
+        return f"{x}.to({like}.dtype.element_ty)"
+
+    def reduce(self, kind: str, x: str, axis: int) -> str:
+        return f"tl.{kind}({x}, axis={axis})"
+
+    # -- element types
+
+    @property
+    def compute(self) -> str:
+        """The type that FLOAT values have."""
+        return "float64" if self.element is Storage.FLOAT64 else "float32"
+
+    def _widened(self, root: Expr) -> Expr:
+        """Arithmetic on stored elements happens in the compute type."""
+        if TYPES[self.element] == self.compute:
+            return root
+        return transform(root, _widen)
+
+
+_WIDENING = (Signature.ARITHMETIC, Signature.DIVISION, Signature.FUNCTION)
+
+
+def _widen(e: Expr) -> Expr | None:
+    match e:
+        case Call(op, args) if INFO[op].signature in _WIDENING:
+            return Call(op, tuple(call(Op.TO_FLOAT, a) if a.dtype is DType.ELEMENT else a for a in args))
+        case Reduce(kind, x, axis) if x.dtype is DType.ELEMENT:
+            return Reduce(kind, call(Op.TO_FLOAT, x), axis)
+        case _:
+            return None
+
+
+def _element(kernel: Kernel) -> Storage:
+    """The storage of q, k and v: that of the tensors whose tiles are read as elements."""
+    for s in walk(kernel.body):
+        for e in postorder(*expressions(s)):
+            if isinstance(e, Load) and e.kind is DType.ELEMENT:
+                return kernel.param(e.tensor).storage
+    return Storage.FLOAT32
+
+
+def _tile_positions(axis: str) -> list[str]:
+    """The positions of a tile that begins at <axis>_start; its first row in 64 bits, for addresses."""
+    return [f"{axis}_row = tl.cast({axis}_start, tl.int64)", f"{axis}_idx = {axis}_start + {axis}_tile"]
+
+
+def _unread(line: str, body: list[str]) -> bool:
+    """Whether a line defines a tile's positions or its first row for nobody."""
+    found = re.match(r"\s*((?:q|kv)_(?:row|idx)) = ", line)
+    return found is not None and sum(len(re.findall(rf"\b{found[1]}\b", other)) > 0 for other in body) == sum(
+        bool(re.match(rf"\s*{found[1]} = ", other)) for other in body
+    )
+
+
+def _program_ids(grid: tuple[str, ...]) -> list[str]:
+    """The program id of each grid axis. A launch has three dimensions: further axes share the third."""
+    if len(grid) <= 3:
+        return [f"tl.program_id({i})" for i in range(len(grid))]
+    shared, divisor, ids = grid[2:], "", ["tl.program_id(0)", "tl.program_id(1)"]
+    for axis in shared:
+        quotient = f"(tl.program_id(2){divisor})" if divisor else "tl.program_id(2)"
+        ids.append(f"({quotient} % {GRID_SIZES[axis]})" if axis != shared[-1] else quotient)
+        divisor += f" // {GRID_SIZES[axis]}"
+    return ids
+
+
+def _dimension(axis: str) -> str:
+    return "DIM_QK" if axis == "d" else "DIM_V"
+
+
+def _fresh(wish: str, taken: set[str]) -> str:
+    """`wish`, or `wish_2`, `wish_3`, ... where it is taken; the answer is taken from now on."""
+    name, number = wish, 1
+    while name in taken:
+        number += 1
+        name = f"{wish}_{number}"
+    taken.add(name)
+    return name

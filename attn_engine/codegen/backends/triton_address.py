@@ -1,0 +1,181 @@
+"""Where a tensor's elements lie: pointers, offsets and masks of generated Triton code.
+
+Q, K, V and their like are addressed by batch, head, row and dimension. A tile's address has two parts: a scalar base
+in 64 bits and the tile's own offsets in 32 bits, which do not change from tile to tile:
+
+    K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
+    key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride), mask=..., other=0.0)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attn_engine.codegen.render import ATOM, INFIX, Renderer
+from attn_engine.ir.expr import Call, Const, Expr, Var, postorder
+from attn_engine.ir.ops import DType, Op
+from attn_engine.ir.tile import Kernel, Let, Loop, Param, walk
+
+DIMENSION_WORDS = {
+    "batches": "batch", "heads": "head", "kv_heads": "head", "splits": "split",
+    "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
+}  # fmt: skip
+DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
+BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
+GRID_SIZES = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
+NON_NEGATIVE = frozenset(
+    f"{axis}_{what}" for axis in ("q", "kv", "d", "dv") for what in ("idx", "start", "len")
+) | {*GRID_SIZES, *GRID_SIZES.values()}  # fmt: skip
+_SMALLEST_BLOCK = 16  # what a matrix unit multiplies
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A tile's place: scalar pointer, tile offsets ("" for one element), condition of being inside ("" for always)."""
+
+    base: str
+    offset: str
+    inside: str
+
+    @property
+    def pointer(self) -> str:
+        return f"{self.base} + {self.offset}" if self.offset else self.base
+
+
+def block_size(kernel: Kernel, axis: str) -> int:
+    """How many positions a tile has along an axis: a power of two, at least 16 for the head dimensions."""
+    size = kernel.block(axis)
+    if axis in ("q", "kv"):
+        return size
+    return max(_SMALLEST_BLOCK, 1 << (size - 1).bit_length())
+
+
+def captured(param: Param) -> bool:
+    """Whether a tensor's sizes are its own: what the user's functions index, and its gradient."""
+    return any("_size_" in size for size in param.shape)
+
+
+def stride_names(param: Param) -> tuple[str, ...]:
+    """One argument per dimension: Q_batch_stride, Q_head_stride, ... or bias_stride_0, ..."""
+    if captured(param):
+        return tuple(f"{param.name}_stride_{i}" for i in range(len(param.shape)))
+    return tuple(f"{param.name}_{DIMENSION_WORDS[size]}_stride" for size in param.shape)
+
+
+def tile_axis(index: Expr) -> str | None:
+    """The axis whose plain positions an index is, None for any other expression."""
+    if isinstance(index, Var) and index.name.endswith("_idx") and len(index.axes) == 1:
+        return index.axes[0] if index.name == f"{index.axes[0]}_idx" else None
+    return None
+
+
+class Addressing(Renderer):
+    """The part of the Triton renderer that turns (tensor, indices) into an `Address`."""
+
+    lowest: dict[str, int]  # integer names and what they are never below
+    wide: set[str]  # integer names that hold 64 bits
+
+    def learn(self, kernel: Kernel) -> None:
+        """Find lower bounds of the kernel's integers, and which of them hold 64 bits."""
+        values: dict[str, list[Expr]] = {}
+        for s in walk(kernel.body):
+            if isinstance(s, Loop):
+                values.setdefault(s.var, []).append(s.lo)
+            elif isinstance(s, Let) and s.value.dtype is DType.INT:
+                values.setdefault(s.name, []).append(s.value)
+        self.lowest = dict.fromkeys(NON_NEGATIVE, 0)
+        for name, assigned in values.items():  # a name that its own values read has no bound, and needs none
+            found = [self.lower_bound(value) for value in assigned]
+            if all(bound is not None for bound in found):
+                self.lowest[name] = min(bound for bound in found if bound is not None)
+            else:
+                self.lowest.pop(name, None)
+        self.wide = set(kernel.grid) - {"q", "kv"}
+        for name, assigned in values.items():
+            if any(self._is_wide(value) for value in assigned):
+                self.wide.add(name)
+
+    def address(self, tensor: str, indices: tuple[Expr, ...], axes: tuple[str, ...], *, clamp: bool) -> Address:
+        """Where tensor[indices] lies, as a tile over `axes`.
+
+        Positions q_idx, kv_idx, d_idx, dv_idx past the end are masked. Any other index of a captured tensor is clamped
+        to its range for reading (`clamp`) and masked for writing.
+        """
+        param = self.kernel.param(tensor)
+        base, offset, inside = [tensor], list[str](), list[str]()
+        for index, size, stride in zip(indices, param.shape, stride_names(param), strict=True):
+            axis = tile_axis(index)
+            if axis in ("d", "dv"):
+                position = self.expr(index, axes, ATOM)
+                offset.append(f"{position} * {stride}")
+                if self.kernel.block(axis) != block_size(self.kernel, axis):
+                    inside.append(f"{position} < {DIMENSION_CONSTANTS.get(size, size)}")
+            elif axis is not None:
+                inside.append(f"{self.expr(index, axes, ATOM)} < {size}")
+                if len(indices) == 1:
+                    offset.append(f"{self.expr(index, axes, ATOM)} * {stride}")
+                else:
+                    base.append(f"{axis}_row * {stride}")
+                    offset.append(f"{axis}_tile{self.broadcast((axis,), axes)} * {stride}")
+            elif not (isinstance(index, Const) and index.value == 0):
+                text, bound = self._other(index, size, axes, captured(param), clamp)
+                inside += bound
+                if index.axes:
+                    offset.append(f"{text} * {stride}" if len(indices) == 1 else f"tl.cast({text}, tl.int64) * {stride}")
+                else:
+                    base.append(f"{text if self._is_wide(index) else f'tl.cast({text}, tl.int64)'} * {stride}")
+        conditions = inside[0] if len(inside) == 1 else " & ".join(f"({c})" for c in inside)
+        joined = " + ".join(offset)
+        return Address(" + ".join(base), f"({joined})" if len(offset) > 1 else joined, conditions)
+
+    def _other(
+        self, index: Expr, size: str, axes: tuple[str, ...], of_captured: bool, clamp: bool
+    ) -> tuple[str, list[str]]:
+        """An index that is no plain position: its text, and the conditions of being inside."""
+        if of_captured and clamp:
+            text = self.expr(index, axes)
+            return f"tl.minimum({text if self.is_non_negative(index) else f'tl.maximum({text}, 0)'}, {size} - 1)", []
+        text = self.expr(index, axes, INFIX[Op.MUL][1])
+        if not of_captured and not index.axes:
+            return text, []  # batch and head come from the grid
+        low = [] if self.is_non_negative(index) else [f"{self.expr(index, axes, INFIX[Op.ADD][1])} >= 0"]
+        return text, [*low, f"{self.expr(index, axes, INFIX[Op.ADD][1])} < {size}"]
+
+    def _is_wide(self, index: Expr) -> bool:
+        return any(isinstance(node, Var) and node.name in self.wide for node in postorder(index))
+
+    def is_non_negative(self, e: Expr) -> bool:
+        """Whether an integer is certainly >= 0: then Triton's // and % are Python's."""
+        bound = self.lower_bound(e)
+        return bound is not None and bound >= 0
+
+    def lower_bound(self, e: Expr) -> int | None:
+        """A number that an integer is never below, None where none is known."""
+        match e:
+            case Const(value):
+                return int(value)
+            case Var(name):
+                return self.lowest.get(name)
+            case Call(Op.SUB, (a, Const(value))) if (low := self.lower_bound(a)) is not None:
+                return low - int(value)
+            case Call(Op.MAX, (a, b)):
+                known = [low for low in (self.lower_bound(a), self.lower_bound(b)) if low is not None]
+                return max(known) if known else None
+            case Call(Op.ADD | Op.MUL | Op.FLOORDIV | Op.MOD | Op.MIN as op, (a, b)):
+                return _lower_bound_of(op, self.lower_bound(a), self.lower_bound(b))
+            case Call(Op.WHERE, (_, a, b)):
+                return _lower_bound_of(Op.MIN, self.lower_bound(a), self.lower_bound(b))
+            case _:
+                return None
+
+
+def _lower_bound_of(op: Op, a: int | None, b: int | None) -> int | None:
+    if a is None or b is None:
+        return None
+    if op is Op.ADD:
+        return a + b
+    if op is Op.MIN:
+        return min(a, b)
+    if a < 0 or b < 0:
+        return None
+    return a * b if op is Op.MUL else 0

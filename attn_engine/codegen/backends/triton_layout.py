@@ -1,0 +1,100 @@
+"""Breaks long lines of generated Python the way `ruff format` does."""
+
+from __future__ import annotations
+
+import re
+
+WIDTH = 100
+INDENT = "    "
+# Binary operators from loosest to tightest; `not`, `and`, `or` do not occur in kernels.
+_LEVELS = ((" == ", " != ", " <= ", " < ", " >= ", " > "), (" | ",), (" & ",), (" + ", " - "), (" * ", " / ", " // ", " % "))
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+def wrapped(line: str, depth: int = 0) -> list[str]:
+    """The lines of one statement that will stand `depth` levels deep. Comments are cut, never wrapped."""
+    room = WIDTH - len(INDENT) * depth
+    if len(line) <= room:
+        return [line]
+    if line.startswith("#"):
+        return [line[: room - 4] + " ..."]
+    head, value, tail = _parts(line)
+    return _broken(head, value, tail, room)
+
+
+def _parts(line: str) -> tuple[str, str, str]:
+    """(text before the expression, the expression, text after it)."""
+    if found := re.match(r"(if |for \w+ in )(.*)(:)$", line):
+        return found[1], found[2], found[3]
+    if found := re.match(r"(\w+ = )(.*)$", line):
+        return found[1], found[2], ""
+    return "", line, ""
+
+
+def _broken(head: str, value: str, tail: str, room: int) -> list[str]:
+    operands = _split_loosest(value)
+    last = operands[-1]
+    if len(operands) <= 2 and (opening := _call_start(last)):
+        before, inside = value[: len(value) - len(last) + opening], last[opening + 1 : -1]
+        if len(f"{head}{before}(") <= room:
+            return [f"{head}{before}{last[opening]}", *_arguments(inside, room), f"{last[-1]}{tail}"]
+    if len(value) <= room - len(INDENT):
+        return [f"{head}(", INDENT + value, f"){tail}"]
+    lines = [INDENT + line for operand in operands for line in _operand(operand, room - len(INDENT))]
+    return [f"{head}(", *lines, f"){tail}"]
+
+
+def _operand(operand: str, room: int) -> list[str]:
+    if len(operand) <= room:
+        return [operand]
+    opening = _call_start(operand)
+    if not opening:
+        return [operand]
+    return [operand[: opening + 1], *_arguments(operand[opening + 1 : -1], room), operand[-1]]
+
+
+def _arguments(inside: str, room: int) -> list[str]:
+    """Arguments on one indented line where they fit, else one to a line."""
+    if len(inside) <= room - len(INDENT):
+        return [INDENT + inside]
+    lines: list[str] = []
+    for argument in _split(inside, (", ",), keep=False):
+        pieces = _operand(argument, room - len(INDENT) - 1)
+        lines += [INDENT + piece for piece in pieces[:-1]] + [f"{INDENT}{pieces[-1]},"]
+    return lines
+
+
+def _split_loosest(text: str) -> list[str]:
+    """The operands of the loosest operator outside brackets, each after the first led by its operator."""
+    for symbols in _LEVELS:
+        parts = _split(text, symbols, keep=True)
+        if len(parts) > 1:
+            return parts
+    return [text]
+
+
+def _split(text: str, symbols: tuple[str, ...], *, keep: bool) -> list[str]:
+    parts: list[str] = []
+    level = start = position = 0
+    while position < len(text):
+        level += (text[position] in _OPENING) - (text[position] in _CLOSING)
+        symbol = next((s for s in symbols if level == 0 and text.startswith(s, position)), None)
+        if symbol is None:
+            position += 1
+            continue
+        parts.append(text[start:position])
+        start = position + (1 if keep else len(symbol))
+        position += len(symbol)
+    return [*parts, text[start:]]
+
+
+def _call_start(text: str) -> int:
+    """Where the bracket opens that closes at the end of `text`; 0 where text is no call or subscript."""
+    if text[-1] not in _CLOSING:
+        return 0
+    level = 0
+    for position in range(len(text) - 1, -1, -1):
+        level += (text[position] in _CLOSING) - (text[position] in _OPENING)
+        if level == 0:
+            return position
+    return 0

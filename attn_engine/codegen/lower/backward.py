@@ -1,0 +1,336 @@
+"""Backward: the row sums of dO * O, then dK, dV and dQ, without atomics: every run gives the same bits.
+
+One loop structure in two cuts (`Schedule.gradients`). ONE_KERNEL owns kv tiles and adds each tile's part of dQ to a buffer
+(one per split of the kv axis, so that no two instances share one). TWO_KERNELS computes dQ in a second kernel that owns q
+tiles. All of them share `recompute`: weights and score gradients of one (q, kv) pair of tiles.
+"""
+
+from __future__ import annotations
+
+import math
+
+from attn_engine.codegen.lower.capture import (
+    CaptureGradient, Route, buffer_param, capture_gradients, distinct_within_tile, parallel_axes,
+)
+from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
+from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
+from attn_engine.codegen.lower.ranges import Run, masking, phases
+from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
+from attn_engine.codegen.lower.values import (
+    BATCHES, D_IDX, D_OUT, FLOAT, GROUP_OF_HEADS, HEADS, KEY, KV_HEAD, KV_LEN, Q_LEN, Q_ROW, QUERY, SCALE, SPLIT,
+    SPLITS, VALUE, captured_params, compute_storage, indices, load_rows, load_tile, rows, saved_param, scalar,
+    tile, wide,
+)
+from attn_engine.codegen.schedule import Gradients, Schedule
+from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, call, postorder, where
+from attn_engine.ir.ops import Op
+from attn_engine.ir.passes.autodiff import gradients
+from attn_engine.ir.passes.mask_range import plan_mask
+from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
+from attn_engine.ir.passes.simplify import simplify
+from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, LOGIT, PROBS, SCORE, Attention, saved_var
+from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
+
+ORDER_KV = ("kv", "q", "dv", "d")  # tiles are [kv, q]: both accumulating products read their left operand as it lies
+D_LOGIT, D_SCORE = tile("d_logit", "q", "kv"), tile("d_score", "q", "kv")
+D_QUERY, D_KEY, D_VALUE = tile("d_query", "q", "d"), tile("d_key", "kv", "d"), tile("d_value", "kv", "dv")
+DQ_PARTS_SHAPE = ("splits", "batches", "heads", "q_len", "dim_qk")
+
+
+def lower_backward(program: Attention, schedule: Schedule, learned: tuple[str, ...] = ()) -> Module:
+    """Every kernel of the backward pass, in order; `learned` names the captured tensors that need a gradient."""
+    captures = capture_gradients(program, learned)
+    kernels = [lower_delta(program, schedule)] if uses_delta(program) else []
+    if schedule.gradients is Gradients.ONE_KERNEL:
+        kernels.append(lower_d_key_value(program, schedule, captures, name="backward", with_query=True))
+    else:
+        kernels.append(lower_d_query(program, schedule, captures))
+        kernels.append(lower_d_key_value(program, schedule, captures, name="dkdv", with_query=False))
+    kernels += [lower_pair_gradient(program, schedule, c) for c in captures if c.route is Route.PAIR]
+    return Module("backward", tuple(kernels))
+
+
+def uses_delta(program: Attention) -> bool:
+    return DELTA in postorder(program.rule.gradient)
+
+
+def lower_delta(program: Attention, schedule: Schedule) -> Kernel:
+    """delta = <dO, O> per row: the one reduction that a normaliser's gradient needs."""
+    out, product = tile("out", "q", "dv"), tile("product", "q", "dv")
+    tiles = {"q": schedule.block_q}
+    return Kernel(
+        name="delta",
+        params=(wide(program, "O"), wide(program, "dO"), rows(program, "Delta", output=True)),
+        scalars=(),
+        grid=("q", "head", "batch"),
+        order=ORDER_Q,
+        tile=tuple_of_tiles(program, tiles),
+        body=(
+            Let("out", load_tile("O")),
+            Let("d_out", load_tile("dO")),
+            Let("product", out * D_OUT),
+            StoreTile("Delta", Q_ROW, Reduce("sum", product, "dv")),
+        ),
+        header=(f"{program.name}: backward, row sums of dO * O",),
+    )
+
+
+def lower_d_query(program: Attention, schedule: Schedule, captures: tuple[CaptureGradient, ...]) -> Kernel:
+    """dQ of one q tile, and the captured gradients that are sums over a query row."""
+    names, sums = reserved_names(program), [c for c in captures if c.route is Route.ROW]
+    tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
+    sweep = Sweep(program, schedule, names, "kv", tiles)
+    update: list[Stmt] = [Let("d_query", D_QUERY + Dot(rounded(D_SCORE, "K"), KEY))]
+    update += [Let(c.total.name, c.total + Reduce("sum", c.value, "kv")) for c in sums]
+    body: list[Stmt] = [
+        Section("query tile of this program"),
+        Let("kv_head", HEAD // GROUP_OF_HEADS),
+        *query_loads(program, names),
+        *sweep.before,
+        Let("d_query", Full(0.0, ("q", "d"))),
+        *(Let(c.total.name, Full(0.0, ("q",))) for c in sums),
+        *sweep.loops(sums, [*key_loads()], update),
+        Section("store"),
+        StoreTile("dQ", indices("dQ"), D_QUERY * SCALE),
+        *(StoreTile(c.buffer, Q_ROW, c.total) for c in sums),
+    ]
+    outputs = (wide(program, "dQ", output=True), *(buffer_param(program, c) for c in sums))
+    return backward_kernel(program, "dq", ("q", "head", "batch"), ORDER_Q, tiles, outputs, body)
+
+
+def lower_d_key_value(
+    program: Attention, schedule: Schedule, captures: tuple[CaptureGradient, ...], *, name: str, with_query: bool
+) -> Kernel:
+    """dK and dV of one kv tile, or of a split of the kv axis together with its part of dQ."""
+    names = reserved_names(program)
+    tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
+    columns = [c for c in captures if c.route is Route.COLUMN]
+    row_sums = [c for c in captures if c.route is Route.ROW] if with_query else []
+    body = [Section("kv tile of this program"), *kv_tile(program, schedule, names, tiles, columns, row_sums, with_query)]
+    outputs = [wide(program, "dK", output=True), wide(program, "dV", output=True)]
+    outputs += [buffer_param(program, c) for c in columns]
+    if not with_query:
+        return backward_kernel(program, name, ("kv", "kv_head", "batch"), ORDER_KV, tiles, tuple(outputs), body)
+    outputs.append(Param("dQ_parts", compute_storage(program), DQ_PARTS_SHAPE, True))
+    outputs += [buffer_param(program, c, parts=True) for c in row_sums]
+    split = [Section("kv tiles of this split"), *split_bounds(tiles["kv"])]
+    loop = Loop("kv_start", scalar("split_begin"), scalar("split_end"), "kv", tuple(body), "kv_tile")
+    grid = ("split", "kv_head", "batch")
+    return backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), [*split, loop], (scalar("splits"),))
+
+
+def split_bounds(n: int) -> list[Stmt]:
+    """Contiguous shares of the kv tiles, one per split."""
+    kv_tiles, share = scalar("kv_tiles"), scalar("tiles_per_split")
+    begin = simplify(SPLIT * share * n)
+    return [
+        Let("kv_tiles", (KV_LEN + (n - 1)) // n),
+        Let("tiles_per_split", (kv_tiles + SPLITS - 1) // SPLITS),
+        Let("split_begin", begin),
+        Let("split_end", call(Op.MIN, scalar("split_begin") + share * n, kv_tiles * n)),
+    ]
+
+
+def kv_tile(
+    program: Attention,
+    schedule: Schedule,
+    names: Names,
+    tiles: dict[str, int],
+    columns: list[CaptureGradient],
+    row_sums: list[CaptureGradient],
+    with_query: bool,
+) -> list[Stmt]:
+    """Everything that one kv tile owns: loads, the sweep over heads and q tiles, stores."""
+    sweep = Sweep(program, schedule, names, "q", tiles, sums_own_axis=with_query)
+    update: list[Stmt] = [
+        Let("d_value", D_VALUE + Dot(rounded(PROBS, "V"), D_OUT)),
+        Let("d_key", D_KEY + Dot(rounded(D_SCORE, "K"), QUERY)),
+    ]
+    update += [Let(c.total.name, c.total + Reduce("sum", c.value, "q")) for c in columns]
+    if with_query:
+        part = (SPLIT, *Q_ROW)
+        update.append(Accumulate("dQ_parts", (*part, D_IDX), Dot(rounded(D_SCORE, "K"), KEY)))
+        update += [Accumulate(c.buffer, part, Reduce("sum", c.value, "kv")) for c in row_sums]
+    per_head = (
+        *sweep.before,
+        *(Let(c.total.name, Full(0.0, ("kv",))) for c in columns),
+        *sweep.loops([*columns, *row_sums], query_loads(program, names), update, in_loop=True),
+        *(StoreTile(c.buffer, (BATCH, HEAD, KV_IDX), c.total) for c in columns),
+    )
+    first = KV_HEAD * GROUP_OF_HEADS
+    return [
+        *key_loads(),
+        Let("d_key", Full(0.0, ("kv", "d"))),
+        Let("d_value", Full(0.0, ("kv", "dv"))),
+        Section("query heads that read this kv head"),
+        Loop("head", first, first + GROUP_OF_HEADS, None, per_head),
+        Section("store"),
+        StoreTile("dK", indices("dK"), D_KEY * SCALE),
+        StoreTile("dV", indices("dV"), D_VALUE),
+    ]
+
+
+def lower_pair_gradient(program: Attention, schedule: Schedule, capture: CaptureGradient) -> Kernel:
+    """The gradient of a tensor whose index depends on both positions; loops over every axis that might collide."""
+    names, grid = reserved_names(program), parallel_axes(capture.load)
+    owned = "kv" if "kv" in grid else "q"
+    loop = "q" if owned == "kv" else "kv"
+    tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
+    sweep = Sweep(program, schedule, names, loop, tiles, sums_own_axis=True)
+    update: list[Stmt] = [Accumulate(capture.buffer, capture.load.indices, capture.value)]
+    own_loads = key_loads() if owned == "kv" else query_loads(program, names)
+    swept_loads = query_loads(program, names) if owned == "kv" else key_loads()
+    inner: tuple[Stmt, ...] = (
+        Let("kv_head", HEAD // GROUP_OF_HEADS),
+        *own_loads,
+        *sweep.before,
+        *sweep.loops([capture], swept_loads, update, in_loop=True),
+    )
+    if owned not in grid:
+        length = Q_LEN if owned == "q" else KV_LEN
+        end = (length + (tiles[owned] - 1)) // tiles[owned] * tiles[owned]
+        inner = (Loop(f"{owned}_start", Const(0), end, owned, inner, f"{owned}_tile"),)
+    for axis, count in (("head", HEADS), ("batch", BATCHES)):
+        if axis not in grid:
+            inner = (Loop(axis, Const(0), count, None, inner),)
+    output = (buffer_param(program, capture),)
+    order = ORDER_KV if owned == "kv" else ORDER_Q
+    return backward_kernel(program, capture.buffer, grid, order, tiles, output, [*inner])
+
+
+def runs_side_by_side(captures: tuple[CaptureGradient, ...]) -> CaptureGradient | None:
+    """A pair gradient whose tile may write one element twice: only a backend that adds in order can compute it."""
+    return next((c for c in captures if c.route is Route.PAIR and not distinct_within_tile(c.load)), None)
+
+
+class Sweep:
+    """The loops over one axis for a tile of the other, with weights and score gradients recomputed in each step."""
+
+    def __init__(
+        self,
+        program: Attention,
+        schedule: Schedule,
+        names: Names,
+        loop: str,
+        tiles: dict[str, int],
+        *,
+        sums_own_axis: bool = False,
+    ) -> None:
+        """sums_own_axis: something is summed over the rows of the program's own tile, so its ragged end is masked."""
+        self.program, self.names, self.loop = program, names, loop
+        self.masked_axes = ("q", "kv") if sums_own_axis else (loop,)
+        plan = plan_mask(program.mask.result if program.mask else None, loop)
+        self.phases = phases(plan, tiles, schedule.edges, own_rows_count=sums_own_axis)
+        self.before, self.known = hoisted(program, names, loop)
+
+    def loops(
+        self, wanted: list[CaptureGradient], loads: list[Stmt], update: list[Stmt], *, in_loop: bool = False
+    ) -> list[Stmt]:
+        """Bounds and loops; each step loads, recomputes and updates. `wanted`: captured gradients to make per pair."""
+        body: list[Stmt] = [] if in_loop else [Section(f"{self.loop} tiles this tile meets")]
+        body += self.phases.bounds
+        for run in self.phases.runs:
+            step = (*loads, *self.recompute(run, wanted), *update)
+            body += [Section(run.title), Loop(f"{self.loop}_start", run.lo, run.hi, self.loop, step, run.step)]
+        return body
+
+    def recompute(self, run: Run, wanted: list[CaptureGradient]) -> list[Stmt]:
+        """Weights from the saved row values; the gradient through the normaliser, then through score_mod."""
+        program, rule = self.program, self.program.rule
+        emitter = Emitter(self.names.copy(), self.known, base_two)
+        score_lets(program, emitter)
+        for name, empty in saved_of_empty_row(rule).items():
+            safe = tile(f"safe_{name}", "q") if empty == -math.inf else tile(name, "q")
+            emitter.bind(saved_var(name), safe)
+        probs = emitter.value(rule.recompute, rule.names, rule.sources)
+        seen = None
+        if run.masked is not False:
+            seen = visibility(program, emitter.names, self.known, self.masked_axes)
+        hide_weights(emitter, probs, seen, run.masked)
+        emitter.let(D_PROBS.name, Dot(D_OUT, VALUE))
+        emitter.bind(PROBS, PROBS)
+        emitter.bind(DELTA, tile("delta", "q"))
+        results = self.score_gradients(emitter, wanted)
+        hide_gradients(emitter, results, seen, run.masked)
+        return emitter.lets
+
+    def score_gradients(self, emitter: Emitter, wanted: list[CaptureGradient]) -> list[tuple[str, Expr]]:
+        """(name, value) of d_score and of each wanted read, before the mask."""
+        program, rule = self.program, self.program.rule
+        d_logit = emitter.value(rule.gradient, rule.names, rule.sources)
+        if program.score is None:
+            return [(D_SCORE.name, d_logit)]
+        emitter.let(D_LOGIT.name, d_logit)
+        targets = [SCORE, *(c.load for c in wanted)]
+        through = gradients(program.score.result, D_LOGIT, targets)
+        names = [D_SCORE.name, *(c.value.name for c in wanted)]
+        fn = program.score
+        return [(n, emitter.value(g, fn.names, fn.sources)) for n, g in zip(names, through, strict=True)]
+
+
+def hide_weights(emitter: Emitter, probs: Expr, seen: Visibility | None, masked: bool | Expr) -> None:
+    """Mask the weight, not the score: a row that sees nothing has no finite row value to subtract."""
+    if seen is None:
+        emitter.let(PROBS.name, probs)
+    elif masked is True:
+        emitter.lets += seen.lets
+        emitter.let(PROBS.name, where(seen.var, probs, 0.0))
+    else:
+        emitter.let(PROBS.name, probs)
+        emitter.lets += masking(masked, [*seen.lets, Let(PROBS.name, where(seen.var, PROBS, 0.0))])
+
+
+def hide_gradients(
+    emitter: Emitter, results: list[tuple[str, Expr]], seen: Visibility | None, masked: bool | Expr
+) -> None:
+    """Zero at invisible pairs, whatever the user's derivative is there."""
+    for name, value in results:
+        spread = value if set(value.axes) == {"q", "kv"} else value + Full(0.0, ("q", "kv"))
+        emitter.let(name, where(seen.var, spread, 0.0) if seen and masked is True else spread)
+    if seen and isinstance(masked, Expr):
+        pairs = [Var(name, FLOAT, ("q", "kv")) for name, _ in results]
+        hidden = [Let(x.name, where(seen.var, x, 0.0)) for x in pairs]
+        emitter.lets += masking(masked, [*seen.lets, *hidden])
+
+
+def key_loads() -> list[Stmt]:
+    return [Let("key", load_tile("K")), Let("value", load_tile("V"))]
+
+
+def query_loads(program: Attention, names: Names) -> list[Stmt]:
+    """Q, dO and the row values of a q tile; -inf in an empty row reads as 0, so that it cannot make a NaN."""
+    lets: list[Stmt] = [Let("query", load_tile("Q")), Let("d_out", load_tile("dO"))]
+    for name, empty in saved_of_empty_row(program.rule).items():
+        lets.append(Let(name, load_rows(saved_param(name))))
+        if empty == -math.inf:
+            lets.append(Let(f"safe_{name}", where(saved_var(name).equals(-math.inf), 0.0, saved_var(name))))
+    if uses_delta(program):
+        lets.append(Let("delta", load_rows("Delta")))
+    return lets
+
+
+def backward_kernel(
+    program: Attention,
+    name: str,
+    grid: tuple[str, ...],
+    order: tuple[str, ...],
+    tiles: dict[str, int],
+    outputs: tuple[Param, ...],
+    body: list[Stmt],
+    more_scalars: tuple[Var, ...] = (),
+) -> Kernel:
+    row_values = [rows(program, saved_param(name)) for name, _ in program.rule.saved]
+    row_values += [rows(program, "Delta")] if uses_delta(program) else []
+    plan = plan_mask(program.mask.result if program.mask else None, "kv")
+    inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_values, *captured_params(program))
+    return Kernel(
+        name=name,
+        params=(*inputs, *outputs),
+        scalars=(SCALE, *program.scalars, *more_scalars),
+        grid=grid,
+        order=order,
+        tile=tuple_of_tiles(program, tiles),
+        body=tuple(body),
+        header=(f"{program.name}: backward, {name}",),
+        heavy_last=grid[:1] == ("q",) and later_rows_see_more(plan),
+    )

@@ -1,0 +1,89 @@
+"""Gradients of captured tensors: where each read of a tensor sends its gradient.
+
+A read `bias[index]` contributes d_bias[index] += d(loss)/d(read) summed over every (batch, head, q, kv) with that index.
+How the index depends on the position decides the route, and none needs atomics:
+- not on kv: one sum per query row, made beside dQ; the runtime adds rows of equal index in order;
+- on kv but not on q: one sum per key, made beside dK;
+- on both: a kernel of its own that adds every pair in a fixed order, parallel only over axes that are themselves
+  coordinates of the index, so no two program instances share an element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from attn_engine.codegen.lower.score import captured_loads
+from attn_engine.codegen.lower.values import COLUMN_SHAPE, ROW_SHAPE, compute_storage, tile
+from attn_engine.ir.expr import Expr, Load, Var
+from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention
+from attn_engine.ir.tile import Param
+
+
+class Route(Enum):
+    ROW = "row"
+    COLUMN = "column"
+    PAIR = "pair"
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureGradient:
+    """One read of a captured tensor: `buffer` receives its gradient in the shape that the route says."""
+
+    load: Load
+    route: Route
+    buffer: str
+
+    @property
+    def total(self) -> Var:
+        """The running sum of a row or column route."""
+        return tile(f"{self.buffer}_sum", "q" if self.route is Route.ROW else "kv")
+
+    @property
+    def value(self) -> Var:
+        """The name of d(loss)/d(read) in the kernels."""
+        return tile(f"{self.buffer}_tile", "q", "kv")
+
+
+def capture_gradients(program: Attention, learned: tuple[str, ...]) -> tuple[CaptureGradient, ...]:
+    """Every read of the tensors in `learned`, with its route."""
+    found: list[CaptureGradient] = []
+    for name in learned:
+        for i, load in enumerate(captured_loads(program, name)):
+            route = route_of(load)
+            ending = "" if route is Route.PAIR else f"_{route.value}s" + (f"_{i + 1}" if i else "")
+            found.append(CaptureGradient(load, route, f"d_{name}{ending}"))
+    return tuple(found)
+
+
+def route_of(load: Load) -> Route:
+    if "kv" not in load.axes:
+        return Route.ROW
+    return Route.COLUMN if "q" not in load.axes else Route.PAIR
+
+
+def buffer_param(program: Attention, gradient: CaptureGradient, *, parts: bool = False) -> Param:
+    """The kernel parameter that a gradient is written to; `parts`: one slice per split of the kv axis."""
+    storage = compute_storage(program)
+    match gradient.route:
+        case Route.ROW:
+            return Param(gradient.buffer, storage, ("splits", *ROW_SHAPE) if parts else ROW_SHAPE, True)
+        case Route.COLUMN:
+            return Param(gradient.buffer, storage, COLUMN_SHAPE, True)
+        case Route.PAIR:
+            rank = len(gradient.load.indices)
+            sizes = tuple(f"{gradient.load.tensor}_size_{i}" for i in range(rank))
+            return Param(gradient.buffer, storage, sizes, True)
+
+
+def parallel_axes(load: Load) -> tuple[str, ...]:
+    """Grid axes along which program instances write disjoint elements: coordinates of the index itself."""
+    axes = [axis for axis, position in (("kv", KV_IDX), ("q", Q_IDX)) if position in load.indices]
+    axes = axes[-1:]  # one of the two is enough, and a q tile keeps its queries
+    return (*axes, *(axis for axis, var in (("head", HEAD), ("batch", BATCH)) if var in load.indices))
+
+
+def distinct_within_tile(load: Load) -> bool:
+    """Whether the pairs of one tile all write different elements (needed where additions run side by side)."""
+    positions: list[Expr] = [Q_IDX, KV_IDX]
+    return all(p in load.indices for p in positions)

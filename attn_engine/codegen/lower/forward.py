@@ -1,0 +1,178 @@
+"""Forward: one q tile per program, one pass over the kv tiles in sight, the row rule's online update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
+from attn_engine.codegen.lower.ranges import masking, phases
+from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
+from attn_engine.codegen.lower.values import (
+    GROUP_OF_HEADS, Q_ROW, SCALE, VALUE, captured_params, indices, load_tile, rows, saved_param,
+    wide,
+)
+from attn_engine.codegen.schedule import Schedule
+from attn_engine.ir.expr import REDUCE_IDENTITY, Const, Dot, Expr, Full, Reduce, Var, postorder, where
+from attn_engine.ir.passes.mask_range import MaskPlan, plan_mask
+from attn_engine.ir.passes.rule_analysis import output_of_empty_row, saved_of_empty_row, vanishes_when_masked
+from attn_engine.ir.program import HEAD, LOGIT, OUT, Attention, OnlineRule, RowState
+from attn_engine.ir.tile import Kernel, Let, Loop, Section, Stmt, StoreTile
+
+ORDER_Q = ("q", "kv", "d", "dv")  # tiles are [q, kv] here
+
+
+def lower_forward(program: Attention, schedule: Schedule) -> Kernel:
+    """O and the saved row values of one q tile."""
+    names = reserved_names(program)
+    tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
+    plan = plan_mask(program.mask.result if program.mask else None, "kv")
+    seen = phases(plan, tiles, schedule.edges)
+    before, known = hoisted(program, names, "kv")
+    body: list[Stmt] = [
+        Section("query tile of this program"),
+        Let("kv_head", HEAD // GROUP_OF_HEADS),
+        Let("query", load_tile("Q")),
+        *before,
+        Section(f"row state of {program.rule.name}"),
+        *(Let(s.name, Full(s.initial, ("q",))) for s in program.rule.states),
+        Let("out", Full(0.0, ("q", "dv"))),
+        Section("kv tiles this tile can see"),
+        *seen.bounds,
+    ]
+    for run in seen.runs:
+        step = kv_step(program, names.copy(), known, run.masked)
+        body += [Section(run.title), Loop("kv_start", run.lo, run.hi, "kv", tuple(step), run.step)]
+    body += epilogue(program, names)
+    return Kernel(
+        name="forward",
+        params=(
+            *(wide(program, t) for t in "QKV"),
+            *captured_params(program),
+            wide(program, "O", output=True),
+            *(rows(program, saved_param(name), output=True) for name, _ in program.rule.saved),
+        ),
+        scalars=(SCALE, *program.scalars),
+        grid=("q", "head", "batch"),
+        order=ORDER_Q,
+        tile=tuple_of_tiles(program, tiles),
+        body=tuple(body),
+        header=(f"{program.name}: forward",),
+        heavy_last=later_rows_see_more(plan),
+    )
+
+
+def tuple_of_tiles(program: Attention, tiles: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    return (*tiles.items(), ("d", program.dim_qk), ("dv", program.dim_v))
+
+
+def later_rows_see_more(plan: MaskPlan) -> bool:
+    return plan.hull.hi is not None and plan.hull.lo is None
+
+
+def kv_step(program: Attention, names: Names, known: dict[Expr, Expr], masked: bool | Expr) -> list[Stmt]:
+    """One kv tile: scores, the user's functions, the online update."""
+    emitter = Emitter(names, known, base_two)
+    emitter.lets += [Let("key", load_tile("K")), Let("value", load_tile("V"))]
+    logit = score_lets(program, emitter)
+    seen = None if masked is False else visibility(program, names, known, ("kv",))
+    if seen is None:
+        return [*emitter.lets, *online_update(program.rule, names, known, logit, None)]
+    if vanishes_when_masked(program.rule):
+        hidden = hide_scores(emitter, logit, seen, masked)
+        return [*emitter.lets, *online_update(program.rule, names, known, hidden, None)]
+    # A branch cannot leave `visible` behind it: this rule needs the mask in every tile.
+    return [*emitter.lets, *seen.lets, *online_update(program.rule, names, known, logit, seen.var)]
+
+
+def hide_scores(emitter: Emitter, logit: Expr, seen: Visibility, masked: bool | Expr) -> Var:
+    """Scores of invisible pairs become -inf, under the tile's branch where there is one."""
+    assert isinstance(logit, Var)
+    name = f"masked_{logit.name}" if masked is True else logit.name  # a branch can only overwrite
+    hidden = Let(name, where(seen.var, logit, -math.inf))
+    emitter.lets += masking(masked, [*seen.lets, hidden])
+    return hidden.var
+
+
+def online_update(
+    rule: OnlineRule, names: Names, known: dict[Expr, Expr], logit: Expr, visible: Expr | None
+) -> list[Stmt]:
+    """The rule's step on one tile; `visible` where masking the score alone would not do."""
+    emitter = Emitter(names, {**known, LOGIT: logit}, adjuster(visible))
+    called = names_of_step(rule)
+    new: dict[str, Expr] = {}
+    for state, value in in_dependency_order(rule):
+        if state.initial == -math.inf:
+            new[state.name] = var = emitter.define(called[value], value, called, rule.sources)
+            # Nothing visible yet leaves -inf here; reading 0 instead keeps exp2(-inf - -inf) away from NaN.
+            safe = emitter.let(names.fresh(f"safe_{state.name}"), where(var.equals(-math.inf), 0.0, var))
+            emitter.bind(value, safe)
+    scale: Expr = rule.out_scale
+    if not isinstance(scale, Const):
+        scale = emitter.define(called[scale], scale, called, rule.sources)
+    weights = emitter.value(rule.weights, called, rule.sources)
+    if not isinstance(weights, Var) or visible is not None:
+        weights = emitter.let("probs", weights if visible is None else where(visible, weights, 0.0))
+    emitter.bind(rule.weights, weights)
+    for state, value in in_dependency_order(rule):
+        if state.name not in new:
+            new[state.name] = emitter.define(called[value], value, called, rule.sources)
+    emitter.let("out", OUT * scale + Dot(rounded(weights, "V"), VALUE))
+    emitter.lets += [Let(name, value) for name, value in new.items()]
+    return emitter.lets
+
+
+def names_of_step(rule: OnlineRule) -> dict[Expr, str]:
+    """The user's names for the values of a step, and ours for results that have none."""
+    called = {e: name for e, name in rule.names.items() if e is not rule.weights}
+    called.setdefault(rule.out_scale, "rescale")
+    for state, value in zip(rule.states, rule.new_states, strict=True):
+        if called.get(value, state.name) == state.name:
+            called[value] = f"new_{state.name}"
+    return called
+
+
+def adjuster(visible: Expr | None) -> Callable[[Expr], Expr]:
+    """Powers of two, and reductions over visible pairs only."""
+
+    def adjust(e: Expr) -> Expr:
+        if visible is not None and isinstance(e, Reduce):
+            return Reduce(e.kind, where(visible, e.x, REDUCE_IDENTITY[e.kind]), e.axis)
+        return base_two(e)
+
+    return adjust
+
+
+def in_dependency_order(rule: OnlineRule) -> list[tuple[RowState, Expr]]:
+    """Each new state after those that its expression contains."""
+    pairs = list(zip(rule.states, rule.new_states, strict=True))
+    return sorted(pairs, key=lambda p: sum(other is not p[1] and other in postorder(p[1]) for _, other in pairs))
+
+
+def epilogue(program: Attention, names: Names) -> list[Stmt]:
+    """Normalise, and store the output and the row values the backward pass needs."""
+    rule = program.rule
+    emitter = Emitter(names)
+    output = emitter.value(rule.output, rule.names, rule.sources)
+    empty = row_is_empty(rule)
+    needs_guard = not math.isfinite(output_of_empty_row(rule))
+    lost = [name for name, value in saved_of_empty_row(rule).items() if math.isnan(value)]
+    if needs_guard or lost:
+        flag = emitter.let("row_is_empty", empty)
+        if needs_guard:
+            output = where(flag, 0.0, output)
+    stores: list[Stmt] = [StoreTile("O", indices("O"), output)]
+    for name, value in rule.saved:
+        saved = emitter.value(value, rule.names, rule.sources)
+        saved = where(Var("row_is_empty", empty.dtype, empty.axes), -math.inf, saved) if name in lost else saved
+        stores.append(StoreTile(saved_param(name), Q_ROW, saved))
+    return [Section("normalise and store"), *emitter.lets, *stores]
+
+
+def row_is_empty(rule: OnlineRule) -> Expr:
+    """A row that has seen no key, or only keys of score -inf, still has its initial states."""
+    maxima = [s for s in rule.states if s.initial == -math.inf]
+    empty: Expr = Const(True)
+    for state in maxima[:1] or rule.states:
+        empty = empty & state.var.equals(state.initial)
+    return empty

@@ -1,0 +1,289 @@
+"""Schedule a kernel for a machine without tile instructions: fuse its steps into few row loops.
+
+    item = Section | Nest(shape, steps, stored, places) | Sweep(loop, items) | Branch(condition, items)
+
+A nest is one loop over rows: a product of the micro-kernel and everything that can be done to its result while that is
+in registers. Values that another nest needs are stored in scratch arrays; all others never leave the registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from attn_engine.codegen.lower.steps import (
+    Product, Shape, Splitter, Step, is_total, name_made, names_read, prepare, shape_of, step_shape,
+)
+from attn_engine.ir.expr import Expr
+from attn_engine.ir.ops import DType
+from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
+
+FLAT = Shape(None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Nest:
+    """`steps` at every row of shape.rows, or once where that is None.
+
+    stored: names kept in arrays. places: the array of each stored name of this block that uses another one's.
+    """
+
+    shape: Shape
+    steps: tuple[Step, ...]
+    stored: frozenset[str] = frozenset()
+    places: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A loop whose body is scheduled."""
+
+    loop: Loop
+    body: tuple[Item, ...]
+
+    @property
+    def innermost(self) -> bool:
+        return all(isinstance(item, Nest) for item in self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """An `If` whose body is scheduled."""
+
+    condition: Expr
+    body: tuple[Item, ...]
+
+
+Item = Section | Nest | Sweep | Branch
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A scheduled kernel: `arrays` gives the shape of every scratch array, `states` the names that loops overwrite."""
+
+    kernel: Kernel
+    body: tuple[Item, ...]
+    arrays: Mapping[str, Shape]
+    states: frozenset[str]
+
+
+def schedule_nests(kernel: Kernel) -> Schedule:
+    """Turn the statements of every block into nests."""
+    kernel, factors = prepare(kernel)
+    splitter = Splitter(kernel, factors)
+    drafts = draft(kernel.body, splitter)
+    nests = [n for block in all_blocks(drafts) for n in block.nests]
+    reads = {name for n in nests for name in n.outside_reads()}
+    arrays: dict[str, Shape] = {}
+    body = finish(drafts, reads, arrays)
+    return Schedule(kernel, body, arrays, rewritten(nests))
+
+
+# -- drafts: blocks cut into straight runs of statements
+
+
+@dataclass(eq=False, slots=True)
+class OpenNest:
+    """A nest still being filled."""
+
+    shape: Shape
+    steps: list[Step] = field(default_factory=list[Step])
+
+    def accepts(self, shape: Shape) -> bool:
+        if self.shape.rows is None or shape.rows is None:
+            return self.shape.rows is shape.rows
+        if self.shape.rows != shape.rows:
+            return False
+        return self.shape.lanes == shape.lanes or {self.shape.lanes, shape.lanes} == {None, "q"}
+
+    def add(self, step: Step, shape: Shape) -> None:
+        self.shape = Shape(self.shape.rows, self.shape.lanes or shape.lanes)
+        self.steps.append(step)
+
+    def totals(self) -> set[str]:
+        return {step.name for step in self.steps if isinstance(step, Let) and is_total(step, self.shape.rows)}
+
+    def outside_reads(self) -> set[str]:
+        """Names that this nest reads before it makes them."""
+        made: set[str] = set()
+        found: set[str] = set()
+        for step in self.steps:
+            found |= names_read(step) - made
+            if name := name_made(step):
+                made.add(name)
+        return found
+
+
+@dataclass(eq=False, slots=True)
+class Run:
+    """Statements without inner blocks, fused."""
+
+    nests: list[OpenNest]
+
+
+Draft = Section | Run | tuple[Loop, "list[Draft]"] | tuple[If, "list[Draft]"]
+
+
+def draft(body: tuple[Stmt, ...], splitter: Splitter) -> list[Draft]:
+    """Fuse each run of plain statements; a title ends a run, except in an innermost loop, where it is dropped."""
+    innermost = not any(isinstance(s, Loop | If) for s in body)
+    drafts: list[Draft] = []
+    pending: list[Stmt] = []
+
+    def flush() -> None:
+        if pending:
+            drafts.append(Run(fuse(splitter.block(pending))))
+            pending.clear()
+
+    for s in body:
+        match s:
+            case Section():
+                if not innermost or any(isinstance(x, StoreTile) for x in body):
+                    flush()
+                    drafts.append(s)
+            case Loop():
+                flush()
+                drafts.append((s, draft(s.body, splitter)))
+            case If():
+                flush()
+                drafts.append((s, draft(s.body, splitter)))
+            case Let() | StoreTile() | Accumulate():
+                pending.append(s)
+    flush()
+    return drafts
+
+
+def all_blocks(drafts: list[Draft]) -> Iterable[Run]:
+    for d in drafts:
+        if isinstance(d, Run):
+            yield d
+        elif isinstance(d, tuple):
+            yield from all_blocks(d[1])
+
+
+def fuse(steps: list[Step]) -> list[OpenNest]:
+    """Put each step into the first nest of its shape that runs no earlier than what it needs; keep the order inside."""
+    nests: list[OpenNest] = []
+    home: dict[str, OpenNest] = {}
+    readers: dict[str, list[OpenNest]] = {}
+    for step in steps:
+        shape, starts, reads = step_shape(step), isinstance(step, Product), names_read(step)
+
+        def soonest(nest: OpenNest, at_hand: bool, shape: Shape = shape, starts: bool = starts) -> int:
+            """The first place after `nest`, or `nest` itself when this step can join it."""
+            return nests.index(nest) + (0 if nest.accepts(shape) and at_hand and not starts else 1)
+
+        needs = [soonest(home[r], r not in home[r].totals()) for r in reads if r in home]
+        made = name_made(step)
+        # Carried state is overwritten after its last reader.
+        needs += [soonest(n, True) for n in readers.get(made, [])] if made else []
+        earliest = max(needs, default=0)
+        target = None if starts else next((n for n in nests[earliest:] if n.accepts(shape)), None)
+        if target is None:
+            target = OpenNest(shape)
+            nests.insert(earliest, target)
+        target.add(step, shape)
+        if made:
+            home[made] = target
+        for r in reads:
+            readers.setdefault(r, []).append(target)
+    return remake_cheap_values(nests)
+
+
+def remake_cheap_values(nests: list[OpenNest]) -> list[OpenNest]:
+    """Integers and conditions of a row are computed again where another nest reads them: arrays hold numbers."""
+    cheap = {
+        step.name: step
+        for nest in nests if nest.shape.rows is not None
+        for step in nest.steps
+        if isinstance(step, Let) and step.value.dtype in (DType.BOOL, DType.INT)
+    }
+    for nest in nests:
+        made: set[str] = set()
+        steps: list[Step] = []
+
+        def bring(step: Step, made: set[str] = made, steps: list[Step] = steps) -> None:
+            for name in sorted(names_read(step) & cheap.keys() - made):
+                bring(cheap[name])
+            if (name := name_made(step)) not in made or not isinstance(step, Let) or name not in cheap:
+                steps.append(step)
+            if name:
+                made.add(name)
+
+        for step in nest.steps:
+            bring(step)
+        nest.steps = steps
+    return nests
+
+
+# -- finishing: what is stored, and where
+
+
+def rewritten(nests: list[OpenNest]) -> frozenset[str]:
+    """Names made more than once, or read before they are made: state that loops carry."""
+    made = [name for n in nests for step in n.steps if (name := name_made(step))]
+    carried = {name_made(step) for n in nests for step in n.steps if name_made(step) in names_read(step)}
+    return frozenset(name for name in made if name in carried or made.count(name) > 1)
+
+
+def finish(drafts: list[Draft], reads: set[str], arrays: dict[str, Shape]) -> tuple[Item, ...]:
+    items: list[Item] = []
+    for d in drafts:
+        match d:
+            case Section():
+                items.append(d)
+            case Run(nests):
+                items += close(nests, reads, arrays)
+            case (Loop() as loop, inner):
+                items.append(Sweep(loop, finish(inner, reads, arrays)))
+            case (If() as branch, inner):
+                items.append(Branch(branch.condition, finish(inner, reads, arrays)))
+    return tuple(items)
+
+
+def close(nests: list[OpenNest], reads: set[str], arrays: dict[str, Shape]) -> list[Item]:
+    """Values of a row that some nest reads from outside are stored."""
+    stored = [frozenset(kept(n, reads)) for n in nests]
+    places = share(nests, stored)
+    for nest, names in zip(nests, stored, strict=True):
+        for name in names - places.keys():
+            shape = array_shape(nest, name)
+            assert arrays.setdefault(name, shape) == shape, f"{name} changes shape"
+    return [Nest(n.shape, tuple(n.steps), s, places) for n, s in zip(nests, stored, strict=True)]
+
+
+def kept(nest: OpenNest, reads: set[str]) -> Iterable[str]:
+    for step in nest.steps:
+        name = name_made(step)
+        if nest.shape.rows is not None and name in reads and not is_total(step, nest.shape.rows):
+            if isinstance(step, Product) or (isinstance(step, Let) and step.value.dtype is DType.FLOAT):
+                yield step.name
+
+
+def array_shape(nest: OpenNest, name: str) -> Shape:
+    step = next(s for s in nest.steps if name_made(s) == name)
+    if isinstance(step, Product):
+        return step.shape
+    assert isinstance(step, Let)
+    return shape_of(step.value.axes)
+
+
+def share(nests: list[OpenNest], stored: list[frozenset[str]]) -> dict[str, str]:
+    """A value may overwrite, row by row, one that nothing reads any more."""
+    local = {name for names in stored for name in names}
+    carried = {r for n in nests for r in n.outside_reads()} - local
+    places: dict[str, str] = {}
+    first_made: set[str] = set()
+    for i, nest in enumerate(nests):
+        later = {r for n in nests[i + 1 :] for r in n.outside_reads()}
+        in_products = {r for s in nest.steps if isinstance(s, Product) for r in names_read(s)}
+        for k, step in enumerate(nest.steps):
+            name = name_made(step)
+            if name not in stored[i] or array_shape(nest, name) != Shape("kv", "q"):
+                continue
+            read_after = {r for s in nest.steps[k + 1 :] for r in names_read(s)}
+            dead = first_made & names_read(step) - later - in_products - read_after - carried - set(places)
+            if dead and name not in names_read(step):
+                places[name] = min(dead)
+        first_made |= {n for n in stored[i] if array_shape(nest, n) == Shape("kv", "q")} - set(places)
+    return places

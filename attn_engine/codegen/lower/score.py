@@ -1,0 +1,86 @@
+"""Scores of one (q, kv) pair of tiles, forward and backward: the part that every attention kernel shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from attn_engine.codegen.lower.emit import Emitter, Names, base_two
+from attn_engine.codegen.lower.values import INSIDE, KEY, QUERY, SCALE
+from attn_engine.ir.expr import Const, Dot, Expr, Load, Var, loads
+from attn_engine.ir.passes.simplify import simplify
+from attn_engine.ir.program import LOGIT, SCORE, Attention
+from attn_engine.ir.tile import Let, Stmt
+
+# Names of kernel variables that a user's local variable must not take.
+RESERVED = frozenset(
+    """Q K V O dO dQ dK dV Delta query key value out d_out score logit masked_score masked_logit probs d_probs d_logit d_score visible delta scale
+    d_query d_key d_value q_idx kv_idx d_idx dv_idx q_start kv_start q_last kv_last q_len kv_len heads kv_heads batches
+    batch head kv_head split splits q_begin q_end q_full_begin q_full_end kv_begin kv_end kv_full_begin kv_full_end
+    row_is_empty tl triton kernel args lanes rows row block tile""".split()
+)
+
+
+def reserved_names(program: Attention) -> Names:
+    """Names taken in every kernel of the program: the shared ones, its tensors, its numbers and its row values."""
+    taken = set(RESERVED) | {c.name for c in program.captures} | {s.name for s in program.scalars}
+    taken |= {s.name for s in program.rule.states} | {name for name, _ in program.rule.saved}
+    return Names(taken)
+
+
+def hoisted(program: Attention, names: Names, loop: str) -> tuple[list[Stmt], dict[Expr, Expr]]:
+    """Captured values that do not change along the loop axis, read once before the loop."""
+    lets: list[Stmt] = []
+    known: dict[Expr, Expr] = {}
+    for fn in program.functions:
+        for load in loads(fn.result):
+            if loop in load.axes or load in known or any(loads(i) for i in load.indices):
+                continue
+            wanted = fn.names.get(load) or f"{load.tensor}_{'row' if load.axes else 'value'}"
+            let = Let(names.fresh(wanted), load, fn.sources.get(load, ""))
+            lets.append(let)
+            known[load] = let.var
+    return lets, known
+
+
+def score_lets(program: Attention, emitter: Emitter) -> Expr:
+    """score = query . key * scale, then the user's score_mod; returns what the row rule reads as LOGIT."""
+    emitter.let(SCORE.name, Dot(QUERY, KEY) * SCALE)
+    if program.score is None:
+        emitter.bind(LOGIT, SCORE)
+        return SCORE
+    fn = program.score
+    logit = emitter.value(fn.result, fn.names, fn.sources)
+    if not isinstance(logit, Var):
+        logit = emitter.let(LOGIT.name, logit, fn.sources.get(fn.result, ""))
+    emitter.bind(fn.result, logit)
+    emitter.bind(LOGIT, logit)
+    return logit
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """The Lets that make `visible` (bool), and the variable; it spans the axes that the mask depends on."""
+
+    lets: tuple[Stmt, ...]
+    var: Var
+
+
+def visibility(program: Attention, names: Names, known: dict[Expr, Expr], axes: Iterable[str]) -> Visibility:
+    """The user's mask and the ends of the given axes."""
+    emitter = Emitter(names, known, base_two)
+    inside: Expr = Const(True)
+    for axis in axes:
+        inside = simplify(inside & INSIDE[axis])
+    if program.mask is not None:
+        fn = program.mask
+        inside = simplify(emitter.value(fn.result, fn.names, fn.sources) & inside)
+    var = emitter.let("visible", inside)
+    return Visibility(tuple(emitter.lets), var)
+
+
+def captured_loads(program: Attention, tensor: str) -> list[Load]:
+    """Every place where score_mod reads `tensor`."""
+    return [] if program.score is None else [x for x in loads(program.score.result) if x.tensor == tensor]
+
+

@@ -1,0 +1,309 @@
+"""The steps of a kernel for a machine without tile instructions, and how statements become steps.
+
+    step = Let | Product(name, init, a, b) | View(name, load) | Pack(name, load, factor)
+         | StoreTile | Accumulate | Unpack(tensor, indices, name)
+
+One axis of a step is the row loop that runs it, another lies across the vector's lanes (`Shape`). A query row is a lane
+wherever the query axis occurs, so that row sums and maxima are vertical; the gradients' products, which contract the
+query axis or go to memory row by row, have a column per lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from attn_engine.ir.expr import (
+    Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var, postorder, rebuild, transform, variables,
+)
+from attn_engine.ir.ops import DType, Op
+from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile, expressions, map_expressions, walk
+
+COLUMNS = ("d", "dv")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Where the axes of a value go: `rows` is a loop, `lanes` the vector."""
+
+    rows: str | None
+    lanes: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """name = init + a . b, the micro-kernel. `a` gives numbers, `b` gives lanes; `depth` is the contracted axis."""
+
+    name: str
+    init: Expr
+    a: Var
+    b: Var
+    shape: Shape
+    source: str = ""
+
+    @property
+    def depth(self) -> str:
+        (axis,) = set(self.a.axes) & set(self.b.axes)
+        return axis
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The rows of a tensor as they lie; `padding` says to what its columns must be filled up ("", "ROWS", "LANES")."""
+
+    name: str
+    load: Load
+    padding: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """The rows of a tensor, times `factor`, transposed: one row per lane."""
+
+    name: str
+    load: Load
+    factor: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Unpack:
+    """tensor[indices] = the transpose of array `name`."""
+
+    tensor: str
+    indices: tuple[Expr, ...]
+    name: str
+
+
+Step = Let | Product | View | Pack | StoreTile | Accumulate | Unpack
+
+
+def shape_of(axes: Iterable[str]) -> Shape:
+    """Query rows in lanes, else columns in lanes, else numbers."""
+    present = [a for a in ("q", *COLUMNS) if a in axes]
+    lanes = present[0] if present else None
+    return Shape(next((a for a in axes if a != lanes), None), lanes)
+
+
+def is_tile_load(e: Expr) -> bool:
+    return isinstance(e, Load) and bool(set(e.axes) & set(COLUMNS))
+
+
+def stored_by_column(s: StoreTile | Accumulate) -> bool:
+    """Whether the last index runs over columns: a tile of rows, not elements one by one."""
+    last = s.indices[-1]
+    return isinstance(last, Var) and bool(set(last.axes) & set(COLUMNS))
+
+
+def step_shape(step: Step) -> Shape:
+    match step:
+        case Product(shape=shape):
+            return shape
+        case Let(_, Reduce(_, x)):
+            return shape_of(x.axes)
+        case Let(_, value):
+            return shape_of(value.axes)
+        case StoreTile() | Accumulate() if stored_by_column(step):
+            rows, columns = step.indices[-2].axes, step.indices[-1].axes
+            return Shape(rows[0], columns[0])
+        case StoreTile(_, indices, value) | Accumulate(_, indices, value):
+            return shape_of(a for a in ("q", "kv") if any(a in e.axes for e in (*indices, value)))
+        case View() | Pack() | Unpack():
+            return Shape(None, None)
+
+
+def names_read(step: Step) -> set[str]:
+    """Names whose values the step needs."""
+    match step:
+        case Product(_, init, a, b):
+            return {v.name for v in variables(init)} | {a.name, b.name}
+        case View(_, load):
+            return {v.name for v in variables(load)}
+        case Pack(_, load, factor):
+            return {v.name for e in (load, factor) for v in variables(e)}
+        case Unpack(_, indices, name):
+            return {v.name for e in indices for v in variables(e)} | {name}
+        case _:
+            return {v.name for e in expressions(step) for v in variables(e)}
+
+
+def name_made(step: Step) -> str | None:
+    return None if isinstance(step, StoreTile | Accumulate | Unpack) else step.name
+
+
+def is_total(step: Step, rows: str | None) -> bool:
+    """A reduction along the row loop: known only after it."""
+    return isinstance(step, Let) and isinstance(step.value, Reduce) and step.value.axis == rows
+
+
+# -- kernel-wide preparation
+
+
+def prepare(kernel: Kernel) -> tuple[Kernel, dict[str, Expr]]:
+    """The kernel without casts, and the factor by which each packed tile is multiplied."""
+    body = map_expressions(kernel.body, lambda e: transform(e, _drop_cast))
+    body, factors = fold_scale(replace(kernel, body=body))
+    return replace(kernel, body=body), factors
+
+
+def _drop_cast(e: Expr) -> Expr | None:
+    """The compute type is as wide as the element type, so rounding before a product only costs."""
+    return e.x if isinstance(e, Cast) else None
+
+
+def fold_scale(kernel: Kernel) -> tuple[tuple[Stmt, ...], dict[str, Expr]]:
+    """Dot(query, key) * s -> Dot(query * s, key): a multiplication per query element instead of one per score."""
+    scalars: set[Expr] = set(kernel.scalars)
+    tiles = {s.name for s in walk(kernel.body) if isinstance(s, Let) and is_tile_load(s.value)}
+    factors: dict[str, set[Expr]] = {}
+
+    def packed(e: Dot) -> str | None:
+        """The operand of a product over columns that has a query row per lane."""
+        found = [x.name for x in e.operands if isinstance(x, Var) and "q" in x.axes and x.name in tiles]
+        return found[0] if found and e.contracted in COLUMNS else None
+
+    def scaled(e: Expr) -> tuple[Dot, Expr] | None:
+        match e:
+            case Call(Op.MUL, (Dot() as dot, s)) | Call(Op.MUL, (s, Dot() as dot)) if s in scalars:
+                return (dot, s) if packed(dot) else None
+            case _:
+                return None
+
+    for s in walk(kernel.body):
+        for e in expressions(s):
+            inner = {found[0] for node in postorder(e) if (found := scaled(node))}
+            for node in postorder(e):
+                if found := scaled(node):
+                    factors.setdefault(packed(found[0]) or "", set()).add(found[1])
+                elif isinstance(node, Dot) and node not in inner and (name := packed(node)):
+                    factors.setdefault(name, set()).add(Const(1.0))
+    agreed = {name: next(iter(f)) for name, f in factors.items() if len(f) == 1}
+
+    def drop(e: Expr) -> Expr | None:
+        found = scaled(e)
+        return found[0] if found and packed(found[0]) in agreed else None
+
+    return map_expressions(kernel.body, lambda e: transform(e, drop)), agreed
+
+
+# -- statements of one block
+
+
+class Splitter:
+    """Gives every product and reduction a step of its own, so that each step runs over one row axis."""
+
+    def __init__(self, kernel: Kernel, factors: dict[str, Expr]) -> None:
+        self._factors = factors
+        self._paddings, self._packed = tile_uses(kernel.body)
+        self.steps: list[Step] = []
+        self._taken: set[str] = set()
+
+    def block(self, body: Iterable[Stmt]) -> list[Step]:
+        """The steps of statements that contain no others."""
+        self.steps = []
+        statements = list(body)
+        self._taken = {s.name for s in statements if isinstance(s, Let)}
+        for s in statements:
+            match s:
+                case Let(name, value, source):
+                    self.let(name, value, source)
+                case StoreTile() if stored_by_column(s) and s.indices[-2].axes == ("q",):
+                    self.unpack(s)
+                case StoreTile(tensor, indices, value):
+                    self.steps.append(StoreTile(tensor, indices, self.split(value)))
+                case Accumulate() if stored_by_column(s):
+                    self.accumulate_rows(s)
+                case Accumulate(tensor, indices, value):
+                    self.steps.append(Accumulate(tensor, indices, self.split(value)))
+                case Section() | Loop() | If():
+                    raise AssertionError("only straight-line statements become steps")
+        return self.steps
+
+    def let(self, name: str, value: Expr, source: str = "") -> None:
+        match value:
+            case Load() if is_tile_load(value):
+                if name in self._packed:
+                    self.steps.append(Pack(name, value, self._factors.get(name, Const(1.0))))
+                if name in self._paddings:
+                    self.steps.append(View(name, value, self._paddings[name]))
+            case Dot():
+                self.product(name, Full(0.0, value.axes), value, source)
+            case Call(Op.ADD, (init, Dot() as dot)) | Call(Op.ADD, (Dot() as dot, init)) if init.axes == dot.axes:
+                self.product(name, self.split(init), dot, source)
+            case Reduce(kind, x, axis):
+                self.steps.append(Let(name, Reduce(kind, self.split(x), axis), source))
+            case _:
+                self.steps.append(Let(name, self.split(value), source))
+
+    def split(self, e: Expr) -> Expr:
+        """e with every product and reduction inside it replaced by the name of a step."""
+        match e:
+            case Dot():
+                return self.own_let("product", e)
+            case Reduce(kind):
+                return self.own_let(f"tile_{kind}", e)
+            case Load() if is_tile_load(e):
+                return self.own_let(f"{e.tensor}_rows", e)
+            case _:
+                return rebuild(e, tuple(self.split(o) for o in e.operands))
+
+    def own_let(self, wanted: str, e: Expr) -> Var:
+        name, n = wanted, 2
+        while name in self._taken:
+            name, n = f"{wanted}_{n}", n + 1
+        self._taken.add(name)
+        self.let(name, e)
+        return Var(name, DType.FLOAT, e.axes)
+
+    def product(self, name: str, init: Expr, dot: Dot, source: str, shape: Shape | None = None) -> None:
+        shape = shape or shape_of(dot.axes)
+        a, b = (x if isinstance(x, Var) else self.own_let(f"{name}_operand", x) for x in dot.operands)
+        lanes, numbers = (a, b) if shape.lanes in a.axes else (b, a)
+        self.steps.append(Product(name, init, numbers, lanes, shape, source))
+
+    def unpack(self, s: StoreTile) -> None:
+        if isinstance(s.value, Var):
+            self.steps.append(Unpack(s.tensor, s.indices, s.value.name))
+        else:
+            made = self.own_let(f"{s.tensor}_tile", s.value)
+            self.steps.append(Unpack(s.tensor, s.indices, made.name))
+
+    def accumulate_rows(self, s: Accumulate) -> None:
+        """A product that goes to memory row by row: columns in lanes, nothing transposed."""
+        assert isinstance(s.value, Dot), "a tile of rows is accumulated straight from a product"
+        name = f"{s.tensor}_tile"
+        self.product(name, Full(0.0, s.value.axes), s.value, "", step_shape(s))
+        self.steps.append(Accumulate(s.tensor, s.indices, Var(name, DType.FLOAT, s.value.axes)))
+
+
+def tile_uses(body: tuple[Stmt, ...]) -> tuple[dict[str, str], set[str]]:
+    """How loaded tiles are read: (name -> padding of those read by rows, names of those read with a query per lane)."""
+    loaded = {s.name for s in walk(body) if isinstance(s, Let) and is_tile_load(s.value)}
+    paddings: dict[str, str] = {}
+    packed: set[str] = set()
+
+    def view(name: str, padding: str) -> None:
+        paddings[name] = max(paddings.get(name, ""), padding, key=["", "ROWS", "LANES"].index)
+
+    def operand(x: Var, other: Expr, contracted: str, by_column: bool) -> None:
+        if contracted in COLUMNS and "q" in x.axes:
+            packed.add(x.name)
+        elif contracted in COLUMNS:
+            view(x.name, "")  # numbers: a row for each row of the result
+        elif "q" in other.axes and "kv" in x.axes and not by_column:
+            view(x.name, "ROWS")  # numbers, read down its columns
+        else:
+            view(x.name, "LANES")
+
+    for s in walk(body):
+        by_column = isinstance(s, Accumulate) and stored_by_column(s)
+        for e in expressions(s):
+            for node in postorder(e):
+                if isinstance(node, Dot):
+                    for x, other in ((node.a, node.b), (node.b, node.a)):
+                        if isinstance(x, Var) and x.name in loaded:
+                            operand(x, other, node.contracted, by_column)
+                    continue
+                for x in node.operands:
+                    if isinstance(x, Var) and x.name in loaded:
+                        packed.add(x.name) if "q" in x.axes else view(x.name, "LANES")
+    return paddings, packed

@@ -1,0 +1,32 @@
+"""The ordered list of stages from a program to kernel text, nothing else.
+
+    program, schedule -> lower_forward / lower_backward -> Kernel -> (backend's renderer) -> source
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from attn_engine.codegen.lower.backward import lower_backward
+from attn_engine.codegen.lower.forward import lower_forward
+from attn_engine.codegen.schedule import Schedule
+from attn_engine.ir.program import Attention
+from attn_engine.ir.tile import Kernel, Module
+
+DIRECTIONS = ("forward", "backward")
+
+
+def lower(program: Attention, schedule: Schedule, direction: str, learned: tuple[str, ...] = ()) -> Module:
+    """The kernels of one direction; `learned` names the captured tensors that need a gradient."""
+    if direction == "forward":
+        return Module("forward", (lower_forward(program, schedule),))
+    assert direction == "backward", direction
+    return lower_backward(program, schedule, learned)
+
+
+def with_header(kernel: Kernel, backend: str, version: str) -> Kernel:
+    """The kernel under a header that says what it is, how it is cut into tiles and how to make it again."""
+    blocks = " ".join(f"block_{axis}={n}" for axis, n in kernel.tile if axis in ("q", "kv"))
+    first = f"attn_engine {version} | {kernel.header[0]} | {backend} | {blocks}"
+    again = f'regenerate: engine.source(backend="{backend}", kernel="{kernel.name}")'
+    return replace(kernel, header=(first, again, *kernel.header[1:]))

@@ -1,0 +1,66 @@
+"""Schedules: how a program is cut into tiles. Data only; lowering takes a schedule and never chooses one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Edges(Enum):
+    """How loop tiles that the mask cuts are told from those that it does not."""
+
+    SPLIT = "split"  # a loop for each: left edge, full, right edge (a CPU prints the two bodies once each)
+    BRANCH = "branch"  # one loop, the mask under an `if` (fewest registers on a GPU, one pipeline)
+
+
+class Gradients(Enum):
+    """Which kernels make up the backward pass."""
+
+    ONE_KERNEL = "one"  # kv outer, q inner; dQ accumulated in memory, one part per split (five products a tile)
+    TWO_KERNELS = "two"  # dQ (q outer) and dK/dV (kv outer), nothing shared (seven products, no buffers)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Tile sizes and loop structure.
+
+    block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
+    num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
+    """
+
+    block_q: int
+    block_kv: int
+    backward_q: int
+    backward_kv: int
+    edges: Edges
+    gradients: Gradients
+    num_warps: int = 4
+    num_stages: int = 2
+    backward_warps: int = 8
+    backward_stages: int = 2
+
+    def __str__(self) -> str:
+        return (
+            f"forward {self.block_q}x{self.block_kv}, backward {self.backward_q}x{self.backward_kv}, "
+            f"edges {self.edges.value}, {self.gradients.value} backward kernel(s)"
+        )
+
+
+def cpu_schedule(lanes: int) -> Schedule:
+    """One query row per lane; a kv tile of 64 rows keeps K, V and the scores in the L2 cache."""
+    return Schedule(lanes, 64, lanes, 64, Edges.SPLIT, Gradients.ONE_KERNEL)
+
+
+def torch_schedule() -> Schedule:
+    """Large tiles, so that the cost of a torch call disappears (128 x 256 measured best of four sizes)."""
+    return Schedule(128, 256, 128, 256, Edges.SPLIT, Gradients.ONE_KERNEL)
+
+
+def gpu_schedule(dim_qk: int, dim_v: int, element_bytes: int) -> Schedule:
+    """Tiles that compile without spills and fit into the shared memory of every target in the tests."""
+    widest = max(dim_qk, dim_v) * (2 if element_bytes >= 4 else 1)
+    if widest <= 64:
+        return Schedule(128, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 4, 2, 4, 2)
+    if widest <= 128:
+        return Schedule(128, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 8, 2)
+    return Schedule(64, 32, 32, 32, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 1, 8, 1)

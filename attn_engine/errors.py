@@ -1,0 +1,370 @@
+"""The one catalogue of mistakes: a class each, with a message, the user's line and the next step.
+
+    MaskIsNotBool: my_masks.py:14 in visible
+       14 |     return q_idx - kv_idx
+          |            ^^^^^^^^^^^^^^
+      A mask returns a bool; this is an int. Compare it, for example `q_idx - kv_idx <= window`.
+
+A class states `template` and `advice`; both are filled from the keywords given where it is raised, which must be exactly
+those that the two name. Every keyword is also an attribute. Standard library only.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from types import CodeType, FrameType
+from typing import Any, ClassVar
+
+_PACKAGE = str(Path(__file__).parent) + "/"
+_LIBRARY = _PACKAGE + "library/"
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place in the user's source; `columns` is the part to underline, counted from 0."""
+
+    path: str
+    line: int
+    function: str
+    columns: tuple[int, int] | None = None
+
+    @property
+    def text(self) -> str:
+        return linecache.getline(self.path, self.line).rstrip()
+
+    @property
+    def short_path(self) -> str:
+        """The path from the current directory where it lies below it, else the file's name."""
+        path = Path(self.path)
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+    def __str__(self) -> str:
+        where = f"{self.short_path}:{self.line} in {self.function}"
+        if not self.text:
+            return where
+        body = self.text.strip()
+        indent = len(self.text) - len(body)
+        first, last = self.columns or (indent, len(self.text))
+        marks = " " * max(first - indent, 0) + "^" * max(min(last, len(self.text)) - max(first, indent), 1)
+        return f"{where}\n  {self.line:>4} |     {body}\n       |     {marks}"
+
+
+def location_of(frame: FrameType, whole_line: bool = False) -> Location:
+    """Where `frame` is now."""
+    code = frame.f_code
+    columns = None
+    if not whole_line:
+        line, end_line, first, last = list(code.co_positions())[frame.f_lasti // 2]
+        if line == end_line == frame.f_lineno and first is not None and last is not None:
+            columns = (first, last)
+    return Location(code.co_filename, frame.f_lineno, code.co_name, columns)
+
+
+def definition_of(code: CodeType) -> Location:
+    """Where a function is defined."""
+    return Location(code.co_filename, code.co_firstlineno, code.co_name)
+
+
+def user_location() -> Location | None:
+    """The innermost line of the running thread that belongs to neither this package nor torch."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_user_code(frame.f_code):
+        frame = frame.f_back
+    return location_of(frame) if frame is not None else None
+
+
+def is_user_code(code: CodeType) -> bool:
+    path = code.co_filename
+    if path.startswith(_PACKAGE) and not path.startswith(_LIBRARY):
+        return False
+    return not path.startswith("<frozen") and "/torch/" not in path and not path.endswith("/functools.py")
+
+
+class AttnEngineError(Exception):
+    """Base of every error that attn_engine raises on purpose.
+
+    Give the keywords of `template` and `advice`; `location` is found by itself when it is not given.
+    """
+
+    template: ClassVar[str] = "{message}"
+    advice: ClassVar[str] = ""
+
+    def __init__(self, *, location: Location | None = None, **details: object) -> None:
+        wanted = self.keywords()
+        if wanted != details.keys():
+            raise AssertionError(f"{type(self).__name__} takes {sorted(wanted)}, not {sorted(details)}")
+        self.details = details
+        self.location = location or user_location()
+        self.message = " ".join(part.format(**details) for part in (self.template, self.advice) if part)
+        super().__init__(str(self))
+
+    @classmethod
+    def keywords(cls) -> set[str]:
+        """What the constructor takes besides `location`."""
+        return {name for _, name, _, _ in Formatter().parse(cls.template + cls.advice) if name}
+
+    def __str__(self) -> str:
+        return f"{self.location}\n  {self.message}" if self.location else self.message
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["details"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (type(self), self.location, self.details)
+
+
+def _rebuild(cls: type[AttnEngineError], location: Location | None, details: dict[str, object]) -> AttnEngineError:
+    return cls(location=location, **details)
+
+
+# ---- q, k, v and their descriptions
+
+
+class NotATensor(AttnEngineError, TypeError):
+    template = "{argument} is a {got}, not a torch.Tensor."
+    advice = "Call the engine with tensors: engine(q, k, v)."
+
+
+class WrongRank(AttnEngineError, ValueError):
+    template = "{argument} has {got} dimensions, shape {shape}; it must have {expected}."
+    advice = "Give it as {layout}; a single sequence needs batch and head dimensions of 1."
+
+
+class DtypeMismatch(AttnEngineError, TypeError):
+    template = "{argument} is {got}, but q is {expected}; q, k and v share one dtype."
+    advice = "Convert it: {argument}.to({expected})."
+
+
+class UnsupportedDtype(AttnEngineError, TypeError):
+    template = "{argument} is {got}, which is not among {supported}."
+    advice = "Convert it with .to(...) first."
+
+
+class DeviceMismatch(AttnEngineError, ValueError):
+    template = "{argument} is on {got}, but q is on {expected}."
+    advice = 'Move it: {argument}.to("{expected}").'
+
+
+class HeadDimMismatch(AttnEngineError, ValueError):
+    template = "{argument} has head dimension {got}; it must be {expected}, as {reason}."
+    advice = "The head dimension is compiled in: make another engine for another one."
+
+
+class HeadsNotDivisible(AttnEngineError, ValueError):
+    template = "q has {heads} heads and k has {kv_heads}: {heads} is not a multiple of {kv_heads}."
+    advice = "Grouped-query attention gives every key head the same number of query heads."
+
+
+class ShapeMismatch(AttnEngineError, ValueError):
+    template = "{argument} has shape {got}; expected {expected}, because {reason}."
+    advice = "Check how it was made or transposed."
+
+
+class WrongLayout(AttnEngineError, ValueError):
+    template = '{argument} has shape {shape}, which does not fit layout "{layout}" but fits "{other}".'
+    advice = 'Make the engine with layout="{other}", or transpose dimensions 1 and 2 of the tensors.'
+
+
+class UnknownLayout(AttnEngineError, ValueError):
+    template = "layout={layout!r} is not known."
+    advice = 'Use "bshd" (batch, length, heads, dim) or "bhsd" (batch, heads, length, dim).'
+
+
+class WrongMeta(AttnEngineError, ValueError):
+    template = "meta_tensor: {argument}={got!r} is not {expected}."
+    advice = "meta_tensor(B, H, S, D, dtype=...) takes batch, heads, length, head dimension in this order."
+
+
+class MetaMismatch(AttnEngineError, ValueError):
+    template = "{argument} has {dimension} {got}, but its meta_tensor says {expected}."
+    advice = "Pass None instead of {expected} in the meta_tensor to allow any."
+
+
+# ---- custom inputs
+
+
+class WrongCustomIO(AttnEngineError, ValueError):
+    template = "CustomIO: input {name!r} has shape {shape!r}: {reason}."
+    advice = 'A dimension is one of "batch", "heads", "seq_len", "seq_len_kv" or a positive int.'
+
+
+class UnknownCustomInput(AttnEngineError, KeyError):
+    template = "There is no custom input {name!r}; the engine's CustomIO has {known}."
+    advice = 'Declare it: CustomIO({{"{name}": shape}}).'
+
+
+class MissingCustomInput(AttnEngineError, TypeError):
+    template = "Custom input {name!r} is missing; the engine's CustomIO lists {expected}."
+    advice = "Pass it after v, in this order, or by name: engine(q, k, v, {name}=tensor)."
+
+
+class ExtraCustomInput(AttnEngineError, TypeError):
+    template = "Custom input {name} is one too many; the engine's CustomIO lists {expected}."
+    advice = "Remove it, or declare it in CustomIO."
+
+
+class CustomInputShape(AttnEngineError, ValueError):
+    template = "Custom input {name!r} has shape {got}; its CustomIO shape {declared} is {expected} in this call."
+    advice = "Reshape or expand it."
+
+
+# ---- tracing
+
+
+class WrongParameters(AttnEngineError, TypeError):
+    template = "{what} takes {expected}; this one takes {got}."
+    advice = "Bind further arguments with functools.partial or a closure."
+
+
+class ControlFlowOnTraced(AttnEngineError, TypeError):
+    template = "This asks for the truth value of a traced {kind}: it differs for every score, so Python cannot branch on it."
+    advice = (
+        "Use torch.where(condition, a, b) for `if`; `&`, `|`, `~` for `and`, `or`, `not` and chained comparisons; "
+        "torch.minimum / torch.maximum for min() / max()."
+    )
+
+
+class NumberFromTraced(AttnEngineError, TypeError):
+    template = "{call} needs one number, but this traced {kind} differs for every score."
+    advice = "{instead}"
+
+
+class MaskIsNotBool(AttnEngineError, TypeError):
+    template = "A mask returns a bool (True keeps the score); this is {got}."
+    advice = "Compare it, for example `q_idx - kv_idx <= window`."
+
+
+class ScoreIsBool(AttnEngineError, TypeError):
+    template = "A score_mod returns a number; this is a bool."
+    advice = 'Give it as mask_mod, or use torch.where(condition, score, -float("inf")).'
+
+
+class ScoreNotTraced(AttnEngineError, TypeError):
+    template = "A score_mod returns a value computed from its arguments; this is {got}."
+    advice = "Return the new score, for example `return score * 2`."
+
+
+class ReturnsTensor(AttnEngineError, ValueError):
+    template = "{what} returns one value per (b, h, q_idx, kv_idx); this is a tensor of shape {shape}."
+    advice = "Index it with the arguments, for example `bias[h, q_idx, kv_idx]`."
+
+
+class UnknownOperation(AttnEngineError, NotImplementedError):
+    template = "{operation} cannot be traced."
+    advice = "{instead}"
+
+
+class UnknownMethod(UnknownOperation, AttributeError):
+    pass
+
+
+class WrongOperands(AttnEngineError, TypeError):
+    template = "{operation} takes {expected}, not {got}."
+    advice = "{instead}"
+
+
+class WrongIndexCount(AttnEngineError, IndexError):
+    template = "{tensor} has {rank} dimensions (shape {shape}) and is used with {got} indices."
+    advice = "Give one index per dimension: {tensor}[{example}]."
+
+
+class IndexNotInteger(AttnEngineError, IndexError):
+    template = "{tensor} is indexed with {got}; an index is an int."
+    advice = "Convert it with .int(), or compute it with // instead of /."
+
+
+class IndexOutOfRange(AttnEngineError, IndexError):
+    template = "Index {position} of {tensor} reaches {index}, but its size there is {size}."
+    advice = "Make the tensor larger or keep the index below {size}."
+
+
+class CapturedOnOtherDevice(AttnEngineError, ValueError):
+    template = "The captured tensor {name!r} is on {got}, but q is on {expected}."
+    advice = 'Move it once, outside the function: {name} = {name}.to("{expected}").'
+
+
+# ---- online functions
+
+
+class OnlineMethodMissing(AttnEngineError, NotImplementedError):
+    template = "{rule} does not define {method}."
+    advice = "An OnlineFunc needs online_fwd and online_fwd_epilogue."
+
+
+class OnlineWrongResult(AttnEngineError, TypeError):
+    template = "{rule}.{method} returns {got}; expected {expected}."
+    advice = "See OnlineFunc for what each method returns."
+
+
+class OnlineStateMismatch(AttnEngineError, ValueError):
+    template = "{rule}.{method} gives row values {got}; the declared ones are {expected}."
+    advice = "Return one value for every declared name."
+
+
+class UnknownReduction(AttnEngineError, ValueError):
+    template = "get_reduce({kind!r}) is not known."
+    advice = 'Use "max", "min", "sum" or "abssum".'
+
+
+class RuleNotDerivable(AttnEngineError, NotImplementedError):
+    template = "The backward pass of {rule} cannot be derived: {reason}."
+    advice = "Define {method} in {rule}."
+
+
+# ---- backends, options, compilation
+
+
+class UnknownBackend(AttnEngineError, ValueError):
+    template = "backend={backend!r} is not known."
+    advice = "Use one of {known}."
+
+
+class BackendNotInstalled(AttnEngineError, RuntimeError):
+    template = 'Backend "{backend}" needs {needs}, which is missing here.'
+    advice = "{instead}"
+
+
+class BackendDeviceMismatch(AttnEngineError, ValueError):
+    template = 'Backend "{backend}" does not run tensors on {device}.'
+    advice = '{instead}'
+
+
+class UnsupportedOnBackend(AttnEngineError, NotImplementedError):
+    template = 'Backend "{backend}" does not support {feature}.'
+    advice = "{instead}"
+
+
+class GradientNotSupported(AttnEngineError, NotImplementedError):
+    template = 'Backend "{backend}" gives no gradient for {what}.'
+    advice = "{instead}"
+
+
+class CompilationFailed(AttnEngineError, RuntimeError):
+    template = "The compiler rejected a generated kernel.\n  command: {command}\n  source kept at: {source}\n{output}"
+    advice = "\n  Compile that file by hand to see more, or choose another backend."
+
+
+class LaunchFailed(AttnEngineError, RuntimeError):
+    template = 'Kernel {kernel} failed on backend "{backend}": {reason}.'
+    advice = "Run engine.check(q, k, v) with a smaller input to narrow it down."
+
+
+class UnsafeCache(AttnEngineError, RuntimeError):
+    template = "The kernel cache {path} is not safe to load code from: {reason}."
+    advice = "Remove it, or point ATTN_ENGINE_CACHE at a directory that only you can write."
+
+
+class UnknownOption(AttnEngineError, TypeError):
+    template = "{option}={value!r} is not understood by {where}."
+    advice = "Known: {known}."
+
+
+class CompilerMissing(UserWarning):
+    """No C++ compiler was found: the slow tile program in torch is used instead."""

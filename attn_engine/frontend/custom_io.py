@@ -1,0 +1,70 @@
+"""Extra tensors that the engine's caller passes beside q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from attn_engine.errors import WrongCustomIO
+
+NAMED_DIMENSIONS = ("batch", "heads", "seq_len", "seq_len_kv")
+CustomShape = tuple[str | int, ...]
+
+
+class CustomIO:
+    """Names and shapes of custom inputs, in the order in which the engine takes them after v.
+
+    A dimension is "batch", "heads", "seq_len" (of q), "seq_len_kv" or a positive int. Inside a traced function
+    `custom.input_tensors["bias"]` can be indexed, `[h, q_idx]`, or used as it is: then it means the element that
+    belongs to the current (b, h, q_idx, kv_idx), dimension by dimension; a dimension of 1 is read at 0.
+    Immutable: one CustomIO serves any number of engines. Raises WrongCustomIO.
+
+    >>> CustomIO({"slopes": ("heads",)}).shapes
+    {'slopes': ('heads',)}
+    """
+
+    __slots__ = ("_shapes",)
+
+    def __init__(self, input_tensors: Mapping[str, CustomShape | list[str | int]] | None = None) -> None:
+        self._shapes = {name: _checked(name, shape) for name, shape in (input_tensors or {}).items()}
+
+    @property
+    def shapes(self) -> dict[str, CustomShape]:
+        """The declared shapes, a fresh dictionary."""
+        return dict(self._shapes)
+
+    @property
+    def input_tensors(self) -> dict[str, CustomShape]:
+        """The declared shapes; while a function is traced, its own argument holds symbols here."""
+        return self.shapes
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CustomIO) and list(self._shapes.items()) == list(other._shapes.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._shapes.items()))
+
+    def __repr__(self) -> str:
+        return f"CustomIO({self._shapes!r})"
+
+
+def _checked(name: object, shape: object) -> CustomShape:
+    if not isinstance(name, str) or not name:
+        raise WrongCustomIO(name=name, shape=shape, reason="its name is not a string")
+    if not isinstance(shape, tuple | list):
+        raise WrongCustomIO(name=name, shape=shape, reason='a shape is a tuple, such as ("heads",) with its comma')
+    sizes: list[str | int] = []
+    for size in shape:  # pyright: ignore[reportUnknownVariableType]
+        is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        if not is_count and size not in NAMED_DIMENSIONS:
+            raise WrongCustomIO(name=name, shape=shape, reason=f"{size!r} is not a dimension")
+        sizes.append(size)  # pyright: ignore[reportUnknownArgumentType]
+    return tuple(sizes)

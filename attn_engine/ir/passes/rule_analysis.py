@@ -1,0 +1,52 @@
+"""What a row rule does at its edges: with a masked score of -inf, and in a row that has seen no key.
+
+Decided by evaluating the rule's expressions at several points, so that any user's rule gets exactly the guards it needs.
+"""
+
+from __future__ import annotations
+
+import math
+
+from attn_engine.ir.evaluate import evaluate
+from attn_engine.ir.expr import REDUCE_IDENTITY, Expr, Full, Reduce, postorder, substitute
+from attn_engine.ir.ops import Number
+from attn_engine.ir.program import LOGIT, OUT, OnlineRule
+
+_POINTS = ((0.37, 1.9), (-2.25, 0.6), (3.5, 7.25))
+
+
+def vanishes_when_masked(rule: OnlineRule) -> bool:
+    """Whether LOGIT = -inf gives weight 0 and leaves every reduction as it was, so that masking the score is enough."""
+    roots = (rule.weights, *rule.new_states, rule.out_scale)
+    reductions = [e for e in postorder(*roots) if isinstance(e, Reduce)]
+    for point in _POINTS:
+        env = _environment(rule, point)
+        if _at_minus_infinity(rule.weights, env) != 0:
+            return False
+        if any(_at_minus_infinity(r.x, env) != REDUCE_IDENTITY[r.kind] for r in reductions):
+            return False
+    return True
+
+
+def _at_minus_infinity(e: Expr, env: dict[Expr, Number]) -> Number:
+    """e with the score masked; reductions inside it are finite, as they are once any key was seen."""
+    finite: dict[Expr, Expr] = {r: Full(0.5, r.axes) for r in postorder(e) if isinstance(r, Reduce)}
+    return evaluate(substitute(e, finite), {**env, LOGIT: -math.inf})
+
+
+def _environment(rule: OnlineRule, point: tuple[float, float]) -> dict[Expr, Number]:
+    return {s.var: point[i % 2] + i for i, s in enumerate(rule.states)}
+
+
+def output_of_empty_row(rule: OnlineRule) -> Number:
+    """The epilogue's output where no key was seen: NaN for softmax (0 / 0)."""
+    return evaluate(rule.output, {**_initial(rule), OUT: 0.0})
+
+
+def saved_of_empty_row(rule: OnlineRule) -> dict[str, Number]:
+    """The saved row values where no key was seen: -inf for softmax's lse."""
+    return {name: evaluate(e, {**_initial(rule), OUT: 0.0}) for name, e in rule.saved}
+
+
+def _initial(rule: OnlineRule) -> dict[Expr, Number]:
+    return {s.var: s.initial for s in rule.states}

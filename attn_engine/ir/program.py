@@ -1,0 +1,137 @@
+"""What is computed: traced functions, the row rule, and the attention program they make together.
+
+    fn       = ScalarFn(name, result, names, sources, captures, scalars)
+    rule     = OnlineRule(name, states, step, epilogue, recompute, gradient)      -- the normaliser
+    program  = Attention(name, score, mask, rule, element, dim_qk, dim_v, scale)
+
+Every value here is frozen and hashable, so a program is its own cache key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from attn_engine.ir.expr import Expr, Var
+from attn_engine.ir.ops import DType, Storage
+
+# The inputs of traced functions. `score` is q.k times the scale; the indices are positions in the sequence.
+SCORE = Var("score", DType.FLOAT, ("q", "kv"))
+BATCH = Var("batch", DType.INT)
+HEAD = Var("head", DType.INT)
+Q_IDX = Var("q_idx", DType.INT, ("q",))
+KV_IDX = Var("kv_idx", DType.INT, ("kv",))
+
+# The inputs of an online function's methods, besides its own row states and saved row values.
+LOGIT = Var("logit", DType.FLOAT, ("q", "kv"))  # the score after score_mod
+OUT = Var("out", DType.FLOAT, ("q", "dv"))  # the un-normalised output accumulator
+PROBS = Var("probs", DType.FLOAT, ("q", "kv"))  # the recomputed weights
+D_PROBS = Var("d_probs", DType.FLOAT, ("q", "kv"))  # their gradient, <dO, v>
+DELTA = Var("delta", DType.FLOAT, ("q",))  # row sum of dO * O
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A tensor that a user's function indexes: its name in the kernel, its storage and its number of dimensions."""
+
+    name: str
+    storage: Storage
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarFn:
+    """A user's elementwise function after tracing.
+
+    `names` gives the user's local variable for a node, `sources` the user's line ("file.py:12: text") for a named node.
+    Neither takes part in equality: two functions that compute the same are the same.
+    """
+
+    name: str = field(compare=False)
+    result: Expr
+    captures: tuple[Captured, ...] = ()
+    scalars: tuple[Var, ...] = ()  # numbers the function closes over, passed at run time
+    names: Mapping[Expr, str] = field(default_factory=dict[Expr, str], compare=False, repr=False)
+    sources: Mapping[Expr, str] = field(default_factory=dict[Expr, str], compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RowState:
+    """One value per query row that the online update carries from tile to tile."""
+
+    name: str
+    initial: float
+
+    @property
+    def var(self) -> Var:
+        return Var(self.name, DType.FLOAT, ("q",))
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineRule:
+    """A normaliser: how a row of scores becomes weights, one tile of keys at a time, and back.
+
+    Online update, in terms of LOGIT and the states' variables (their values before the tile):
+        weights (q, kv), new_states (q) one per state, out_scale (q): out = out * out_scale + weights @ V.
+    Epilogue, in terms of OUT and the states' variables (after the last tile):
+        output (q, dv), saved: name -> (q) row values kept for the backward pass and returned to the user.
+    Backward, in terms of LOGIT and the saved names' variables:
+        recompute (q, kv): the weights again; gradient (q, kv): d(loss)/d(LOGIT) from PROBS, D_PROBS, DELTA too.
+    The source of each is a user's OnlineFunc; see spec in docs/online_functions.md.
+    """
+
+    name: str = field(compare=False)
+    states: tuple[RowState, ...]
+    weights: Expr
+    new_states: tuple[Expr, ...]
+    out_scale: Expr
+    output: Expr
+    saved: tuple[tuple[str, Expr], ...]
+    recompute: Expr
+    gradient: Expr
+    names: Mapping[Expr, str] = field(default_factory=dict[Expr, str], compare=False, repr=False)
+    sources: Mapping[Expr, str] = field(default_factory=dict[Expr, str], compare=False, repr=False)
+
+    @property
+    def saved_vars(self) -> tuple[Var, ...]:
+        return tuple(saved_var(name) for name, _ in self.saved)
+
+
+def saved_var(name: str) -> Var:
+    """The variable under which the backward methods read a saved row value."""
+    return Var(name, DType.FLOAT, ("q",))
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention, fully described: the compiler's input.
+
+    element: storage of q, k, v and o. dim_qk, dim_v: head dimensions, compile-time constants.
+    Everything else (batch, heads, lengths, strides, scale, captured numbers) is a run-time argument.
+    """
+
+    name: str = field(compare=False)
+    score: ScalarFn | None
+    mask: ScalarFn | None
+    rule: OnlineRule
+    element: Storage
+    dim_qk: int
+    dim_v: int
+
+    @property
+    def functions(self) -> tuple[ScalarFn, ...]:
+        return tuple(f for f in (self.score, self.mask) if f is not None)
+
+    @property
+    def captures(self) -> tuple[Captured, ...]:
+        """Captured tensors of all functions, each once, in order of first use."""
+        return tuple(dict.fromkeys(c for f in self.functions for c in f.captures))
+
+    @property
+    def scalars(self) -> tuple[Var, ...]:
+        return tuple(dict.fromkeys(s for f in self.functions for s in f.scalars))
+
+    @property
+    def differentiable_captures(self) -> tuple[Captured, ...]:
+        """Floating tensors that score_mod reads: a mask has no gradient."""
+        return tuple(c for c in (self.score.captures if self.score else ()) if c.storage.floating)

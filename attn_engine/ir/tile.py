@@ -1,0 +1,181 @@
+"""Tile programs: what one program instance does, in loops over tiles.
+
+    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title) | If(condition, body)
+           | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
+    kernel = Kernel(name, params, scalars, grid, order, tile, body, header)
+    module = Module(program, kernels)
+
+A tile value is an `Expr` over named axes. The order of a tile's dimensions belongs to the kernel (`Kernel.order`),
+which is how one lowering serves S and its transpose. A Let may overwrite a name of an outer statement: loop-carried
+state. A name first set inside a loop is not visible after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from attn_engine.ir.expr import Expr, Var
+from attn_engine.ir.ops import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A titled phase of the program; becomes a comment line."""
+
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Let:
+    """`name = value`; `source` is the user's line that it came from."""
+
+    name: str
+    value: Expr
+    source: str = ""
+
+    @property
+    def var(self) -> Var:
+        return Var(self.name, self.value.dtype, self.value.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """`var` runs from lo to hi in steps of one tile of `axis`, or of 1 where axis is None (the heads of a group).
+
+    Bounds of a tile loop are multiples of the tile. Inside, "<axis>_idx" is the tile's positions: var, var + 1, ...
+    `title` names the body ("full_step", "partial_step") where a backend prints equal bodies once.
+    """
+
+    var: str
+    lo: Expr
+    hi: Expr
+    axis: str | None
+    body: tuple[Stmt, ...]
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class If:
+    """A branch that a whole program instance takes: the condition spans no axis."""
+
+    condition: Expr
+    body: tuple[Stmt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTile:
+    """tensor[indices] = value; elements outside the tensor are not written."""
+
+    tensor: str
+    indices: tuple[Expr, ...]
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulate:
+    """tensor[indices] += value, in FLOAT; elements outside the tensor are not written.
+
+    No two program instances that run at once touch the same element, so no atomics and the same bits every run.
+    `indices` may repeat inside one tile (a gather's gradient): the additions then run in the tile's order.
+    """
+
+    tensor: str
+    indices: tuple[Expr, ...]
+    value: Expr
+
+
+Stmt = Section | Let | Loop | If | StoreTile | Accumulate
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A tensor argument: its storage and the names of its sizes, outermost first.
+
+    Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v" and, for captured tensors, "<name>_size_<i>".
+    Strides are arguments too, one per dimension, in elements.
+    """
+
+    name: str
+    storage: Storage
+    shape: tuple[str, ...]
+    output: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel: parameters, what its program ids are, and what a program instance does.
+
+    grid: axes of the launch, fastest first, such as ("q", "head", "batch"); a tile axis counts tiles, others count one by one.
+    """
+
+    name: str
+    params: tuple[Param, ...]
+    scalars: tuple[Var, ...]
+    grid: tuple[str, ...]
+    order: tuple[str, ...]
+    tile: tuple[tuple[str, int], ...]  # block sizes of "q" and "kv", dimensions of "d" and "dv"
+    body: tuple[Stmt, ...]
+    header: tuple[str, ...] = ()
+    heavy_last: bool = False  # later tiles of the first grid axis have more work: hand them out first
+
+    def param(self, name: str) -> Param:
+        return next(p for p in self.params if p.name == name)
+
+    def block(self, axis: str) -> int:
+        return dict(self.tile)[axis]
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """The kernels of one direction, in the order in which they run."""
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def kernel(self, name: str) -> Kernel:
+        return next(k for k in self.kernels if k.name == name)
+
+
+def walk(body: tuple[Stmt, ...]) -> Iterator[Stmt]:
+    """Every statement, outer before inner."""
+    for s in body:
+        yield s
+        if isinstance(s, Loop | If):
+            yield from walk(s.body)
+
+
+def expressions(s: Stmt) -> tuple[Expr, ...]:
+    """The expressions that a statement itself evaluates, not those of its body."""
+    match s:
+        case Let(_, value):
+            return (value,)
+        case Loop(_, lo, hi):
+            return (lo, hi)
+        case If(condition):
+            return (condition,)
+        case StoreTile(_, indices, value) | Accumulate(_, indices, value):
+            return (*indices, value)
+        case Section():
+            return ()
+
+
+def map_expressions(body: tuple[Stmt, ...], change: Callable[[Expr], Expr]) -> tuple[Stmt, ...]:
+    """The same statements with every expression replaced by change(expression)."""
+    done: list[Stmt] = []
+    for s in body:
+        match s:
+            case Let(_, value):
+                done.append(replace(s, value=change(value)))
+            case Loop(_, lo, hi, _, inner):
+                done.append(replace(s, lo=change(lo), hi=change(hi), body=map_expressions(inner, change)))
+            case If(condition, inner):
+                done.append(If(change(condition), map_expressions(inner, change)))
+            case StoreTile(tensor, indices, value):
+                done.append(StoreTile(tensor, tuple(change(i) for i in indices), change(value)))
+            case Accumulate(tensor, indices, value):
+                done.append(Accumulate(tensor, tuple(change(i) for i in indices), change(value)))
+            case Section():
+                done.append(s)
+    return tuple(done)

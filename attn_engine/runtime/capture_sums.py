@@ -1,0 +1,50 @@
+"""From sums per row or per key to the gradient of a captured tensor: add equal indices in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from attn_engine.codegen.lower.capture import CaptureGradient, Route
+from attn_engine.ir.expr import Var, variables
+from attn_engine.ir.ops import DType, Number
+from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX
+from attn_engine.runtime.dense import evaluate_dense
+
+
+def scatter_sums(
+    total: Tensor,
+    gradient: CaptureGradient,
+    sums: Tensor,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Number],
+) -> None:
+    """total[index] += sums (B, H, rows), where the index is that of the captured read.
+
+    `total` is float64: torch adds float64 by index one after the other, float32 with atomics on several threads.
+    """
+    position = Q_IDX if gradient.route is Route.ROW else KV_IDX
+    used = {v for i in gradient.load.indices for v in variables(i)}
+    reduced = sums.to(torch.float64)
+    for dimension, var in enumerate((BATCH, HEAD, position)):
+        if var not in used:
+            reduced = reduced.sum(dimension, keepdim=True)
+    if reduced.numel() == 0:
+        return
+    if total.ndim == 0:
+        total += reduced.sum()
+        return
+    grid = torch.meshgrid(*(torch.arange(n, device=sums.device) for n in reduced.shape), indexing="ij")
+    places: dict[Var, Tensor | Number] = dict(
+        zip((BATCH, HEAD, position), (g.reshape(-1) for g in grid), strict=True)
+    )
+    for name, number in numbers.items():
+        places[Var(name, DType.FLOAT if isinstance(number, float) else DType.INT)] = number
+    index: list[Tensor] = []
+    for axis, expression in enumerate(gradient.load.indices):
+        where = evaluate_dense(expression, places, tensors, torch.float64)
+        where = torch.as_tensor(where, device=sums.device).to(torch.int64).expand(reduced.numel())
+        index.append(where.clamp(0, total.shape[axis] - 1))
+    total.index_put_(tuple(index), reduced.reshape(-1), accumulate=True)

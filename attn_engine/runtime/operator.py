@@ -1,0 +1,192 @@
+"""The operator that torch sees: attn_engine::forward and ::backward, with fake implementations and autograd.
+
+A call outside torch.compile takes the direct way through `torch.autograd.Function`, which costs a few microseconds; a
+call that torch traces goes through the registered operators, so a compiled graph holds one node for the attention.
+Both run the same two functions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from attn_engine.ir.ops import Number
+from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.storage import compute_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a call means besides its tensors: the kernels, and how q, k, v and o lie ("bshd" or "bhsd")."""
+
+    compiled: CompiledAttention
+    layout: str
+
+    def logical(self, x: Tensor) -> Tensor:
+        """(batch, head, row, dimension), without a copy."""
+        return x.transpose(1, 2) if self.layout == "bshd" else x
+
+    def named(self, captured: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {c.name: t for c, t in zip(self.compiled.program.captures, captured, strict=True)}
+
+    def numbers(self, scalars: Sequence[Number]) -> dict[str, Number]:
+        names = ("scale", *(s.name for s in self.compiled.program.scalars))
+        kinds = (float, *(int if s.dtype.value == "int" else float for s in self.compiled.program.scalars))
+        return {n: kind(x) for n, kind, x in zip(names, kinds, scalars, strict=True)}
+
+    def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
+        return q.new_empty((*q.shape[:3], v.shape[3]))
+
+    def learned(self, captured: Sequence[Tensor]) -> tuple[str, ...]:
+        """Captured tensors that want a gradient and can have one: those that score_mod reads."""
+        floating = {c.name for c in self.compiled.program.differentiable_captures}
+        return tuple(n for n, t in self.named(captured).items() if n in floating and t.requires_grad)
+
+
+_calls: WeakValueDictionary[int, Call] = WeakValueDictionary()
+_next_key = itertools.count()
+
+
+def register(call: Call) -> int:
+    """The number by which the operators find `call`; it lives as long as the caller keeps `call`."""
+    key = next(_next_key)
+    _calls[key] = call
+    return key
+
+
+def run_forward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], scalars: Sequence[Number]
+) -> list[Tensor]:
+    """[o, saved rows...]"""
+    out = call.empty_output(q, v)
+    views = (call.logical(q), call.logical(k), call.logical(v))
+    saved = call.compiled.forward(*views, call.named(captured), call.numbers(scalars), call.logical(out))
+    return [out, *saved]
+
+
+def run_backward(
+    call: Call,
+    d_out: Tensor,
+    tensors: Sequence[Tensor],
+    captured: Sequence[Tensor],
+    scalars: Sequence[Number],
+    learned: tuple[str, ...],
+) -> list[Tensor]:
+    """[dq, dk, dv, gradients of `learned`...]; `tensors` is q, k, v, o and the saved rows."""
+    q, k, v, out, *saved = tensors
+    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = gradients
+    found = call.compiled.backward(
+        call.logical(d_out),
+        (call.logical(q), call.logical(k), call.logical(v)),
+        call.logical(out),
+        saved,
+        call.named(captured),
+        call.numbers(scalars),
+        (call.logical(dq), call.logical(dk), call.logical(dv)),
+        learned,
+    )
+    return [dq, dk, dv, *(found[name] for name in learned)]
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, scalars: Sequence[Number], q: Tensor, k: Tensor, v: Tensor, *captured: Tensor):
+        out, *saved = run_forward(call, q, k, v, captured, scalars)
+        ctx.save_for_backward(q, k, v, out, *saved, *captured)
+        ctx.call, ctx.scalars, ctx.learned, ctx.rows = call, scalars, call.learned(captured), len(saved)
+        ctx.mark_non_differentiable(*saved)
+        return (out, *saved)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor, *_: Any):
+        stored = ctx.saved_tensors
+        captured = stored[4 + ctx.rows :]
+        dq, dk, dv, *found = run_backward(
+            ctx.call, d_out, stored[: 4 + ctx.rows], captured, ctx.scalars, ctx.learned
+        )
+        by_name = dict(zip(ctx.learned, found, strict=True))
+        names = [c.name for c in ctx.call.compiled.program.captures]
+        return (None, None, dq, dk, dv, *(by_name.get(n) for n in names))
+
+
+def apply(
+    call: Call, key: int, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], scalars: Sequence[Number]
+) -> Sequence[Tensor]:
+    """[o, saved rows...], recorded for autograd where an input requires it."""
+    if torch.compiler.is_compiling() or type(q) is not Tensor and not isinstance(q, torch.nn.Parameter):
+        return torch.ops.attn_engine.forward(q, k, v, list(captured), [float(s) for s in scalars], key)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *captured)):
+        return _Function.apply(call, scalars, q, k, v, *captured)
+    return run_forward(call, q, k, v, captured, scalars)
+
+
+# -- the registered operators; the decorators read the annotations, so these must be real types
+
+
+@torch.library.custom_op("attn_engine::forward", mutates_args=())
+def _forward_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: list[torch.Tensor], scalars: list[float], key: int
+) -> list[torch.Tensor]:
+    return run_forward(_calls[key], q, k, v, captured, scalars)
+
+
+@_forward_op.register_fake
+def _(q, k, v, captured, scalars, key):  # noqa: ANN001, ANN202
+    call = _calls[key]
+    rows = compute_dtype(call.compiled.program.element)
+    logical = call.logical(q)
+    saved = [q.new_empty(logical.shape[:3], dtype=rows) for _ in call.compiled.program.rule.saved]
+    return [call.empty_output(q, v), *saved]
+
+
+@torch.library.custom_op("attn_engine::backward", mutates_args=())
+def _backward_op(
+    d_out: torch.Tensor,
+    tensors: list[torch.Tensor],
+    captured: list[torch.Tensor],
+    scalars: list[float],
+    learned: str,
+    key: int,
+) -> list[torch.Tensor]:
+    names = tuple(learned.split()) if learned else ()
+    return run_backward(_calls[key], d_out, tensors, captured, scalars, names)
+
+
+@_backward_op.register_fake
+def _(d_out, tensors, captured, scalars, learned, key):  # noqa: ANN001, ANN202
+    call = _calls[key]
+    named = call.named(captured)
+    wanted = learned.split() if learned else []
+    same = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[:3]]
+    return [*same, *(torch.empty(named[n].shape, dtype=named[n].dtype, device=d_out.device) for n in wanted)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    q, k, v, captured, scalars, key = inputs
+    ctx.key, ctx.scalars, ctx.rows = key, scalars, len(output) - 1
+    ctx.call = _calls[key]
+    ctx.learned = ctx.call.learned(captured)
+    ctx.save_for_backward(q, k, v, *output, *captured)
+
+
+def _backward(ctx: Any, d_outputs: list[Tensor]) -> tuple[Any, ...]:
+    stored = ctx.saved_tensors
+    tensors, captured = list(stored[: 4 + ctx.rows]), list(stored[4 + ctx.rows :])
+    dq, dk, dv, *found = torch.ops.attn_engine.backward(
+        d_outputs[0], tensors, captured, ctx.scalars, " ".join(ctx.learned), ctx.key
+    )
+    by_name = dict(zip(ctx.learned, found, strict=True))
+    names = [c.name for c in ctx.call.compiled.program.captures]
+    return dq, dk, dv, [by_name.get(n) for n in names], None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+

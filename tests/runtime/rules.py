@@ -1,0 +1,68 @@
+"""Four row rules and some traced functions written directly on the IR, for tests below the front end."""
+
+from __future__ import annotations
+
+import math
+
+from attn_engine.ir.expr import Const, Expr, Load, Reduce, Var, call, where
+from attn_engine.ir.ops import DType, Op, Storage
+from attn_engine.ir.program import (
+    D_PROBS, DELTA, LOGIT, OUT, PROBS, Attention, Captured, OnlineRule, RowState, ScalarFn, saved_var,
+)
+
+NEW_MAX = call(Op.MAX, RowState("row_max", -math.inf).var, Reduce("max", LOGIT, "kv"))
+
+
+def softmax() -> OnlineRule:
+    row_max, row_sum = RowState("row_max", -math.inf), RowState("row_sum", 0.0)
+    weights = call(Op.EXP, LOGIT - NEW_MAX)
+    rescale = call(Op.EXP, row_max.var - NEW_MAX)
+    lse = saved_var("lse")
+    return OnlineRule(
+        "softmax", (row_max, row_sum), weights,
+        (NEW_MAX, row_sum.var * rescale + Reduce("sum", weights, "kv")), rescale,
+        OUT / row_sum.var, (("lse", row_max.var + call(Op.LOG, row_sum.var)),),
+        call(Op.EXP, LOGIT - lse), PROBS * (D_PROBS - DELTA),
+    )
+
+
+def sigmoid() -> OnlineRule:
+    weights = call(Op.SIGMOID, LOGIT)
+    return OnlineRule(
+        "sigmoid", (), weights, (), Const(1.0), OUT, (), weights, D_PROBS * PROBS * (1.0 - PROBS),
+    )
+
+
+def relu() -> OnlineRule:
+    weights = call(Op.MAX, LOGIT, 0.0)
+    return OnlineRule("relu", (), weights, (), Const(1.0), OUT, (), weights, where(LOGIT > 0.0, D_PROBS, 0.0))
+
+
+def retention() -> OnlineRule:
+    total = RowState("total", 0.0)
+    new_total = total.var + Reduce("sum", call(Op.ABS, LOGIT), "kv")
+    clamped = call(Op.MAX, total.var, 1.0)
+    sign = where(LOGIT > 0.0, 1.0, where(LOGIT < 0.0, -1.0, 0.0))
+    saved = saved_var("row_abs_sum")
+    kept = call(Op.MAX, saved, 1.0)
+    return OnlineRule(
+        "retention", (total,), LOGIT, (new_total,), Const(1.0), OUT / clamped, (("row_abs_sum", total.var),),
+        LOGIT / kept, D_PROBS / kept - where(saved > 1.0, DELTA / saved, 0.0) * sign,
+    )
+
+
+RULES = {"softmax": softmax, "sigmoid": sigmoid, "relu": relu, "retention": retention}
+
+
+def function(result: Expr, *captures: Captured, scalars: tuple[Var, ...] = ()) -> ScalarFn:
+    return ScalarFn("f", result, captures, scalars)
+
+
+def program(
+    score: ScalarFn | None = None, mask: ScalarFn | None = None, rule: OnlineRule | None = None,
+    element: Storage = Storage.FLOAT32, dim_qk: int = 8, dim_v: int = 5,
+) -> Attention:
+    return Attention("test", score, mask, rule or softmax(), element, dim_qk, dim_v)
+
+
+WINDOW = Var("window", DType.INT)
