@@ -13,9 +13,11 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products on a GPU repeat bit for bit
 
-import torch
-
 GOLDEN = Path(__file__).parent / "golden"
+KERNELS = Path(__file__).parents[1] / ".pytest_cache" / "kernels"
+os.environ.setdefault("ATTN_ENGINE_CACHE", str(KERNELS))  # the user's own cache stays as it is
+
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

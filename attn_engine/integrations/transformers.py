@@ -13,7 +13,9 @@ compiles nothing; the tensors are inputs of the call. No mask of queries x keys 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import types
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -216,6 +218,7 @@ class _ModelAttention:
 
         masked = key.shape is not None or key.padding
         self.move = move
+        self.moving = threading.Lock() if key.moved else contextlib.nullcontext()
         self.engine = AttentionEngine(
             tuple(
                 meta_tensor(None, None, None, d, dtype=key.dtype) for d in (key.dim_qk, key.dim_qk, key.dim_v)
@@ -226,6 +229,11 @@ class _ModelAttention:
             scale=key.scaling,
             layout="bshd",
         )
+
+    def __call__(self, mask: Mask, *inputs: Tensor) -> Tensor:
+        with self.moving:  # the offsets belong to the engine, and another thread may be at another position
+            self.move(mask.offsets)
+            return self.engine(*inputs, *mask.tensors)
 
 
 @functools.lru_cache(maxsize=128)
@@ -296,9 +304,7 @@ def attention(
             query.shape[3], value.shape[3], query.dtype, scaling, softcap,
         )
     )  # fmt: skip
-    compiled.move(mask.offsets)
-    output = compiled.engine(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *mask.tensors)
-    return output, None
+    return compiled(mask, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)), None
 
 
 def register(name: str = "attn_engine") -> None:

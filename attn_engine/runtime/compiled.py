@@ -16,6 +16,7 @@ from attn_engine.codegen.lower.capture import CaptureGradient, Route, capture_gr
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import Gradients, Schedule
+from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, Module
@@ -63,6 +64,17 @@ class CompiledAttention:
 
     def module(self, direction: str, learned: tuple[str, ...] = ()) -> Module:
         return lower(self.program, self.schedule, direction, learned)
+
+    def supported(self, learned: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the captured tensors whose gradients the backend can compute."""
+        return tuple(n for n in learned if self._accepts(n))
+
+    def _accepts(self, name: str) -> bool:
+        try:
+            self.backend.refuse(self.program, capture_gradients(self.program, (name,)))
+        except GradientNotSupported:
+            return False
+        return True
 
     def kernels(self, direction: str, learned: tuple[str, ...] = ()) -> tuple[Module, list[Launchable]]:
         """Lowered and compiled kernels of a direction, from this object's cache."""

@@ -76,7 +76,7 @@ def schedule_nests(kernel: Kernel) -> Schedule:
     reads = {name for n in nests for name in n.outside_reads()}
     arrays: dict[str, Shape] = {}
     body = finish(drafts, reads, arrays)
-    return Schedule(kernel, body, arrays, rewritten(nests))
+    return Schedule(kernel, body, arrays, frozenset(rewritten(drafts, set())))
 
 
 # -- drafts: blocks cut into straight runs of statements
@@ -213,17 +213,25 @@ def remake_cheap_values(nests: list[OpenNest]) -> list[OpenNest]:
         for step in nest.steps:
             bring(step)
         nest.steps = steps
-    return nests
+        while unread := {name_made(s) for s in nest.steps} & cheap.keys() - {r for s in nest.steps for r in names_read(s)}:
+            nest.steps = [s for s in nest.steps if name_made(s) not in unread]
+    return [n for n in nests if n.steps]
 
 
 # -- finishing: what is stored, and where
 
 
-def rewritten(nests: list[OpenNest]) -> frozenset[str]:
-    """Names made more than once, or read before they are made: state that loops carry."""
-    made = [name for n in nests for step in n.steps if (name := name_made(step))]
-    carried = {name_made(step) for n in nests for step in n.steps if name_made(step) in names_read(step)}
-    return frozenset(name for name in made if name in carried or made.count(name) > 1)
+def rewritten(drafts: list[Draft], outer: set[str]) -> Iterable[str]:
+    """Variables that an inner block, or a later step of their own block, assigns again: state that loops carry."""
+    made = set(outer)
+    for d in drafts:
+        if isinstance(d, tuple):
+            yield from rewritten(d[1], made)
+        elif isinstance(d, Run):
+            for step in (step for n in d.nests if n.shape.rows is None for step in n.steps):
+                if isinstance(step, Let):
+                    yield from {step.name} & made
+                    made.add(step.name)
 
 
 def finish(drafts: list[Draft], reads: set[str], arrays: dict[str, Shape]) -> tuple[Item, ...]:
@@ -285,5 +293,6 @@ def share(nests: list[OpenNest], stored: list[frozenset[str]]) -> dict[str, str]
             dead = first_made & names_read(step) - later - in_products - read_after - carried - set(places)
             if dead and name not in names_read(step):
                 places[name] = min(dead)
+                first_made.remove(places[name])
         first_made |= {n for n in stored[i] if array_shape(nest, n) == Shape("kv", "q")} - set(places)
     return places

@@ -264,7 +264,7 @@ class Splitter:
         if isinstance(s.value, Var):
             self.steps.append(Unpack(s.tensor, s.indices, s.value.name))
         else:
-            made = self.own_let(f"{s.tensor}_tile", s.value)
+            made = self.own_let("result", s.value)
             self.steps.append(Unpack(s.tensor, s.indices, made.name))
 
     def accumulate_rows(self, s: Accumulate) -> None:

@@ -1,0 +1,100 @@
+"""The command line: `python -m attn_engine list | show | explain`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attn_engine.engine import AttentionEngine
+from attn_engine.errors import AttnEngineError
+from attn_engine.frontend import meta_tensor
+from attn_engine.library.catalogue import CATALOGUE
+from attn_engine.runtime.backends import NAMES
+from attn_engine.version import VERSION
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors of attn_engine are printed without a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(options.run(options))
+    except AttnEngineError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="attn_engine", description="A compiler for attention.")
+    parser.add_argument("--version", action="version", version=f"attn_engine {VERSION}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    listing = commands.add_parser("list", help="the attentions of the library, and the backends")
+    listing.set_defaults(run=_list)
+    show = commands.add_parser("show", help="print a generated kernel")
+    show.add_argument("--kernel", default="forward", choices=("forward", "backward", "delta"))
+    show.set_defaults(run=_show)
+    explanation = commands.add_parser("explain", help="what was understood and decided: plans, saved values, tiles")
+    explanation.set_defaults(run=_explain)
+    for command in (show, explanation):
+        _add_engine_options(command)
+    return parser
+
+
+def _add_engine_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("attention", help="a name from `list`, or file.py:name of an AttentionEngine in your file")
+    command.add_argument("--backend", default="cpu", choices=[n for n in NAMES if n != "auto"])
+    command.add_argument("--dim", type=int, default=64, help="head dimension of q and k (default 64)")
+    command.add_argument("--dim-v", type=int, default=None, help="head dimension of v (default: the same)")
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    command.add_argument("--dtype", default="float32", choices=dtypes)
+
+
+def _list(_: argparse.Namespace) -> str:
+    width = max(map(len, CATALOGUE))
+    lines = [f"{name:{width}}  {entry.summary}" for name, entry in CATALOGUE.items()]
+    return "\n".join(["attentions", *lines, "", f"backends: {', '.join(NAMES)}"])
+
+
+def _show(options: argparse.Namespace) -> str:
+    return _engine(options).source(backend=options.backend, kernel=options.kernel)
+
+
+def _explain(options: argparse.Namespace) -> str:
+    return str(_engine(options).explain())
+
+
+def _engine(options: argparse.Namespace) -> AttentionEngine:
+    """The engine that the first argument names."""
+    if ".py:" in options.attention:
+        return _engine_of_file(*options.attention.rsplit(":", 1))
+    if options.attention not in CATALOGUE:
+        raise SystemExit(f"attn_engine: no attention {options.attention!r}; known: {', '.join(CATALOGUE)}")
+    dtype = getattr(torch, options.dtype)
+    dims = (options.dim, options.dim, options.dim_v or options.dim)
+    meta = [meta_tensor(None, None, None, dim, dtype=dtype) for dim in dims]
+    keywords: dict[str, Any] = CATALOGUE[options.attention].arguments()
+    return AttentionEngine(meta, backend=options.backend, **keywords)
+
+
+def _engine_of_file(path: str, name: str) -> AttentionEngine:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None or not Path(path).exists():
+        raise SystemExit(f"attn_engine: cannot read {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    engine = getattr(module, name, None)
+    if not isinstance(engine, AttentionEngine):
+        raise SystemExit(f"attn_engine: {path} has no AttentionEngine named {name!r}")
+    return engine
+
+
+if __name__ == "__main__":
+    sys.exit(main())

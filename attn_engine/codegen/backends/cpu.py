@@ -1,0 +1,169 @@
+"""C++ for CPUs: a query row per lane, products through a register-blocked micro-kernel, everything else fused around it.
+
+Arithmetic lives in include/*.h; codegen/lower/nests.py decides what shares a loop; this file prints the file around the
+kernel, cpu_nests.py the loops.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from attn_engine.codegen.backends.cpu_names import with_legal_names
+from attn_engine.codegen.backends.cpu_nests import BLOCKS, NestRenderer
+from attn_engine.codegen.lower.nests import schedule_nests
+from attn_engine.ir.ops import DType, Storage
+from attn_engine.ir.tile import Kernel, Param
+
+TYPES: Mapping[Storage, str] = {
+    Storage.FLOAT64: "double", Storage.FLOAT32: "float", Storage.FLOAT16: "Half", Storage.BFLOAT16: "BFloat16",
+    Storage.INT64: "int64_t", Storage.INT32: "int32_t", Storage.INT16: "int16_t", Storage.INT8: "int8_t",
+    Storage.UINT8: "uint8_t", Storage.BOOL: "bool",
+}
+SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
+COUNTS = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
+LENGTHS = {"q": "q_len", "kv": "kv_len"}
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTarget:
+    """What a kernel is rendered for: how many query rows two vector registers hold."""
+
+    lanes_float: int = 32
+    lanes_double: int = 16
+
+    def lanes(self, element: Storage) -> int:
+        """Rows of a query tile for q, k, v of this storage."""
+        return self.lanes_double if element is Storage.FLOAT64 else self.lanes_float
+
+
+def render_cpu(kernel: Kernel, target: CpuTarget) -> str:
+    """The C++ source of one kernel; it exports `attn_engine_<kernel name>(Arguments*)`.
+
+    The kernel's query tile must have as many rows as the target has lanes; the compiler checks it again.
+    """
+    renderer = CpuRenderer()
+    source = renderer.render(with_legal_names(kernel))
+    lanes = target.lanes_double if renderer.in_double else target.lanes_float
+    assert kernel.block("q") == lanes, f"a query tile of {lanes} rows, not {kernel.block('q')}"
+    return source
+
+
+def symbol(kernel: Kernel) -> str:
+    """The exported name of a kernel's function."""
+    return f"attn_engine_{kernel.name}"
+
+
+def argument_slots(kernel: Kernel) -> list[str]:
+    """What each 8-byte slot of `Arguments` holds, in order: the launcher's contract.
+
+    "next_task", then "<tensor>" (address), "<tensor>.size.<i>", "<tensor>.stride.<i>", then sizes and numbers by name.
+    """
+    slots = ["next_task"]
+    for p in kernel.params:
+        rank = range(max(len(p.shape), 1))
+        slots += [p.name, *(f"{p.name}.size.{i}" for i in rank), *(f"{p.name}.stride.{i}" for i in rank)]
+    return [*slots, *SIZES, *(v.name for v in kernel.scalars)]
+
+
+class CpuRenderer(NestRenderer):
+    """Prints one kernel as one C++ file."""
+
+    def render(self, kernel: Kernel) -> str:
+        self.kernel = kernel
+        self.in_double = kernel.params[0].storage is Storage.FLOAT64
+        body = self.scheduled(schedule_nests(kernel))
+        return "\n".join([*self.prologue(), *self.task(body), *self.entry()]) + "\n"
+
+    def prologue(self) -> list[str]:
+        k = self.kernel
+        blocks = ", ".join(f"{BLOCKS[axis]} = {n}" for axis, n in k.tile)
+        return [
+            *(f"// {line}" for line in k.header),
+            *(["#define COMPUTE_IN_DOUBLE"] if self.in_double else []),
+            '#include "tiles.h"',
+            "",
+            "namespace attention {",
+            "",
+            f"constexpr int {blocks};",
+            'static_assert(BLOCK_Q == LANES, "one query row per lane");',
+            "",
+            "struct Arguments {  // 8 bytes each: the launcher fills them in this order",
+            "  int64_t next_task;  // shared by the threads",
+            *(f"  {self.tensor_type(p)} {p.name};" for p in k.params),
+            f"  int64_t {', '.join(SIZES)};",
+            *(f"  {'double' if v.dtype is DType.FLOAT else 'int64_t'} {v.name};" for v in k.scalars),
+            "};",
+            f"static_assert(sizeof(Arguments) == 8 * {len(argument_slots(k))});",
+            "",
+            "struct Scratch {  // of one thread",
+            *(f"  alignas(64) {line}" for line in self.scratch_fields()),
+            "};",
+            "",
+        ]
+
+    @staticmethod
+    def tensor_type(p: Param) -> str:
+        return f"Tensor<{'' if p.output else 'const '}{TYPES[p.storage]}, {len(p.shape)}>"
+
+    def task(self, body: list[str]) -> list[str]:
+        """The function that one program instance runs."""
+        k = self.kernel
+        words = set(re.findall(r"\w+", "\n".join(body)))
+        parameters = [f"int {axis}_start" if axis in LENGTHS else f"int {axis}" for axis in k.grid]
+        tiles = [axis for axis in k.grid if axis in LENGTHS]
+        words |= {LENGTHS[axis] for axis in tiles if f"{axis}_rows" in words}
+        sizes = [n for n in SIZES if n in words]
+        return [
+            f"static void tile_task({', '.join(['const Arguments& arguments', 'Scratch& scratch', *parameters])}) {{",
+            *(f"  const auto& {p.name} = arguments.{p.name};" for p in k.params if p.name in words),
+            *([f"  const int {', '.join(f'{n} = arguments.{n}' for n in sizes)};"] if sizes else []),
+            *(f"  const {self.scalar_type(v.dtype)} {v.name} = arguments.{v.name};" for v in k.scalars if v.name in words),
+            *(f"  const int {n} = arguments.{p.name}.sizes[{i}];" for n, p, i in self.captured_sizes() if n in words),
+            *(f"  auto& {name} = scratch.{name};" for name in self.scratch if name in words),
+            *(f"  {line}" for axis in tiles for line in self.tile_positions(axis, words)),
+            *(f"  {line}".rstrip() for line in body),
+            "}",
+            "",
+        ]
+
+    def captured_sizes(self) -> list[tuple[str, Param, int]]:
+        return [(n, p, i) for p in self.kernel.params for i, n in enumerate(p.shape) if "_size_" in n]
+
+    def entry(self) -> list[str]:
+        """The exported function: take tasks until there are none, the first grid axis fastest."""
+        k = self.kernel
+        counts = [f"{axis}_tiles" if axis in LENGTHS else f"arguments->{COUNTS[axis]}" for axis in k.grid]
+        indices: list[str] = []
+        below: list[str] = []
+        for n, (axis, count) in enumerate(zip(k.grid, counts, strict=True)):
+            divisor = " * ".join(below)
+            index = "task" if not below else f"task / {divisor}" if len(below) == 1 else f"task / ({divisor})"
+            index = index if n == len(counts) - 1 else f"{index} % {count}"
+            if axis in LENGTHS:
+                last_first = k.heavy_last and n == 0
+                index = f"({count} - 1 - {index}) * {BLOCKS[axis]}" if last_first else f"({index}) * {BLOCKS[axis]}"
+            indices.append(index)
+            below.append(count)
+        order = " Heavy tiles come first." if k.heavy_last else ""
+        return [
+            f"// Any number of threads may run this on the same arguments; each takes the next task.{order}",
+            f'extern "C" void {symbol(k)}(Arguments* arguments) {{',
+            *(
+                f"  const int64_t {axis}_tiles = (arguments->{LENGTHS[axis]} + {BLOCKS[axis]} - 1) / {BLOCKS[axis]};"
+                for axis in k.grid
+                if axis in LENGTHS
+            ),
+            f"  const int64_t tasks = {' * '.join(counts) or '1'};",
+            "  Scratch* scratch = (Scratch*)aligned_alloc(64, (sizeof(Scratch) + 63) / 64 * 64);",
+            "  for (;;) {",
+            "    const int64_t task = __atomic_fetch_add(&arguments->next_task, 1, __ATOMIC_RELAXED);",
+            "    if (task >= tasks) break;",
+            f"    tile_task({', '.join(['*arguments', '*scratch', *indices])});",
+            "  }",
+            "  free(scratch);",
+            "}",
+            "",
+            "}  // namespace attention",
+        ]

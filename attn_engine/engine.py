@@ -1,0 +1,325 @@
+"""AttentionEngine: the one place where the front end, the compiler and the runtime meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from attn_engine.dump import dump_stages
+from attn_engine.errors import (
+    BackendDeviceMismatch, ExtraCustomInput, MissingCustomInput, UnknownLayout, UnknownOption, UnsupportedOnBackend,
+    WrongMeta,
+)
+from attn_engine.explain import Explanation, explain
+from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
+from attn_engine.ir.ops import Number, Storage
+from attn_engine.library.normalisers import OnlineSoftmax
+from attn_engine.runtime.backends import DEVICES, backend_named
+from attn_engine.runtime.bind import (
+    LAYOUTS, Expected, check_captured, check_custom_input, check_inputs, check_int64,
+)
+from attn_engine.runtime.check import CheckReport, compare
+from attn_engine.runtime.compiled import CompiledAttention, sizes_of
+from attn_engine.runtime.graph import program_graph
+from attn_engine.runtime.operator import Call, apply, register
+from attn_engine.runtime.reference import reference
+from attn_engine.runtime.storage import STORAGES
+from attn_engine.traced_program import Description, TracedProgram
+
+Kernel = Literal["forward", "backward", "delta"]
+
+
+class AttentionEngine:
+    """A compiled attention: softmax(mask(score_mod(q k^T * scale))) v, with any of its parts replaced by yours.
+
+    qkv_meta: three `meta_tensor`s for q (B, H, S, D), k (B, Hkv, Skv, D) and v (B, Hkv, Skv, Dv), always in this order of
+        dimensions. H is a multiple of Hkv. D, Dv and the dtype (float32, bfloat16, float16, float64) are compiled in;
+        sizes that are None or names may change from call to call without compiling anything again.
+    score_mod: (score, b, h, q_idx, kv_idx) or (score, custom_fwd_inputs, b, h, q_idx, kv_idx) -> score.
+    custom_fwd_inputs: `CustomIO`, the names and shapes of tensors passed to each call after v.
+    online_func: an `OnlineFunc`, the normaliser; softmax when None.
+    mask_mod: (b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx, custom_fwd_inputs) -> bool; True keeps the pair. It acts after
+        score_mod; a row that keeps nothing gives 0.
+    layout: how tensors lie, "bshd" (batch, length, heads, dim) or "bhsd"; strides are free.
+    backend: "auto" (by the tensors' device), "cpu", "torch", "triton" or "triton-interpreter".
+    scale: multiplies q k^T before score_mod. None: 1 where a score_mod is given (it scales itself), else 1/sqrt(D).
+
+    Functions may use plain Python and torch operators; numbers and tensors they capture are read at every call, and
+    floating tensors that require it get gradients.
+
+    Raises the typed errors of `attn_engine.errors` for wrong arguments, here and in calls.
+    """
+
+    def __init__(
+        self,
+        qkv_meta: Sequence[MetaTensor],
+        score_mod: Callable[..., Any] | None = None,
+        custom_fwd_inputs: CustomIO | None = None,
+        online_func: OnlineFunc | None = None,
+        mask_mod: Callable[..., Any] | None = None,
+        *,
+        layout: str = "bshd",
+        backend: str = "auto",
+        scale: float | None = None,
+        block_mask: None = None,
+        tune: bool = False,
+        **unknown: Any,
+    ) -> None:
+        _check_options(layout, backend, block_mask, tune, unknown)
+        q, k, v = _three(qkv_meta)
+        self.layout, self.backend = layout, backend
+        self.custom_io = custom_fwd_inputs or CustomIO()
+        default = 1.0 if score_mod is not None else 1.0 / math.sqrt(q.dim)
+        self.scale = default if scale is None else float(scale)
+        self._expected = Expected(layout, q.dtype, (q.dim, k.dim, v.dim), tuple(_fixed(m) for m in (q, k, v)))
+        self._description = Description(
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            custom_io=self.custom_io,
+            online_func=online_func or OnlineSoftmax(),
+            dtype=q.dtype,
+            dim_qk=q.dim,
+            dim_v=v.dim,
+        )
+        self._traced = self._description.trace(self._storages({}))
+        self._calls: dict[tuple[object, str], tuple[Call, int]] = {}
+        self._checked: set[object] = set()
+        if backend != "auto":
+            backend_named(backend)
+
+    # -- calls
+
+    @overload
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *custom_inputs: Tensor,
+        return_final_rowscales: Literal[True],
+        **named: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *custom_inputs: Tensor,
+        return_final_rowscales: bool = False,
+        **named: Tensor,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """o, of q's shape with v's head dimension; with return_final_rowscales also {"lse": (B, H, Sq), ...}.
+
+        custom_inputs: the tensors of custom_fwd_inputs in its order, or by name. Row values are float32 (float64 for
+        float64 inputs), lse is a natural logarithm and -inf in a row that sees no key; they carry no gradient.
+        """
+        traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
+        call, key = self._call(traced, q.device.type)
+        o, *rows = apply(call, key, q, k, v, captured, scalars)
+        if return_final_rowscales:
+            return o, {name: row for (name, _), row in zip(traced.program.rule.saved, rows, strict=True)}
+        return o
+
+    def reference(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *custom_inputs: Tensor,
+        dtype: torch.dtype = torch.float64,
+        return_final_rowscales: bool = False,
+        **named: Tensor,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The same attention evaluated densely in `dtype`: the definition, slow and O(S^2) in memory, differentiable."""
+        traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
+        names = [c.name for c in traced.program.captures]
+        numbers = self._numbers(traced, scalars)
+        views = (self._logical(x) for x in (q, k, v))
+        o, rows = reference(traced.program, *views, dict(zip(names, captured, strict=True)), numbers, dtype)
+        o = self._logical(o)
+        return (o, rows) if return_final_rowscales else o
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> CheckReport:
+        """Run output and gradients against the float64 reference; print the report to read it.
+
+        Gradients are those of a random weighting of the output, for q, k, v and every floating captured tensor.
+        """
+        return compare(self, q, k, v, *custom_inputs, **named)
+
+    # -- looking inside
+
+    @property
+    def program(self) -> Any:
+        """The traced program (`attn_engine.ir.program.Attention`)."""
+        return self._traced.program
+
+    def source(self, backend: str | None = None, kernel: Kernel = "forward") -> str:
+        """The text of a generated kernel: "forward", "delta" (the backward's row sums) or "backward" (all the rest).
+
+        backend: "cpu", "triton", ...; None: the engine's own. No device and no compiler is needed. The backward text
+        includes the gradients of every captured tensor that can have one and that the backend can compute.
+        """
+        if kernel not in ("forward", "backward", "delta"):
+            known = "'forward', 'backward', 'delta'"
+            raise UnknownOption(option="kernel", value=kernel, where="engine.source", known=known)
+        return "\n\n".join(self._sources(backend, kernel))
+
+    def graph(self) -> Any:
+        """The program's dataflow as a networkx.DiGraph; see `attn_engine.runtime.graph` for its attributes."""
+        return program_graph(self._traced.program)
+
+    def explain(self) -> Explanation:
+        """What was traced, what the mask plan is and why, what is saved for the backward pass, the tiles. Print it."""
+        return explain(self._traced.program, self.scale, self._compiled(self._traced, self._own_backend()))
+
+    def __repr__(self) -> str:
+        p = self._traced.program
+        return (
+            f"AttentionEngine({p.name}, {p.element.value}, D={p.dim_qk}, Dv={p.dim_v}, layout={self.layout!r}, "
+            f"backend={self.backend!r})"
+        )
+
+    # -- from a call to its kernels
+
+    def _bind(
+        self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
+    ) -> tuple[TracedProgram, list[Tensor], list[Number]]:
+        """The program of this call, its captured tensors and its numbers, all checked."""
+        custom = self._custom(custom_inputs, named)
+        storages = self._storages(custom)
+        if self._traced.stale(storages):
+            self._traced = self._description.trace(storages)
+        traced = self._traced
+        tensors, numbers = traced.tensors(custom), traced.scalars()
+        signature = (_signature(q), _signature(k), _signature(v), *map(_signature, tensors.values()), *numbers.values())
+        if signature not in self._checked or traced.program.captures:
+            self._check(traced, q, k, v, custom, tensors, numbers)
+            self._checked.add(signature)
+        return traced, list(tensors.values()), [self.scale, *numbers.values()]
+
+    def _check(
+        self,
+        traced: TracedProgram,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        custom: dict[str, Tensor],
+        tensors: dict[str, Tensor],
+        numbers: dict[str, Number],
+    ) -> None:
+        check_inputs(q, k, v, self._expected)
+        if self.backend != "auto" and q.device.type != DEVICES[self.backend]:
+            raise BackendDeviceMismatch(
+                backend=self.backend, device=q.device, instead='Move the tensors, or use backend="auto".'
+            )
+        sizes = sizes_of(self._logical(q), self._logical(k))
+        for name, declared in self.custom_io.shapes.items():
+            check_custom_input(name, custom[name], declared, sizes)
+        check_captured(traced.program, tensors, numbers, sizes, q.device)
+        for name, x in tensors.items():
+            check_int64(name, x)
+
+    def _custom(self, positional: Sequence[Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Custom inputs by name."""
+        names = list(self.custom_io)
+        expected = ", ".join(names) or "none"
+        if len(positional) > len(names):
+            raise ExtraCustomInput(name=f"number {len(names) + 1}", expected=expected)
+        found = dict(zip(names, positional, strict=False))
+        for name, x in named.items():
+            if name not in names or name in found:
+                raise ExtraCustomInput(name=repr(name), expected=expected)
+            found[name] = x
+        for name in names:
+            if name not in found:
+                raise MissingCustomInput(name=name, expected=expected)
+        return found
+
+    def _storages(self, custom: dict[str, Tensor]) -> dict[str, Storage]:
+        return {n: STORAGES[custom[n].dtype] if n in custom else Storage.FLOAT32 for n in self.custom_io}
+
+    def _numbers(self, traced: TracedProgram, scalars: Sequence[Number]) -> dict[str, Number]:
+        return dict(zip(("scale", *(s.name for s in traced.program.scalars)), scalars, strict=True))
+
+    def _logical(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2) if self.layout == "bshd" else x
+
+    def _call(self, traced: TracedProgram, device: str) -> tuple[Call, int]:
+        name = self._backend_for(device)
+        found = self._calls.get((traced.program, name))
+        if found is None:
+            call = Call(self._compiled(traced, name), self.layout)
+            found = self._calls[traced.program, name] = call, register(call)
+            dump_stages(call.compiled, self.scale)
+        return found
+
+    def _compiled(self, traced: TracedProgram, name: str) -> CompiledAttention:
+        backend = backend_named(name)
+        return CompiledAttention(traced.program, backend, backend.schedule(traced.program))
+
+    def _backend_for(self, device: str) -> str:
+        if self.backend != "auto":
+            return self.backend
+        if device == "cpu":
+            return "cpu"
+        if device == "cuda":
+            return "triton"
+        raise UnsupportedOnBackend(
+            backend="auto", feature=f"{device} tensors", instead="Move them to the CPU or to a CUDA device."
+        )
+
+    def _own_backend(self) -> str:
+        if self.backend != "auto":
+            return self.backend
+        return "triton" if torch.cuda.is_available() else "cpu"
+
+    def _sources(self, backend: str | None, kernel: str) -> list[str]:
+        compiled = self._compiled(self._traced, self._own_backend() if backend is None else backend)
+        learned = tuple(c.name for c in compiled.program.differentiable_captures)
+        module = compiled.module("forward" if kernel == "forward" else "backward", compiled.supported(learned))
+        wanted = [k for k in module.kernels if kernel == "forward" or (k.name == "delta") is (kernel == "delta")]
+        return [compiled.backend.source(k, compiled.schedule) for k in wanted]
+
+
+def _check_options(layout: str, backend: str, block_mask: object, tune: bool, unknown: dict[str, Any]) -> None:
+    known = "layout, backend, scale, block_mask, tune"
+    for option, value in unknown.items():
+        raise UnknownOption(option=option, value=value, where="AttentionEngine", known=known)
+    if layout not in LAYOUTS:
+        raise UnknownLayout(layout=layout)
+    if block_mask is not None:
+        instead = "Give the same pattern as a mask_mod, for example one that indexes a captured block table."
+        raise UnsupportedOnBackend(backend=backend, feature="block_mask", instead=instead)
+    if tune:
+        instead = "Leave tune=False: the default schedule is chosen from the head dimensions and the target."
+        raise UnsupportedOnBackend(backend=backend, feature="tune=True", instead=instead)
+
+
+def _three(qkv_meta: Sequence[MetaTensor]) -> tuple[MetaTensor, MetaTensor, MetaTensor]:
+    metas = tuple(qkv_meta)
+    if len(metas) != 3 or not all(isinstance(m, MetaTensor) for m in metas):
+        raise WrongMeta(argument="qkv_meta", got=qkv_meta, expected="three meta_tensors, for q, k and v")
+    q, k, v = metas
+    if not q.dtype == k.dtype == v.dtype:
+        raise WrongMeta(argument="dtype", got=(q.dtype, k.dtype, v.dtype), expected="one dtype for q, k and v")
+    if q.dim != k.dim:
+        raise WrongMeta(argument="D", got=(q.dim, k.dim), expected="one head dimension for q and k")
+    return q, k, v
+
+
+def _fixed(meta: MetaTensor) -> tuple[int | None, int | None, int | None]:
+    """The sizes that a meta tensor fixes."""
+    b, h, s = (size if isinstance(size, int) else None for size in meta.shape[:3])
+    return b, h, s
+
+
+def _signature(x: Tensor) -> object:
+    """What the checks of a tensor depend on."""
+    return (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -1,0 +1,78 @@
+"""What the compiler understood and decided, for a person to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attn_engine.codegen.lower.backward import uses_delta
+from attn_engine.ir.passes.mask_range import MaskPlan, NoneKnown, plan_mask
+from attn_engine.ir.passes.rule_analysis import vanishes_when_masked
+from attn_engine.ir.printer import format_expr, format_program
+from attn_engine.ir.program import Attention
+from attn_engine.runtime.compiled import CompiledAttention
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Titled paragraphs; `str()` is the text, `sections[title]` one of them."""
+
+    sections: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"{title}\n{_indented(text)}" for title, text in self.sections.items())
+
+
+def explain(program: Attention, scale: float, compiled: CompiledAttention) -> Explanation:
+    """Traced functions, scale, mask plans with their reasons, what is saved, tiles and backend."""
+    mask = program.mask.result if program.mask else None
+    forward, transposed = plan_mask(mask, "kv"), plan_mask(mask, "q")
+    return Explanation(
+        {
+            "Program": format_program(program),
+            "Scale": _scale_text(program, scale),
+            "Mask plan, for a tile of queries": plan_text(forward),
+            "Mask plan, for a tile of keys (dK, dV)": plan_text(transposed),
+            "Masking": _masking_text(program),
+            "Saved for the backward pass": _saved_text(program),
+            "Tiles": f"{compiled.schedule}",
+            "Backend": compiled.backend.name,
+        }
+    )
+
+
+def plan_text(plan: MaskPlan) -> str:
+    """The ranges of the loop axis, and why."""
+    axis = plan.loop
+    if plan.everything:
+        return f"every {axis} tile is visited and none is masked: {', '.join(plan.reasons)}"
+    hull = f"[{_bound(plan.hull.lo, '0')}, {_bound(plan.hull.hi, f'{axis}_len')})"
+    lines = [f"{axis} tiles visited: {hull}" + ("" if plan.bounded else " (all of them)")]
+    if isinstance(plan.full, NoneKnown):
+        lines.append("visible entirely: none known, so every visited tile is masked")
+    else:
+        lines.append(f"visible entirely: [{_bound(plan.full.lo, '0')}, {_bound(plan.full.hi, f'{axis}_len')})")
+    return "\n".join([*lines, *(f"because {reason}" for reason in plan.reasons)])
+
+
+def _bound(e: object, unbounded: str) -> str:
+    return unbounded if e is None else format_expr(e)  # pyright: ignore[reportArgumentType]
+
+
+def _scale_text(program: Attention, scale: float) -> str:
+    return f"score = q . k * {scale:.6g}" + ("; score_mod is applied to that" if program.score else "")
+
+
+def _masking_text(program: Attention) -> str:
+    if vanishes_when_masked(program.rule):
+        return "a hidden score becomes -inf, which the normaliser turns into weight 0"
+    return "hidden pairs are left out of every reduction and their weights are set to 0"
+
+
+def _saved_text(program: Attention) -> str:
+    names = [f"{name} = {format_expr(value)} per query row" for name, value in program.rule.saved]
+    names.append("q, k, v and o" if uses_delta(program) else "q, k and v")
+    return "\n".join(names)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,0 +1,163 @@
+"""The backends by name, and what each can do. An explicit choice never falls back to another."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from torch import Tensor
+
+from attn_engine.codegen.backends.cpu import render_cpu
+from attn_engine.codegen.backends.triton import TritonOptions, render_triton
+from attn_engine.codegen.lower.backward import runs_side_by_side
+from attn_engine.codegen.lower.capture import CaptureGradient
+from attn_engine.codegen.pipeline import with_header
+from attn_engine.codegen.schedule import Schedule, cpu_schedule, gpu_schedule, torch_schedule
+from attn_engine.errors import (
+    BackendNotInstalled, CompilerMissing, GradientNotSupported, UnknownBackend, UnsupportedOnBackend,
+)
+from attn_engine.ir.ops import Number, Storage
+from attn_engine.ir.printer import format_kernel
+from attn_engine.ir.program import Attention
+from attn_engine.ir.tile import Kernel
+from attn_engine.runtime.compiled import Backend, Launchable
+from attn_engine.runtime.storage import TORCH_DTYPES
+from attn_engine.version import VERSION
+
+NAMES = ("auto", "cpu", "torch", "triton", "triton-interpreter")
+DEVICES = {"cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda"}
+
+
+class CpuBackend:
+    """Generated C++, compiled by the machine's compiler."""
+
+    name = "cpu"
+
+    def schedule(self, program: Attention) -> Schedule:
+        from attn_engine.runtime.cpu_compile import host_target
+
+        return cpu_schedule(host_target().lanes(program.element))
+
+    def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
+        """Nothing is refused."""
+
+    def source(self, kernel: Kernel, schedule: Schedule) -> str:
+        from attn_engine.runtime.cpu_compile import host_target
+
+        return render_cpu(with_header(kernel, self.name, VERSION), host_target())
+
+    def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable:
+        from attn_engine.runtime.cpu_compile import compile_cpu
+
+        return compile_cpu(kernel, self.source(kernel, schedule))
+
+
+@dataclass(frozen=True)
+class TileProgram:
+    """A tile kernel carried out by torch, statement by statement."""
+
+    kernel: Kernel
+
+    def launch(self, tensors: dict[str, Tensor], scalars: dict[str, Number], sizes: dict[str, int]) -> None:
+        from attn_engine.runtime.tile_program import run_kernel
+
+        run_kernel(self.kernel, tensors, scalars, sizes)
+
+
+class TorchBackend:
+    """The same tile kernels with torch as the machine: needs no compiler, works wherever torch does."""
+
+    name = "torch"
+
+    def schedule(self, program: Attention) -> Schedule:
+        return torch_schedule()
+
+    def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
+        """Nothing is refused."""
+
+    def source(self, kernel: Kernel, schedule: Schedule) -> str:
+        return format_kernel(with_header(kernel, self.name, VERSION))
+
+    def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable:
+        return TileProgram(kernel)
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """Generated Triton, launched on a GPU or carried out by Triton's interpreter on the CPU."""
+
+    name: str
+    interpret: bool
+
+    def schedule(self, program: Attention) -> Schedule:
+        element_bytes = TORCH_DTYPES[program.element].itemsize
+        chosen = gpu_schedule(program.dim_qk, program.dim_v, element_bytes)
+        return interpreter_schedule(chosen) if self.interpret else chosen
+
+    def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
+        if program.element is Storage.FLOAT64 and not self.interpret:
+            raise UnsupportedOnBackend(
+                backend=self.name, feature="float64", instead='Use backend="cpu", or float32 tensors.'
+            )
+        if (clash := runs_side_by_side(tuple(captures))) is not None:
+            raise GradientNotSupported(
+                backend=self.name,
+                what=f"{clash.load.tensor!r}: several pairs of one tile read the same element of it, and the order of "
+                "their sum would not be fixed",
+                instead='Index it with q_idx and kv_idx themselves, detach it, or use backend="cpu".',
+            )
+
+    def options(self, kernel: Kernel, schedule: Schedule) -> TritonOptions:
+        if kernel.name in ("forward", "dq", "delta"):
+            return TritonOptions(schedule.num_warps, schedule.num_stages)
+        return TritonOptions(schedule.backward_warps, schedule.backward_stages)
+
+    def source(self, kernel: Kernel, schedule: Schedule) -> str:
+        return render_triton(with_header(kernel, self.name, VERSION), self.options(kernel, schedule))
+
+    def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable:
+        if importlib.util.find_spec("triton") is None:
+            raise BackendNotInstalled(
+                backend=self.name, needs="the package triton", instead="Install it: pip install 'triton>=3.6,<3.8'."
+            )
+        from attn_engine.runtime.triton_launch import compile_triton
+
+        source = self.source(kernel, schedule)
+        return compile_triton(kernel, source, self.options(kernel, schedule), interpret=self.interpret)
+
+
+def interpreter_schedule(schedule: Schedule) -> Schedule:
+    """The interpreter's cost is per step, nearly whatever the tile: large tiles, same structure."""
+    return replace(schedule, block_q=64, block_kv=64, backward_q=64, backward_kv=64)
+
+
+@lru_cache(maxsize=None)
+def backend_named(name: str) -> Backend:
+    """The backend of that name; raises UnknownBackend.
+
+    "cpu" without a C++ compiler on the machine is carried out by torch, with one warning.
+    """
+    match name:
+        case "cpu":
+            from attn_engine.runtime.cpu_compile import find_compiler
+
+            if find_compiler() is None:
+                warnings.warn(
+                    "no C++ compiler found (tried $CXX, c++, g++, clang++): attention runs as a torch program, slower. "
+                    "Install g++ or clang++, or choose backend='torch' to silence this.",
+                    CompilerMissing,
+                    stacklevel=2,
+                )
+                return TorchBackend()
+            return CpuBackend()
+        case "torch":
+            return TorchBackend()
+        case "triton":
+            return TritonBackend("triton", interpret=False)
+        case "triton-interpreter":
+            return TritonBackend("triton-interpreter", interpret=True)
+        case _:
+            raise UnknownBackend(backend=name, known=", ".join(repr(n) for n in NAMES))

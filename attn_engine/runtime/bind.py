@@ -1,0 +1,161 @@
+"""What a call's tensors must be: every check on q, k, v, custom inputs and captured tensors, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attn_engine.errors import (
+    CapturedOnOtherDevice, CustomInputShape, DeviceMismatch, DtypeMismatch, HeadDimMismatch, HeadsNotDivisible,
+    IndexOutOfRange, MetaMismatch, NotATensor, ShapeMismatch, UnsupportedDtype, WrongLayout, WrongRank,
+)
+from attn_engine.ir.expr import Expr, Load, loads
+from attn_engine.ir.ops import Number
+from attn_engine.ir.passes.bounds import index_bounds
+from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention
+
+LAYOUTS = {"bshd": "(batch, length, heads, dim)", "bhsd": "(batch, heads, length, dim)"}
+OTHER_LAYOUT = {"bshd": "bhsd", "bhsd": "bshd"}
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the engine was told: head dimensions, dtype, and the sizes that its meta tensors fix (None: any)."""
+
+    layout: str
+    dtype: torch.dtype
+    dims: tuple[int, int, int]
+    sizes: tuple[tuple[int | None, int | None, int | None], ...]
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, expected: Expected) -> None:
+    """Raise a typed error for the first thing that is wrong with q, k, v."""
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise NotATensor(argument=name, got=type(x).__name__)
+        if x.ndim != 4:
+            raise WrongRank(argument=name, got=x.ndim, shape=tuple(x.shape), expected=4, layout=LAYOUTS[expected.layout])
+    _check_kinds(named, expected)
+    problem = _shape_problem(named, expected, expected.layout)
+    if problem is not None:
+        other = OTHER_LAYOUT[expected.layout]
+        if _shape_problem(named, expected, other) is None:
+            raise WrongLayout(
+                argument=problem.details.get("argument", "q"), shape=tuple(q.shape), layout=expected.layout, other=other
+            )
+        raise problem
+
+
+def _check_kinds(named: Mapping[str, Tensor], expected: Expected) -> None:
+    q = named["q"]
+    for name, x in named.items():
+        if x.dtype != q.dtype:
+            raise DtypeMismatch(argument=name, got=x.dtype, expected=q.dtype)
+        if x.device != q.device:
+            raise DeviceMismatch(argument=name, got=x.device, expected=q.device)
+    if q.dtype not in ELEMENTS:
+        raise UnsupportedDtype(argument="q", got=q.dtype, supported=", ".join(map(str, ELEMENTS)))
+    if q.dtype != expected.dtype:
+        raise MetaMismatch(argument="q", dimension="dtype", got=q.dtype, expected=expected.dtype)
+
+
+def _shape_problem(
+    named: Mapping[str, Tensor], expected: Expected, layout: str
+) -> HeadDimMismatch | HeadsNotDivisible | ShapeMismatch | MetaMismatch | None:
+    """The first error of the shapes read in `layout`, or None."""
+    shapes = {n: (x.shape if layout == "bhsd" else x.transpose(1, 2).shape) for n, x in named.items()}
+    for (name, shape), dim in zip(shapes.items(), expected.dims, strict=True):
+        if shape[3] != dim:
+            reason = "its meta_tensor says so"
+            return HeadDimMismatch(argument=name, got=shape[3], expected=dim, reason=reason)
+    (batches, heads, *_), (_, kv_heads, kv_len, _) = shapes["q"], shapes["k"]
+    for name, position, wanted, reason in (
+        ("k", 0, batches, "q and k share the batch"),
+        ("v", 0, batches, "q and v share the batch"),
+        ("v", 1, kv_heads, "k and v share their heads"),
+        ("v", 2, kv_len, "k and v share their length"),
+    ):
+        if shapes[name][position] != wanted:
+            full = list(shapes[name])
+            full[position] = wanted
+            full = full if layout == "bhsd" else [full[0], full[2], full[1], full[3]]
+            return ShapeMismatch(argument=name, got=tuple(named[name].shape), expected=tuple(full), reason=reason)
+    if kv_heads == 0 or heads % max(kv_heads, 1):
+        return HeadsNotDivisible(heads=heads, kv_heads=kv_heads)
+    for (name, shape), sizes in zip(shapes.items(), expected.sizes, strict=True):
+        for dimension, got, wanted in zip(("batch", "heads", "length"), shape, sizes, strict=False):
+            if wanted is not None and got != wanted:
+                return MetaMismatch(argument=name, dimension=dimension, got=got, expected=wanted)
+    return None
+
+
+def check_custom_input(name: str, x: Tensor, declared: Sequence[str | int], sizes: Mapping[str, int]) -> None:
+    """A custom input's shape against its declaration, in this call's sizes."""
+    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise NotATensor(argument=f"custom input {name!r}", got=type(x).__name__)
+    names = {"batch": "batches", "heads": "heads", "seq_len": "q_len", "seq_len_kv": "kv_len"}
+    wanted = tuple(d if isinstance(d, int) else sizes[names[d]] for d in declared)
+    if tuple(x.shape) != wanted:
+        raise CustomInputShape(name=name, got=tuple(x.shape), declared=tuple(declared), expected=wanted)
+
+
+def check_captured(
+    program: Attention,
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Number],
+    sizes: Mapping[str, int],
+    device: torch.device,
+) -> None:
+    """Captured tensors lie on q's device, and no index that can be bounded leaves its tensor.
+
+    Where a mask may hide the offending pairs, only an index that is a position itself is refused: every row and every
+    key exists whatever the mask says. All other indices are clamped by the kernels, so memory is safe either way.
+    """
+    for name, x in tensors.items():
+        if x.device != device:
+            raise CapturedOnOtherDevice(name=name, got=x.device, expected=device)
+    for fn in program.functions:
+        for load in loads(fn.result):
+            _check_index(load, fn.sources.get(load, ""), program.mask is not None, tensors, scalars, sizes)
+
+
+def _check_index(
+    load: Load,
+    source: str,
+    masked: bool,
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Number],
+    sizes: Mapping[str, int],
+) -> None:
+    shape = tensors[load.tensor].shape
+    for position, (index, size) in enumerate(zip(load.indices, shape, strict=True)):
+        if masked and not _is_position(index):
+            continue
+        bounds = index_bounds(index, sizes, scalars)
+        if bounds is None or bounds[0] > bounds[1]:
+            continue
+        reached = bounds[0] if bounds[0] < 0 else bounds[1]
+        if reached < 0 or reached >= size:
+            raise IndexOutOfRange(position=position, tensor=load.tensor, index=reached, size=size)
+
+
+def _is_position(index: Expr) -> bool:
+    return index in (BATCH, HEAD, Q_IDX, KV_IDX)
+
+
+def check_int64(name: str, x: Tensor) -> None:
+    """Kernels hold integers in 32 bits: an int64 tensor must fit."""
+    if x.dtype is torch.int64 and x.numel():
+        limits = torch.iinfo(torch.int32)
+        low, high = torch.aminmax(x)
+        if int(low) < limits.min or int(high) > limits.max:
+            raise UnsupportedDtype(
+                argument=f"captured tensor {name!r}", got=f"int64 with values up to {int(high)}", supported="32-bit integers"
+            )
+
+

@@ -1,0 +1,90 @@
+"""The kernel cache on disk: files named by a hash of everything that made them, safe for many processes at once.
+
+A compiled kernel is code that runs when it is loaded, so nothing is loaded from a directory or file that somebody else
+could have written. Where the cache directory cannot be used, a private temporary one takes its place for this process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from attn_engine.errors import UnsafeCache
+
+VARIABLE = "ATTN_ENGINE_CACHE"
+
+
+def key_of(*parts: str) -> str:
+    """A name for what these texts make together; no two lists of texts share one."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()[:40]
+
+
+def cache_folder() -> Path:
+    """The directory for compiled kernels: $ATTN_ENGINE_CACHE, else ~/.cache/attn_engine, else a private temporary one."""
+    configured = os.environ.get(VARIABLE)
+    return _usable_folder(configured or str(Path("~/.cache/attn_engine").expanduser()), os.getpid())
+
+
+@cache
+def _usable_folder(wanted: str, _process: int) -> Path:
+    path = Path(wanted)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reason = why_unsafe(path)
+        if reason is None and not os.access(path, os.W_OK | os.X_OK):
+            reason = "it cannot be written"
+    except OSError as problem:
+        reason = str(problem)
+    if reason is None:
+        return path
+    private = Path(tempfile.mkdtemp(prefix="attn_engine_"))
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    warnings.warn(
+        f"The kernel cache {path} is not used: {reason}. Kernels of this process are compiled into {private} and lost at "
+        f"its end. Set {VARIABLE} to a directory that only you can write.",
+        stacklevel=2,
+    )
+    return private
+
+
+def why_unsafe(path: Path) -> str | None:
+    """Why code from `path` must not be trusted; None when only this user can have written it."""
+    about = path.lstat()
+    if stat.S_ISLNK(about.st_mode):
+        return "it is a symbolic link"
+    if about.st_uid != os.geteuid():
+        return f"it belongs to user {about.st_uid}"
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "other users may write to it"
+    return None
+
+
+def stored(name: str, build: Callable[[Path], None]) -> Path:
+    """The cached file `name`; where there is none, `build(path)` writes it to a fresh place from which it is moved here.
+
+    Two processes that build the same file at once both succeed, and either result serves. Raises UnsafeCache when the
+    file there could have been written by somebody else.
+    """
+    folder = cache_folder()
+    path = folder / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build_", ignore_cleanup_errors=True) as scratch:
+            fresh = Path(scratch) / name
+            build(fresh)
+            fresh.chmod(0o700)
+            fresh.replace(path)
+    if reason := why_unsafe(path):
+        raise UnsafeCache(path=path, reason=reason)
+    return path

@@ -1,0 +1,117 @@
+"""Run compiled CPU kernels on torch's threads.
+
+A kernel is one function of one array of 8-byte slots. Every thread that runs it takes tasks from a counter in the first
+slot until there are none, so the result does not depend on how many threads there are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from struct import Struct
+
+import torch
+
+from attn_engine.codegen.backends.cpu import COUNTS, LENGTHS, SIZES, symbol
+from attn_engine.ir.ops import DType, Number
+from attn_engine.ir.tile import Kernel
+
+ABI_VERSION = "1"
+# Below this many multiply-adds, waking another thread costs more than it saves.
+SMALL_WORK = 4_000_000
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class CpuKernel:
+    """A loaded kernel. `launch` may be called from several Python threads at once."""
+
+    def __init__(self, kernel: Kernel, library: Path) -> None:
+        self.name = kernel.name
+        self._function = ctypes.CDLL(str(library))[symbol(kernel)]
+        self._function.argtypes = [ctypes.c_void_p]
+        self._function.restype = None
+        self._tensors = [p.name for p in kernel.params]
+        self._scalars = [v.name for v in kernel.scalars]
+        self._grid = [(COUNTS.get(a) or LENGTHS[a], kernel.block(a) if a in LENGTHS else 1) for a in kernel.grid]
+        self._loops = [LENGTHS[a] for a, _ in kernel.tile if a in LENGTHS and a not in kernel.grid]
+        self._width = max((n for a, n in kernel.tile if a not in LENGTHS), default=1)
+        slots = "".join("q" * (1 + 2 * max(len(p.shape), 1)) for p in kernel.params)
+        numbers = "".join("d" if v.dtype is DType.FLOAT else "q" for v in kernel.scalars)
+        self._slots = Struct(f"=q{slots}{'q' * len(SIZES)}{numbers}")
+
+    def launch(
+        self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Number], sizes: Mapping[str, int]
+    ) -> None:
+        """Run the kernel to its end. `tensors` in logical order with any strides; `sizes` has at least the five of SIZES."""
+        values: list[Number] = [0]
+        for name in self._tensors:
+            tensor = tensors[name]
+            values.append(tensor.data_ptr())
+            values += tensor.shape or (1,)
+            values += tensor.stride() or (0,)
+        values += [sizes[name] for name in SIZES]
+        values += [scalars[name] for name in self._scalars]
+        data = self._slots.pack(*values)
+        arguments = ctypes.create_string_buffer(data, len(data))
+        run_on_threads(self._function, ctypes.addressof(arguments), self._threads({**scalars, **sizes}))
+
+    def _threads(self, sizes: Mapping[str, Number]) -> int:
+        tasks, work = 1, self._width
+        for size, block in self._grid:
+            count = int(sizes[size])
+            tasks *= -(-count // block)
+            work *= count
+        for size in self._loops:
+            work *= int(sizes[size])
+        return 1 if work < SMALL_WORK else min(tasks, torch.get_num_threads())
+
+
+def run_on_threads(function: Callable[[int], None], address: int, count: int) -> None:
+    """Call function(address) on `count` threads at once and wait for all of them."""
+    if count <= 1:
+        function(address)
+    elif (parallel := openmp_parallel()) is not None and not _forked:
+        parallel(function, address, count, 0)
+    else:
+        # No OpenMP runtime, or a child process of one whose pool did not survive the fork.
+        helpers = [threading.Thread(target=function, args=(address,)) for _ in range(count - 1)]
+        for helper in helpers:
+            helper.start()
+        function(address)
+        for helper in helpers:
+            helper.join()
+
+
+@cache
+def openmp_parallel() -> Callable[..., None] | None:
+    """GOMP_parallel of the OpenMP runtime that torch has loaded: its threads are warm, and a second pool would compete."""
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    loaded = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1] and "/" in line}
+    home = str(Path(torch.__file__).parent.parent)
+    for path in sorted(loaded, key=lambda p: not p.startswith(home)):
+        if not Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
+            continue
+        try:
+            parallel = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        parallel.restype = None
+        return parallel
+    return None

@@ -1,0 +1,81 @@
+"""From the user's functions to a program, and from a program back to the tensors and numbers of one call.
+
+Functions are traced once. A call re-reads what they capture; only a change that the program itself depends on (a
+captured tensor of another dtype, a number that decided a Python branch) traces them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attn_engine.frontend import CustomIO, OnlineFunc, Trace, trace_mask_mod, trace_online, trace_score_mod
+from attn_engine.frontend.trace import ScoreMod
+from attn_engine.ir.ops import Number, Storage
+from attn_engine.ir.program import Attention, OnlineRule
+from attn_engine.runtime.storage import STORAGES
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the user wrote: everything that is needed to trace a program."""
+
+    score_mod: ScoreMod | None
+    mask_mod: ScoreMod | None
+    custom_io: CustomIO
+    online_func: OnlineFunc
+    dtype: torch.dtype
+    dim_qk: int
+    dim_v: int
+
+    def trace(self, storages: Mapping[str, Storage]) -> TracedProgram:
+        """Run the user's functions on symbols; `storages` says how the custom inputs lie."""
+        score = None if self.score_mod is None else trace_score_mod(self.score_mod, self.custom_io, storages)
+        mask = None if self.mask_mod is None else trace_mask_mod(self.mask_mod, self.custom_io, storages)
+        rule = trace_online(self.online_func)
+        return TracedProgram(self.program(score, mask, rule), score, mask, dict(storages))
+
+    def program(self, score: Trace | None, mask: Trace | None, rule: OnlineRule) -> Attention:
+        names = [t.fn.name for t in (score, mask) if t is not None]
+        return Attention(
+            name="_".join([*names, rule.name]) if names else rule.name,
+            score=score.fn if score else None,
+            mask=mask.fn if mask else None,
+            rule=rule,
+            element=STORAGES[self.dtype],
+            dim_qk=self.dim_qk,
+            dim_v=self.dim_v,
+        )
+
+
+@dataclass(frozen=True)
+class TracedProgram:
+    """A program and where its captured values come from."""
+
+    program: Attention
+    score: Trace | None
+    mask: Trace | None
+    storages: dict[str, Storage]
+
+    @property
+    def traces(self) -> tuple[Trace, ...]:
+        return tuple(t for t in (self.score, self.mask) if t is not None)
+
+    def stale(self, storages: Mapping[str, Storage]) -> bool:
+        """Whether tracing again could give another program."""
+        return self.storages != storages or any(t.opaque or t.stale() for t in self.traces)
+
+    def tensors(self, custom: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The captured tensors of this moment, by kernel name, in the program's order."""
+        found = dict(custom)
+        for trace in self.traces:
+            found.update((t.name, t.accessor()) for t in trace.tensors)
+        return {c.name: found[c.name] for c in self.program.captures}
+
+    def scalars(self) -> dict[str, Number]:
+        """The captured numbers of this moment, in the program's order."""
+        found = {s.var.name: s.accessor() for trace in self.traces for s in trace.scalars}
+        return {s.name: found[s.name] for s in self.program.scalars}
