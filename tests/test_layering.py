@@ -29,12 +29,13 @@ PACKAGES = {
     "codegen": set[str](),
     "frontend": {"torch"},
     "library": {"torch"},
-    "runtime": {"torch", "numpy", "triton", "tilelang"},
+    "runtime": {"torch", "numpy", "networkx", "triton", "tilelang"},
     "integrations": {"torch", "transformers"},
-    "top": {"torch", "networkx"},
+    "top": {"torch"},
 }
-ONLY_BOTH_BRANCHES = {"engine.py", "__main__.py", "__init__.py"}  # the files that see frontend and runtime
-STANDALONE = {"errors.py"}  # imported by everybody, so it imports nobody
+# The files that see frontend and runtime.
+ONLY_BOTH_BRANCHES = {"engine.py", "traced_program.py", "__main__.py", "__init__.py"}
+STANDALONE = {"errors.py", "version.py"}  # imported by everybody, so they import nobody
 LAZY = {"triton", "tilelang", "sympy", "networkx", "transformers"}  # imported where they are used
 
 
@@ -81,7 +82,7 @@ def target_layer(module: str) -> str:
 
 def forbidden(path: Path, module: str) -> bool:
     own = layer(path)
-    if module == "attn_engine.errors":
+    if module in ("attn_engine.errors", "attn_engine.version"):
         return path.name in STANDALONE
     if module.split(".")[0] == "attn_engine":
         return path.name in STANDALONE or target_layer(module) not in MAY_IMPORT[own] | {own}

@@ -34,17 +34,27 @@ Dims = tuple[str | int, ...]
 class UnsupportedModelFeature(AttnEngineError, NotImplementedError):
     """A model asks for something in its attention that the registered function does not compute."""
 
-    template = (
-        "{module} calls its attention with {feature}, which attn_engine does not compute inside a model."
-    )
+    template = "{module} gives its attention {feature}, which attn_engine does not compute inside a model."
     advice = "{instead}"
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of the n-th tensor in a mask function's shape."""
+    """The place of the n-th tensor in a mask function's shape, and its type: a mask reads booleans or positions."""
 
     position: int
+    boolean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Elements:
+    """A tensor whose elements are read as booleans or as integers, whatever type a custom input has."""
+
+    tensor: Any
+    boolean: bool
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tensor[index] != 0 if self.boolean else self.tensor[index].int()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +63,12 @@ class Closed:
 
     code: types.CodeType
     cells: tuple[Hashable, ...]
-    function: MaskFunction = field(compare=False, repr=False)
+    defaults: Hashable
+    module: dict[str, Any] = field(compare=False, repr=False)
 
     def restore(self, tensors: list[Any]) -> MaskFunction:
-        plain: Any = self.function
         cells = tuple(types.CellType(restore(cell, tensors)) for cell in self.cells)
-        return types.FunctionType(self.code, plain.__globals__, plain.__name__, plain.__defaults__, cells)
+        return types.FunctionType(self.code, self.module, None, restore(self.defaults, tensors), cells)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +91,8 @@ class Combined:
 def restore(shape: Hashable, tensors: list[Any]) -> Any:
     """What `shape` was taken from, reading `tensors` in place of its own."""
     match shape:
-        case Slot(position):
-            return tensors[position]
+        case Slot(position, boolean):
+            return _Elements(tensors[position], boolean)
         case Closed() | Combined():
             return shape.restore(tensors)
         case tuple():
@@ -121,11 +131,18 @@ class _Parts:
         if isinstance(value, tuple | list):
             return tuple(self.shape(part) for part in value)
         if not isinstance(value, types.FunctionType):
-            return value
+            if isinstance(value, Hashable):
+                return value
+            raise UnsupportedModelFeature(
+                module="The model's mask function",
+                feature=f"a {type(value).__name__}",
+                instead="Close over tensors, numbers, tuples and functions.",
+            )
         cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
         if value.__module__ == "transformers.masking_utils" and value.__name__ in ("and_mask", "or_mask"):
             return Combined(value.__name__ == "and_mask", tuple(self.shape(part) for part in cells[0]))
-        return Closed(value.__code__, tuple(self.shape(cell) for cell in cells), value)
+        defaults = self.shape(value.__defaults__)
+        return Closed(value.__code__, tuple(self.shape(cell) for cell in cells), defaults, value.__globals__)
 
     def slot(self, tensor: Tensor, sizes: tuple[int, ...]) -> Slot:
         """Dimensions that follow the batch and the keys vary from call to call; others belong to the shape."""
@@ -133,7 +150,7 @@ class _Parts:
         dims = [name if n == size else n for name, size, n in zip(names, sizes, tensor.shape, strict=False)]
         self.tensors.append(tensor)
         self.dims.append((*dims, *tensor.shape[len(dims) :]))
-        return Slot(len(self.tensors) - 1)
+        return Slot(len(self.tensors) - 1, tensor.dtype == torch.bool)
 
 
 def describe_mask(
@@ -205,7 +222,7 @@ class _ModelAttention:
                 q_place, kv_place = (q_idx + q_offset, kv_idx + kv_offset) if key.moved else (q_idx, kv_idx)
                 visible = restore(key.shape, tensors)(b, h, q_place, kv_place)
             if key.padding:
-                real = kv_idx < tensors[-1][b] if key.padding == "lengths" else tensors[-1][b, kv_idx]
+                real = kv_idx < tensors[-1][b] if key.padding == "lengths" else tensors[-1][b, kv_idx] != 0
                 visible = real if visible is None else visible & real
             return visible
 
@@ -256,7 +273,7 @@ def _mask_of(module: Any, attention_mask: Any, queries: int, is_causal: bool | N
             instead="Pass the model a 2-D padding mask (batch, keys); patterns go in as and_mask_function.",
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    return Mask(Closed(_causal.__code__, (), _causal)) if causal and queries > 1 else Mask()
+    return Mask(_Parts(()).shape(_causal)) if causal and queries > 1 else Mask()
 
 
 def _refuse(module: Any, dropout: float, unsupported: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ SECONDS_TO_PROBE = 20
 # Never -ffast-math: it breaks masks by -inf, and older g++ would link code that changes how the whole process rounds.
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-    "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi", "-Wno-attributes", "-Wno-ignored-attributes",
+    "-ffp-contract=fast", "-Wno-psabi", "-Wno-attributes", "-Wno-ignored-attributes",
 )  # fmt: skip
 # Tuning for one processor loses up to 30 % on vectors of 32 bytes with some compilers; generic tuning never did.
 MACHINE_FLAGS = {"x86_64": ("-march={0}", "-mtune=generic"), "AMD64": ("-march={0}", "-mtune=generic")}
@@ -133,4 +133,5 @@ def _build(library: Path, source: str, compiler: Compiler) -> None:
     if failed:
         kept = cache_folder() / text.name
         text.replace(kept)
+        command = [part.replace(str(library.parent), str(kept.parent)) for part in command]
         raise CompilationFailed(command=shlex.join(command), source=kept, output=output)

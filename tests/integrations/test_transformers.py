@@ -8,9 +8,9 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from transformers import AutoModel, AutoTokenizer, masking_utils  # noqa: E402
+from transformers import AutoModel, AutoTokenizer, masking_utils
 
-from attn_engine.integrations import transformers as adapter  # noqa: E402
+from attn_engine.integrations import transformers as adapter
 
 IMPLEMENTATION = "attn_engine"
 SENTENCES = [
@@ -194,6 +194,16 @@ def test_what_is_not_computed_is_refused(arguments: dict, said: str):
     with pytest.raises(adapter.UnsupportedModelFeature, match=said) as caught:
         adapter.attention(**call)
     assert "Identity" in str(caught.value)
+
+
+def test_a_mask_function_over_something_else_is_refused():
+    table = {0: 1}
+
+    def odd(b, h, q_idx, kv_idx):
+        return kv_idx <= q_idx + table[0]
+
+    with pytest.raises(adapter.UnsupportedModelFeature, match="a dict"):
+        adapter.describe_mask(1, 4, 4, mask_function=odd)
 
 
 def test_our_functions_fit_the_interfaces():

@@ -201,9 +201,7 @@ class NestRenderer(Renderer):
         """The steps at one row; values made in this nest are registers, all others are loaded."""
         assert n.shape.rows is not None
         lines: list[str] = []
-        read = {r for s in steps for r in names_read(s) if not isinstance(s, Product)}
-        if n.shape.rows == "kv" and "kv_idx" in read:
-            lines.append("const int kv_idx = kv_start + row;")
+        read = {r for s in steps for r in names_read(s)}
         known: set[str] = set()
         if product and product in read:
             lines.append(f"const Floats {product} = sums[r];")
@@ -217,6 +215,8 @@ class NestRenderer(Renderer):
             if name := name_made(s):
                 known = known | {name}
         self._at_hand = frozenset()
+        if n.shape.rows == "kv" and re.search(r"\bkv_idx\b", "\n".join(lines)):
+            lines.insert(0, "const int kv_idx = kv_start + row;")
         return lines
 
     def row_step(self, n: Nest, s: Step, blocked: bool, later: set[str]) -> list[str]:
@@ -363,13 +363,15 @@ class NestRenderer(Renderer):
                 return f"({super().call(e, axes, 0)})"
             case Call(Op.DIV, (a, b)) if plain and a.dtype is not DType.FLOAT and b.dtype is not DType.FLOAT:
                 return f"to_float({self.expr(a, axes)}) / {self.expr(b, axes, 7)}"
-            case Call(Op.EXP | Op.EXP2, _):
-                return super().call(e, axes, parent)
             case _:
                 return super().call(e, axes, parent)
 
+    @staticmethod
+    def broadcast(have: tuple[str, ...], want: tuple[str, ...]) -> str:
+        return ""  # operators take any mixture of lanes and numbers
+
     def full(self, e: Full) -> str:
-        return f"fill({self.number(e.value)})"
+        return f"fill({self.number(e.value)})" if set(e.axes) - {"kv"} else self.number(e.value)
 
     def load(self, e: Load, axes: tuple[str, ...]) -> str:
         return f"{e.tensor}({', '.join(self.expr(i) for i in e.indices)})"
@@ -394,4 +396,5 @@ def _single(value: float) -> str:
         (rounded,) = struct.unpack("f", struct.pack("f", value))
     except OverflowError:
         return "-inf" if value < 0 else "inf"
-    return next(text for digits in range(1, 18) if struct.pack("f", float(text := f"{rounded:.{digits}g}")) == struct.pack("f", rounded))
+    texts = (f"{rounded:.{digits}g}" for digits in range(1, 18))
+    return repr(next(x for x in map(float, texts) if struct.pack("f", x) == struct.pack("f", rounded)))

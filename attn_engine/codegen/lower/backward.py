@@ -269,15 +269,14 @@ class Sweep:
 
 
 def hide_weights(emitter: Emitter, probs: Expr, seen: Visibility | None, masked: bool | Expr) -> None:
-    """Mask the weight, not the score: a row that sees nothing has no finite row value to subtract."""
-    if seen is None:
-        emitter.let(PROBS.name, probs)
-    elif masked is True:
+    """Mask the weight, not the score: a row that sees nothing has no finite row value to subtract.
+
+    Under a branch the weights are hidden together with the gradients, in one `if` after both.
+    """
+    if seen is not None and masked is True:
         emitter.lets += seen.lets
-        emitter.let(PROBS.name, where(seen.var, probs, 0.0))
-    else:
-        emitter.let(PROBS.name, probs)
-        emitter.lets += masking(masked, [*seen.lets, Let(PROBS.name, where(seen.var, PROBS, 0.0))])
+        probs = where(seen.var, probs, 0.0)
+    emitter.let(PROBS.name, probs)
 
 
 def hide_gradients(
@@ -288,7 +287,7 @@ def hide_gradients(
         spread = value if set(value.axes) == {"q", "kv"} else value + Full(0.0, ("q", "kv"))
         emitter.let(name, where(seen.var, spread, 0.0) if seen and masked is True else spread)
     if seen and isinstance(masked, Expr):
-        pairs = [Var(name, FLOAT, ("q", "kv")) for name, _ in results]
+        pairs = [PROBS, *(Var(name, FLOAT, ("q", "kv")) for name, _ in results)]
         hidden = [Let(x.name, where(seen.var, x, 0.0)) for x in pairs]
         emitter.lets += masking(masked, [*seen.lets, *hidden])
 
@@ -331,6 +330,6 @@ def backward_kernel(
         order=order,
         tile=tuple_of_tiles(program, tiles),
         body=tuple(body),
-        header=(f"{program.name}: backward, {name}",),
+        header=(f"{program.name}: backward" + (f", {name}" if name != "backward" else ""),),
         heavy_last=grid[:1] == ("q",) and later_rows_see_more(plan),
     )

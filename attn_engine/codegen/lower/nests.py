@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from attn_engine.codegen.lower.steps import (
     Product, Shape, Splitter, Step, is_total, name_made, names_read, prepare, shape_of, step_shape,
@@ -71,11 +72,9 @@ def schedule_nests(kernel: Kernel) -> Schedule:
     """Turn the statements of every block into nests."""
     kernel, factors = prepare(kernel)
     splitter = Splitter(kernel, factors)
-    drafts = draft(kernel.body, splitter)
-    nests = [n for block in all_blocks(drafts) for n in block.nests]
-    reads = {name for n in nests for name in n.outside_reads()}
+    drafts = draft(kernel.body, splitter, {})
     arrays: dict[str, Shape] = {}
-    body = finish(drafts, reads, arrays)
+    body = finish(drafts, frozenset(), arrays)
     return Schedule(kernel, body, arrays, frozenset(rewritten(drafts, set())))
 
 
@@ -124,15 +123,21 @@ class Run:
 Draft = Section | Run | tuple[Loop, "list[Draft]"] | tuple[If, "list[Draft]"]
 
 
-def draft(body: tuple[Stmt, ...], splitter: Splitter) -> list[Draft]:
-    """Fuse each run of plain statements; a title ends a run, except in an innermost loop, where it is dropped."""
+def draft(body: tuple[Stmt, ...], splitter: Splitter, outer: Mapping[str, Let]) -> list[Draft]:
+    """Fuse each run of plain statements; a title ends a run, except in an innermost loop, where it is dropped.
+
+    outer: what enclosing blocks make that a nest here would rather make again.
+    """
+    cheap = dict(outer)
     innermost = not any(isinstance(s, Loop | If) for s in body)
     drafts: list[Draft] = []
     pending: list[Stmt] = []
 
     def flush() -> None:
         if pending:
-            drafts.append(Run(fuse(splitter.block(pending))))
+            steps = splitter.block(pending)
+            cheap.update({s.name: s for s in steps if is_cheap(s)})
+            drafts.append(Run(remake_cheap_values(fuse(steps), cheap)))
             pending.clear()
 
     for s in body:
@@ -143,10 +148,10 @@ def draft(body: tuple[Stmt, ...], splitter: Splitter) -> list[Draft]:
                     drafts.append(s)
             case Loop():
                 flush()
-                drafts.append((s, draft(s.body, splitter)))
+                drafts.append((s, draft(s.body, splitter, cheap)))
             case If():
                 flush()
-                drafts.append((s, draft(s.body, splitter)))
+                drafts.append((s, draft(s.body, splitter, cheap)))
             case Let() | StoreTile() | Accumulate():
                 pending.append(s)
     flush()
@@ -187,17 +192,17 @@ def fuse(steps: list[Step]) -> list[OpenNest]:
             home[made] = target
         for r in reads:
             readers.setdefault(r, []).append(target)
-    return remake_cheap_values(nests)
+    return nests
 
 
-def remake_cheap_values(nests: list[OpenNest]) -> list[OpenNest]:
-    """Integers and conditions of a row are computed again where another nest reads them: arrays hold numbers."""
-    cheap = {
-        step.name: step
-        for nest in nests if nest.shape.rows is not None
-        for step in nest.steps
-        if isinstance(step, Let) and step.value.dtype in (DType.BOOL, DType.INT)
-    }
+def is_cheap(step: Step) -> TypeGuard[Let]:
+    """Integers and conditions of a row: computed again where another nest reads them, for arrays hold numbers."""
+    rows = step_shape(step).rows
+    return isinstance(step, Let) and rows is not None and step.value.dtype in (DType.BOOL, DType.INT)
+
+
+def remake_cheap_values(nests: list[OpenNest], cheap: Mapping[str, Let]) -> list[OpenNest]:
+    """Bring cheap values into every nest that reads them, and drop them where nothing does."""
     for nest in nests:
         made: set[str] = set()
         steps: list[Step] = []
@@ -234,7 +239,9 @@ def rewritten(drafts: list[Draft], outer: set[str]) -> Iterable[str]:
                     made.add(step.name)
 
 
-def finish(drafts: list[Draft], reads: set[str], arrays: dict[str, Shape]) -> tuple[Item, ...]:
+def finish(drafts: list[Draft], outer: frozenset[str], arrays: dict[str, Shape]) -> tuple[Item, ...]:
+    """Decide what each nest of a block stores; `outer` names what enclosing blocks keep in arrays."""
+    reads = outer | {name for run in all_blocks(drafts) for nest in run.nests for name in nest.outside_reads()}
     items: list[Item] = []
     for d in drafts:
         match d:
@@ -243,13 +250,19 @@ def finish(drafts: list[Draft], reads: set[str], arrays: dict[str, Shape]) -> tu
             case Run(nests):
                 items += close(nests, reads, arrays)
             case (Loop() as loop, inner):
-                items.append(Sweep(loop, finish(inner, reads, arrays)))
+                items.append(Sweep(loop, finish(inner, outer | arrays.keys() & made_in(drafts), arrays)))
             case (If() as branch, inner):
-                items.append(Branch(branch.condition, finish(inner, reads, arrays)))
+                items.append(Branch(branch.condition, finish(inner, outer | arrays.keys() & made_in(drafts), arrays)))
     return tuple(items)
 
 
-def close(nests: list[OpenNest], reads: set[str], arrays: dict[str, Shape]) -> list[Item]:
+def made_in(drafts: list[Draft]) -> set[str]:
+    """Names made by the plain statements of a block."""
+    runs = [d for d in drafts if isinstance(d, Run)]
+    return {name for run in runs for n in run.nests for step in n.steps if (name := name_made(step))}
+
+
+def close(nests: list[OpenNest], reads: frozenset[str], arrays: dict[str, Shape]) -> list[Item]:
     """Values of a row that some nest reads from outside are stored."""
     stored = [frozenset(kept(n, reads)) for n in nests]
     places = share(nests, stored)
@@ -260,7 +273,7 @@ def close(nests: list[OpenNest], reads: set[str], arrays: dict[str, Shape]) -> l
     return [Nest(n.shape, tuple(n.steps), s, places) for n, s in zip(nests, stored, strict=True)]
 
 
-def kept(nest: OpenNest, reads: set[str]) -> Iterable[str]:
+def kept(nest: OpenNest, reads: frozenset[str]) -> Iterable[str]:
     for step in nest.steps:
         name = name_made(step)
         if nest.shape.rows is not None and name in reads and not is_total(step, nest.shape.rows):

@@ -10,7 +10,8 @@ query axis or go to memory row by row, have a column per lane.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from attn_engine.ir.expr import (
@@ -77,7 +78,7 @@ class Unpack:
 Step = Let | Product | View | Pack | StoreTile | Accumulate | Unpack
 
 
-def shape_of(axes: Iterable[str]) -> Shape:
+def shape_of(axes: Sequence[str]) -> Shape:
     """Query rows in lanes, else columns in lanes, else numbers."""
     present = [a for a in ("q", *COLUMNS) if a in axes]
     lanes = present[0] if present else None
@@ -106,7 +107,7 @@ def step_shape(step: Step) -> Shape:
             rows, columns = step.indices[-2].axes, step.indices[-1].axes
             return Shape(rows[0], columns[0])
         case StoreTile(_, indices, value) | Accumulate(_, indices, value):
-            return shape_of(a for a in ("q", "kv") if any(a in e.axes for e in (*indices, value)))
+            return shape_of([a for a in ("q", "kv") if any(a in e.axes for e in (*indices, value))])
         case View() | Pack() | Unpack():
             return Shape(None, None)
 
@@ -140,7 +141,7 @@ def is_total(step: Step, rows: str | None) -> bool:
 
 def prepare(kernel: Kernel) -> tuple[Kernel, dict[str, Expr]]:
     """The kernel without casts, and the factor by which each packed tile is multiplied."""
-    body = map_expressions(kernel.body, lambda e: transform(e, _drop_cast))
+    body = map_expressions(kernel.body, lambda e: transform(transform(e, _drop_cast), _gather_factors))
     body, factors = fold_scale(replace(kernel, body=body))
     return replace(kernel, body=body), factors
 
@@ -148,6 +149,26 @@ def prepare(kernel: Kernel) -> tuple[Kernel, dict[str, Expr]]:
 def _drop_cast(e: Expr) -> Expr | None:
     """The compute type is as wide as the element type, so rounding before a product only costs."""
     return e.x if isinstance(e, Cast) else None
+
+
+def _gather_factors(e: Expr) -> Expr | None:
+    """x / c -> x * (1/c), (x * c) * y -> (x * y) * c, (x * a) * b -> x * ab: one multiplication, no division."""
+    match e:
+        case Call(Op.DIV, (x, Const(value))) if x.axes and value and math.isfinite(1 / value):
+            return _gathered(x * (1 / value))
+        case Call(Op.MUL, (Const() as c, x)) if x.axes and not isinstance(x, Const):
+            return _gathered(x * c)
+        case Call(Op.MUL, (Call(Op.MUL, (x, Const(a))), Const(b))) if x.axes and e.dtype is DType.FLOAT:
+            return x if a * b == 1 and x.dtype is DType.FLOAT else x * (float(a) * float(b))
+        case Call(Op.MUL, (Call(Op.MUL, (x, Const() as c)), y)) if x.axes and e.dtype is DType.FLOAT:
+            return _gathered((x * y) * c)
+        case _:
+            return None
+
+
+def _gathered(e: Expr) -> Expr:
+    again = _gather_factors(e)
+    return e if again is None else again
 
 
 def fold_scale(kernel: Kernel) -> tuple[tuple[Stmt, ...], dict[str, Expr]]:

@@ -87,7 +87,7 @@ template <class T> INLINE void store_vector(T* to, FloatVector v, int count) {
 
 template <class T, int RANK> struct Tensor {
   T* data;
-  const int64_t *sizes, *strides;
+  int64_t sizes[RANK > 0 ? RANK : 1], strides[RANK > 0 ? RANK : 1];  // strides in elements
 
   /// The element at `index`: a number when every index is one, lanes when some index has lanes.
   template <class... Index> inline __attribute__((always_inline)) auto operator()(Index... index) const;
