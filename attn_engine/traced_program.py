@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from attn_engine.frontend import CustomIO, OnlineFunc, Trace, trace_mask_mod, trace_online, trace_score_mod
-from attn_engine.frontend.trace import ScoreMod
+from attn_engine.frontend.names import KernelNames
+from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention, OnlineRule
 from attn_engine.runtime.storage import STORAGES
@@ -24,7 +25,7 @@ class Description:
     """What the user wrote: everything that is needed to trace a program."""
 
     score_mod: ScoreMod | None
-    mask_mod: ScoreMod | None
+    mask_mod: MaskMod | None
     custom_io: CustomIO
     online_func: OnlineFunc
     dtype: torch.dtype
@@ -33,8 +34,12 @@ class Description:
 
     def trace(self, storages: Mapping[str, Storage]) -> TracedProgram:
         """Run the user's functions on symbols; `storages` says how the custom inputs lie."""
-        score = None if self.score_mod is None else trace_score_mod(self.score_mod, self.custom_io, storages)
-        mask = None if self.mask_mod is None else trace_mask_mod(self.mask_mod, self.custom_io, storages)
+        names = KernelNames()  # one for both, so that two different captures never share a name
+        score = mask = None
+        if self.score_mod is not None:
+            score = trace_score_mod(self.score_mod, self.custom_io, storages, names)
+        if self.mask_mod is not None:
+            mask = trace_mask_mod(self.mask_mod, self.custom_io, storages, names)
         rule = trace_online(self.online_func)
         return TracedProgram(self.program(score, mask, rule), score, mask, dict(storages))
 
@@ -70,9 +75,10 @@ class TracedProgram:
 
     def tensors(self, custom: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The captured tensors of this moment, by kernel name, in the program's order."""
-        found = dict(custom)
+        found: dict[str, Tensor] = {}
         for trace in self.traces:
             found.update((t.name, t.accessor()) for t in trace.tensors)
+            found.update((name, custom[given]) for name, given in trace.custom)
         return {c.name: found[c.name] for c in self.program.captures}
 
     def scalars(self) -> dict[str, Number]:

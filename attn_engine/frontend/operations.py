@@ -131,7 +131,7 @@ def where(condition: Expr, a: Expr, b: Expr) -> Expr:
 
 
 def relu(x: Expr) -> Expr:
-    return where(apply(Op.LT, Const(0), x), x, zero_like(x))
+    return where(apply(Op.LT, zero_like(x), x), x, zero_like(x))
 
 
 def clamp(x: Expr, min: Expr | None = None, max: Expr | None = None) -> Expr:  # noqa: A002  torch's names
@@ -192,12 +192,12 @@ def logsigmoid(x: Expr) -> Expr:
 
 
 def leaky_relu(x: Expr, negative_slope: Expr = Const(0.01)) -> Expr:
-    return where(apply(Op.LT, Const(0), x), to_float(x), multiply(x, negative_slope))
+    return where(apply(Op.LT, zero_like(x), x), to_float(x), multiply(x, negative_slope))
 
 
 def elu(x: Expr, alpha: Expr = Const(1.0)) -> Expr:
     curved = multiply(alpha, subtract(exp(minimum(x, Const(0.0))), Const(1.0)))
-    return where(apply(Op.LT, Const(0), x), to_float(x), curved)
+    return where(apply(Op.LT, zero_like(x), x), to_float(x), curved)
 
 
 def gelu(x: Expr, approximate: str = "none") -> Expr:

@@ -32,7 +32,7 @@ def key_of(*parts: str) -> str:
 
 
 def cache_folder() -> Path:
-    """The directory for compiled kernels: $ATTN_ENGINE_CACHE, else ~/.cache/attn_engine, else a private temporary one."""
+    """Where kernels are kept: $ATTN_ENGINE_CACHE, else ~/.cache/attn_engine, else a private temporary directory."""
     configured = os.environ.get(VARIABLE)
     return _usable_folder(configured or str(Path("~/.cache/attn_engine").expanduser()), os.getpid())
 
@@ -52,8 +52,8 @@ def _usable_folder(wanted: str, _process: int) -> Path:
     private = Path(tempfile.mkdtemp(prefix="attn_engine_"))
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     warnings.warn(
-        f"The kernel cache {path} is not used: {reason}. Kernels of this process are compiled into {private} and lost at "
-        f"its end. Set {VARIABLE} to a directory that only you can write.",
+        f"The kernel cache {path} is not used: {reason}. Kernels of this process are compiled into {private} and "
+        f"lost at its end. Set {VARIABLE} to a directory that only you can write.",
         stacklevel=2,
     )
     return private
@@ -72,7 +72,7 @@ def why_unsafe(path: Path) -> str | None:
 
 
 def stored(name: str, build: Callable[[Path], None]) -> Path:
-    """The cached file `name`; where there is none, `build(path)` writes it to a fresh place from which it is moved here.
+    """The cached file `name`; where there is none, `build(path)` writes it to a fresh place and it is moved here.
 
     Two processes that build the same file at once both succeed, and either result serves. Raises UnsafeCache when the
     file there could have been written by somebody else.

@@ -116,7 +116,8 @@ def compile_cpu(kernel: Kernel, source: str, compiler: Compiler | None = None) -
     """
     compiler = compiler or find_compiler()
     assert compiler is not None, "the engine asks find_compiler() first"
-    name = key_of(source, _headers(), *compiler.command, compiler.version, *compiler.flags, *compiler.features, ABI_VERSION)
+    made_by = (*compiler.command, compiler.version, *compiler.flags, *compiler.features)
+    name = key_of(source, _headers(), *made_by, ABI_VERSION)
     library = stored(f"{kernel.name}_{name}.so", lambda path: _build(path, source, compiler))
     return CpuKernel(kernel, library)
 

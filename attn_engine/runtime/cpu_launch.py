@@ -55,7 +55,7 @@ class CpuKernel:
     def launch(
         self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Number], sizes: Mapping[str, int]
     ) -> None:
-        """Run the kernel to its end. `tensors` in logical order with any strides; `sizes` has at least the five of SIZES."""
+        """Run the kernel to its end. `tensors` in logical order with any strides; `sizes` holds the five of SIZES."""
         values: list[Number] = [0]
         for name in self._tensors:
             tensor = tensors[name]
@@ -97,13 +97,13 @@ def run_on_threads(function: Callable[[int], None], address: int, count: int) ->
 
 @cache
 def openmp_parallel() -> Callable[..., None] | None:
-    """GOMP_parallel of the OpenMP runtime that torch has loaded: its threads are warm, and a second pool would compete."""
+    """GOMP_parallel of the OpenMP runtime that torch has loaded: its threads are warm, another pool would compete."""
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
     loaded = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1] and "/" in line}
-    home = str(Path(torch.__file__).parent.parent)
+    home = str(Path(torch.__path__[0]).parent)
     for path in sorted(loaded, key=lambda p: not p.startswith(home)):
         if not Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
             continue

@@ -1,4 +1,4 @@
-"""C++ for CPUs: a query row per lane, products through a register-blocked micro-kernel, everything else fused around it.
+"""C++ for CPUs: a query row per lane, products through a register-blocked micro-kernel, all else fused around it.
 
 Arithmetic lives in include/*.h; codegen/lower/nests.py decides what shares a loop; this file prints the file around the
 kernel, cpu_nests.py the loops.
@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_names import with_legal_names
-from attn_engine.codegen.backends.cpu_nests import BLOCKS, NestRenderer
+from attn_engine.codegen.backends.cpu_nests import NestRenderer
 from attn_engine.codegen.lower.nests import schedule_nests
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import Kernel, Param
@@ -119,7 +120,11 @@ class CpuRenderer(NestRenderer):
             f"static void tile_task({', '.join(['const Arguments& arguments', 'Scratch& scratch', *parameters])}) {{",
             *(f"  const auto& {p.name} = arguments.{p.name};" for p in k.params if p.name in words),
             *([f"  const int {', '.join(f'{n} = arguments.{n}' for n in sizes)};"] if sizes else []),
-            *(f"  const {self.scalar_type(v.dtype)} {v.name} = arguments.{v.name};" for v in k.scalars if v.name in words),
+            *(
+                f"  const {self.scalar_type(v.dtype)} {v.name} = arguments.{v.name};"
+                for v in k.scalars
+                if v.name in words
+            ),
             *(f"  const int {n} = arguments.{p.name}.sizes[{i}];" for n, p, i in self.captured_sizes() if n in words),
             *(f"  auto& {name} = scratch.{name};" for name in self.scratch if name in words),
             *(f"  {line}" for axis in tiles for line in self.tile_positions(axis, words)),

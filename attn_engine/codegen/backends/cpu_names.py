@@ -24,8 +24,7 @@ KEYWORDS = frozenset(
     main std errno assert stdin stdout stderr INFINITY NAN EOF NULL""".split()
 )
 LOCALS = frozenset(
-    """arguments scratch row block column sums r lane q_rows kv_rows q_tiles kv_tiles_total task tasks tile_task Arguments
-    Scratch D DV BLOCK_Q BLOCK_KV partial_step full_step step next_task floor_div floor_mod int64_t int32_t int16_t
+    """arguments scratch row block column sums r lane q_rows kv_rows task tasks tile_task Arguments Scratch D DV BLOCK_Q BLOCK_KV partial_step full_step step next_task floor_div floor_mod int64_t int32_t int16_t
     int8_t uint8_t aligned_alloc free""".split()
 )
 
@@ -37,7 +36,7 @@ def header_names() -> frozenset[str]:
     code = re.sub(r"//.*", "", text)
     found = set(re.findall(r"(?:INLINE|constexpr)\s[^;{(=]*?\b(\w+)\s*[({=]", code))
     found |= set(re.findall(r"\b(?:struct|using|#define|namespace)\s+(\w+)", code))
-    found |= set(re.findall(r"\bBY_LIBRARY\((\w+)\)", code))
+    found |= set(re.findall(r"\b(?:BY_LIBRARY|OF_NUMBER)\((\w+)\)", code))
     found |= set(re.findall(r"\b([A-Z][A-Z_]+)\s*=", code))
     return frozenset(found)
 

@@ -79,7 +79,7 @@ class TritonRenderer(Addressing):
         text = "\n".join(body)
         self.arguments = self._arguments(text)
         used = {name for name in HELPERS if re.search(rf"\b{name}\(", text)}
-        return "\n".join([*self._top(text), *helper_lines(used), *self._signature(), *body]) + "\n"
+        return "\n".join([*self._top(text), *helper_lines(used, self.compute), *self._signature(), *body]) + "\n"
 
     def _top(self, body: str) -> list[str]:
         lines = [*(f"# {line}" for line in self.kernel.header), "import triton", "import triton.language as tl", ""]

@@ -34,9 +34,17 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.625, near, far)
 '''
 
+_TANH_DOUBLE = '''
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent to about 1e-16."""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+'''
+
 HELPERS: dict[str, str] = {"floor_divide": _FLOOR_DIVIDE, "floor_modulo": _FLOOR_MODULO, "tanh": _TANH}
 
 
-def helper_lines(names: set[str]) -> list[str]:
+def helper_lines(names: set[str], compute: str) -> list[str]:
     """The definitions of these functions, each followed by the two empty lines of a top-level definition."""
-    return [line for name, text in HELPERS.items() if name in names for line in [*text.strip().split("\n"), "", ""]]
+    texts = {**HELPERS, "tanh": _TANH_DOUBLE} if compute == "float64" else HELPERS
+    return [line for name, text in texts.items() if name in names for line in [*text.strip().split("\n"), "", ""]]

@@ -26,6 +26,8 @@ def _parts(line: str) -> tuple[str, str, str]:
     """(text before the expression, the expression, text after it)."""
     if found := re.match(r"(if |for \w+ in )(.*)(:)$", line):
         return found[1], found[2], found[3]
+    if found := re.match(r"(\w+ = )(tl\.load\(.*\))(\.to\([\w.]+\))$", line):
+        return found[1], found[2], found[3]
     if found := re.match(r"(\w+ = )(.*)$", line):
         return found[1], found[2], ""
     return "", line, ""

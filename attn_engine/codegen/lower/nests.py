@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from attn_engine.codegen.lower.steps import (
-    Product, Shape, Splitter, Step, is_total, name_made, names_read, prepare, shape_of, step_shape,
+    Product,
+    Shape,
+    Splitter,
+    Step,
+    is_total,
+    name_made,
+    names_read,
+    prepare,
+    shape_of,
+    step_shape,
 )
 from attn_engine.ir.expr import Expr
 from attn_engine.ir.ops import DType
@@ -218,9 +227,13 @@ def remake_cheap_values(nests: list[OpenNest], cheap: Mapping[str, Let]) -> list
         for step in nest.steps:
             bring(step)
         nest.steps = steps
-        while unread := {name_made(s) for s in nest.steps} & cheap.keys() - {r for s in nest.steps for r in names_read(s)}:
+        while unread := {name_made(s) for s in nest.steps} & cheap.keys() - names_read_by(nest.steps):
             nest.steps = [s for s in nest.steps if name_made(s) not in unread]
     return [n for n in nests if n.steps]
+
+
+def names_read_by(steps: list[Step]) -> set[str]:
+    return {name for step in steps for name in names_read(step)}
 
 
 # -- finishing: what is stored, and where
@@ -274,11 +287,12 @@ def close(nests: list[OpenNest], reads: frozenset[str], arrays: dict[str, Shape]
 
 
 def kept(nest: OpenNest, reads: frozenset[str]) -> Iterable[str]:
+    """The numbers of a row that must be in an array."""
     for step in nest.steps:
         name = name_made(step)
-        if nest.shape.rows is not None and name in reads and not is_total(step, nest.shape.rows):
-            if isinstance(step, Product) or (isinstance(step, Let) and step.value.dtype is DType.FLOAT):
-                yield step.name
+        number = isinstance(step, Product) or (isinstance(step, Let) and step.value.dtype is DType.FLOAT)
+        if name in reads and number and nest.shape.rows is not None and not is_total(step, nest.shape.rows):
+            yield name
 
 
 def array_shape(nest: OpenNest, name: str) -> Shape:

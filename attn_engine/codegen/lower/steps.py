@@ -15,10 +15,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from attn_engine.ir.expr import (
-    Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var, postorder, rebuild, transform, variables,
+    Call,
+    Cast,
+    Const,
+    Dot,
+    Expr,
+    Full,
+    Load,
+    Reduce,
+    Var,
+    postorder,
+    rebuild,
+    transform,
+    variables,
 )
 from attn_engine.ir.ops import DType, Op
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile, expressions, map_expressions, walk
+from attn_engine.ir.tile import (
+    Accumulate,
+    If,
+    Kernel,
+    Let,
+    Loop,
+    Section,
+    Stmt,
+    StoreTile,
+    expressions,
+    map_expressions,
+    walk,
+)
 
 COLUMNS = ("d", "dv")
 
@@ -214,7 +238,7 @@ class Splitter:
 
     def __init__(self, kernel: Kernel, factors: dict[str, Expr]) -> None:
         self._factors = factors
-        self._paddings, self._packed = tile_uses(kernel.body)
+        self._uses = TileUses(kernel.body)
         self.steps: list[Step] = []
         self._taken: set[str] = set()
 
@@ -242,10 +266,10 @@ class Splitter:
     def let(self, name: str, value: Expr, source: str = "") -> None:
         match value:
             case Load() if is_tile_load(value):
-                if name in self._packed:
+                if name in self._uses.packed:
                     self.steps.append(Pack(name, value, self._factors.get(name, Const(1.0))))
-                if name in self._paddings:
-                    self.steps.append(View(name, value, self._paddings[name]))
+                if name in self._uses.paddings:
+                    self.steps.append(View(name, value, self._uses.paddings[name]))
             case Dot():
                 self.product(name, Full(0.0, value.axes), value, source)
             case Call(Op.ADD, (init, Dot() as dot)) | Call(Op.ADD, (Dot() as dot, init)) if init.axes == dot.axes:
@@ -296,35 +320,42 @@ class Splitter:
         self.steps.append(Accumulate(s.tensor, s.indices, Var(name, DType.FLOAT, s.value.axes)))
 
 
-def tile_uses(body: tuple[Stmt, ...]) -> tuple[dict[str, str], set[str]]:
-    """How loaded tiles are read: (name -> padding of those read by rows, names of those read with a query per lane)."""
-    loaded = {s.name for s in walk(body) if isinstance(s, Let) and is_tile_load(s.value)}
-    paddings: dict[str, str] = {}
-    packed: set[str] = set()
+class TileUses:
+    """How loaded tiles are read. `paddings`: those read by rows, with what their columns must be filled up to;
+    `packed`: those read with a query row per lane.
+    """
 
-    def view(name: str, padding: str) -> None:
-        paddings[name] = max(paddings.get(name, ""), padding, key=["", "ROWS", "LANES"].index)
+    def __init__(self, body: tuple[Stmt, ...]) -> None:
+        self._loaded = {s.name for s in walk(body) if isinstance(s, Let) and is_tile_load(s.value)}
+        self.paddings: dict[str, str] = {}
+        self.packed: set[str] = set()
+        for s in walk(body):
+            by_column = isinstance(s, Accumulate) and stored_by_column(s)
+            for e in expressions(s):
+                for node in postorder(e):
+                    self._operands(node, by_column)
 
-    def operand(x: Var, other: Expr, contracted: str, by_column: bool) -> None:
-        if contracted in COLUMNS and "q" in x.axes:
-            packed.add(x.name)
-        elif contracted in COLUMNS:
-            view(x.name, "")  # numbers: a row for each row of the result
+    def _operands(self, node: Expr, by_column: bool) -> None:
+        for x in node.operands:
+            if not (isinstance(x, Var) and x.name in self._loaded):
+                continue
+            if isinstance(node, Dot):
+                self._in_product(x, node, by_column)
+            elif "q" in x.axes:
+                self.packed.add(x.name)
+            else:
+                self._by_rows(x.name, "LANES")
+
+    def _in_product(self, x: Var, product: Dot, by_column: bool) -> None:
+        other = product.b if x is product.a else product.a
+        if product.contracted in COLUMNS and "q" in x.axes:
+            self.packed.add(x.name)
+        elif product.contracted in COLUMNS:
+            self._by_rows(x.name, "")  # numbers: a row for each row of the result
         elif "q" in other.axes and "kv" in x.axes and not by_column:
-            view(x.name, "ROWS")  # numbers, read down its columns
+            self._by_rows(x.name, "ROWS")  # numbers, read down its columns
         else:
-            view(x.name, "LANES")
+            self._by_rows(x.name, "LANES")
 
-    for s in walk(body):
-        by_column = isinstance(s, Accumulate) and stored_by_column(s)
-        for e in expressions(s):
-            for node in postorder(e):
-                if isinstance(node, Dot):
-                    for x, other in ((node.a, node.b), (node.b, node.a)):
-                        if isinstance(x, Var) and x.name in loaded:
-                            operand(x, other, node.contracted, by_column)
-                    continue
-                for x in node.operands:
-                    if isinstance(x, Var) and x.name in loaded:
-                        packed.add(x.name) if "q" in x.axes else view(x.name, "LANES")
-    return paddings, packed
+    def _by_rows(self, name: str, padding: str) -> None:
+        self.paddings[name] = max(self.paddings.get(name, ""), padding, key=["", "ROWS", "LANES"].index)

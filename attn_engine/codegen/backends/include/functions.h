@@ -28,17 +28,13 @@ template <class A, class B, IfWide<A, B> = 0> INLINE Ints floor_mod(A a, B b) {
 // -- numbers
 
 template <class A, IfScalar<A, A> = 0> INLINE A abs(A x) { return x < 0 ? -x : x; }
-INLINE Real exp(Real x) { return std::exp(x); }
-INLINE Real exp2(Real x) { return std::exp2(x); }
-INLINE Real log(Real x) { return std::log(x); }
-INLINE Real log2(Real x) { return std::log2(x); }
-INLINE Real tanh(Real x) { return std::tanh(x); }
-INLINE Real sigmoid(Real x) { return 1 / (1 + std::exp(-x)); }
-INLINE Real sqrt(Real x) { return std::sqrt(x); }
-INLINE Real rsqrt(Real x) { return 1 / std::sqrt(x); }
-INLINE Real sin(Real x) { return std::sin(x); }
-INLINE Real cos(Real x) { return std::cos(x); }
-INLINE Real floor(Real x) { return std::floor(x); }
+#define OF_NUMBER(F) \
+  INLINE Real F(Real x) { return sizeof(Real) == sizeof(float) ? (Real)__builtin_##F##f(x) : (Real)__builtin_##F(x); }
+OF_NUMBER(exp) OF_NUMBER(exp2) OF_NUMBER(log) OF_NUMBER(log2) OF_NUMBER(tanh) OF_NUMBER(sqrt) OF_NUMBER(sin)
+OF_NUMBER(cos) OF_NUMBER(floor)
+#undef OF_NUMBER
+INLINE Real sigmoid(Real x) { return 1 / (1 + exp(-x)); }
+INLINE Real rsqrt(Real x) { return 1 / sqrt(x); }
 
 // -- lanes, by the library
 

@@ -39,7 +39,7 @@ template <class T> INLINE void read_row(Real* to, const Matrix<T>& x, int64_t ro
 /// Rows first, ..., first + count - 1 (up to a whole block of ROWS): in place when they are there and need neither
 /// conversion nor padding, else copied to `spare` with zeros around.
 template <int COLUMNS, class T, int PADDED>
-INLINE Rows tile_of(const Matrix<T>& x, int first, int count, Real (*spare)[PADDED]) {
+OUTLINE Rows tile_of(const Matrix<T>& x, int first, int count, Real (*spare)[PADDED]) {
   const int wanted = round_up(count, ROWS);
   if constexpr (std::is_same_v<std::remove_const_t<T>, Real> && COLUMNS == PADDED)
     if (x.column_stride == 1 && first + wanted <= x.rows) return {x.at(first, 0), x.row_stride};
@@ -78,7 +78,7 @@ INLINE void transpose(FloatVector (&v)[WIDTH]) {
 
 /// to[column][lane] = x[first + lane][column] * factor; lanes from `count` on are zero.
 template <int COLUMNS, class T>
-INLINE void pack_lanes(Real (*to)[LANES], const Matrix<T>& x, int first, int count, Real factor) {
+OUTLINE void pack_lanes(Real (*to)[LANES], const Matrix<T>& x, int first, int count, Real factor) {
   constexpr int SQUARES = COLUMNS / WIDTH * WIDTH;
   const int vectors = x.column_stride == 1 ? SQUARES : 0;
   for (int lane = 0; lane < LANES; lane += WIDTH) {
@@ -96,7 +96,7 @@ INLINE void pack_lanes(Real (*to)[LANES], const Matrix<T>& x, int first, int cou
 
 /// to[first + lane][column] = x[column][lane] for the first `count` lanes.
 template <int COLUMNS, class T>
-INLINE void unpack_lanes(const Matrix<T>& to, int first, int count, const Real (*x)[LANES]) {
+OUTLINE void unpack_lanes(const Matrix<T>& to, int first, int count, const Real (*x)[LANES]) {
   constexpr int SQUARES = COLUMNS / WIDTH * WIDTH;
   const int vectors = to.column_stride == 1 ? SQUARES : 0;
   for (int lane = 0; lane < count; lane += WIDTH) {

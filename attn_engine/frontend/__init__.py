@@ -1,0 +1,41 @@
+"""The user's world: descriptions of attention in plain Python, and their traces."""
+
+from attn_engine.frontend.custom_io import CustomIO
+from attn_engine.frontend.meta import MetaTensor, meta_tensor
+from attn_engine.frontend.names import KernelNames
+from attn_engine.frontend.online import OnlineFunc, trace_online
+from attn_engine.frontend.session import BoundScalar, BoundTensor, Guard
+from attn_engine.frontend.symbols import (
+    SymbolicArray,
+    SymbolicColReduceArray,
+    SymbolicConst,
+    SymbolicTensor,
+    SymbolScalar,
+    Var,
+)
+from attn_engine.frontend.trace import MaskMod, ScoreMod, Trace, trace_mask_mod, trace_score_mod
+from attn_engine.frontend.traced import Traced
+
+__all__ = [
+    "BoundScalar",
+    "BoundTensor",
+    "CustomIO",
+    "Guard",
+    "KernelNames",
+    "MaskMod",
+    "MetaTensor",
+    "OnlineFunc",
+    "ScoreMod",
+    "SymbolScalar",
+    "SymbolicArray",
+    "SymbolicColReduceArray",
+    "SymbolicConst",
+    "SymbolicTensor",
+    "Trace",
+    "Traced",
+    "Var",
+    "meta_tensor",
+    "trace_mask_mod",
+    "trace_online",
+    "trace_score_mod",
+]

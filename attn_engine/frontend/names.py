@@ -1,0 +1,61 @@
+"""Names of captured values in a kernel: the user's own where possible, valid and unique everywhere."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from collections.abc import Hashable
+
+_KERNEL_WORDS = """
+    Q K V O dO dQ dK dV q k v o do dq dk dv query key keys value values out output score scores logit logits probs d_probs
+    d_score d_scores d_logit weights lse delta scale batch head kv_head split splits batches heads kv_heads q_idx kv_idx
+    d_idx dv_idx q_start kv_start q_len kv_len dim_qk dim_v block_q block_kv acc accumulator row_max row_sum rescale visible
+    mask tl triton torch np math kernel forward backward program inf nan true false block tile lanes stride size
+"""
+_CPP_WORDS = """
+    alignas alignof and_eq asm auto bitand bitor bool case catch char class compl const constexpr const_cast decltype default
+    delete do double dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable
+    namespace new noexcept not_eq nullptr operator or_eq private protected public register reinterpret_cast restrict return
+    short signed sizeof static static_assert static_cast struct switch template this thread_local throw true try typedef
+    typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq std main int8_t int16_t int32_t
+    int64_t uint8_t size_t exp exp2 log log2 tanh sqrt sin cos abs fabs floor min max pow round
+"""
+RESERVED = frozenset(_KERNEL_WORDS.split()) | frozenset(_CPP_WORDS.split()) | frozenset(keyword.kwlist) | frozenset(dir(builtins))
+_PREFIXES = ("block_", "tile_", "stride_", "grid_", "attn_", "BLOCK_")
+
+
+class KernelNames:
+    """Hands out names; the same captured thing (a closure cell, a global, a custom input) always gets the same one.
+
+    One instance serves all functions of one engine, so that no two different tensors share a name.
+    """
+
+    def __init__(self) -> None:
+        self._by_key: dict[Hashable, str] = {}
+        self._taken: set[str] = set()
+        self._alive: list[object] = []
+
+    def assign(self, key: Hashable, wanted: str | None, owner: object = None) -> str:
+        """The name of `key`, built from `wanted` the first time. `owner` is kept alive where the key holds its id."""
+        if key not in self._by_key:
+            self._alive.append(owner)
+            self._by_key[key] = self._free(wanted)
+        return self._by_key[key]
+
+    def _free(self, wanted: str | None) -> str:
+        base = re.sub(r"\W", "_", wanted or "", flags=re.ASCII).strip("_")
+        if base and base[0].isdigit():
+            base = f"n{base}"
+        candidates = [base] if base and not self._unfit(base) else []
+        stem = base or "captured"
+        count = 0 if not base else 1
+        while not candidates or candidates[-1] in self._taken:
+            candidates.append(f"{stem}_{count}")
+            count += 1
+        self._taken.add(candidates[-1])
+        return candidates[-1]
+
+    @staticmethod
+    def _unfit(name: str) -> bool:
+        return name in RESERVED or name.startswith(_PREFIXES) or re.search(r"_(size|stride)(_\d+)?$", name) is not None

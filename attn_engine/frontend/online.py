@@ -1,0 +1,196 @@
+"""Normalisers in the user's words: how a row of scores becomes weights, one tile of keys at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import CodeType
+from typing import Any, ClassVar
+
+from attn_engine.errors import (
+    AttnEngineError,
+    OnlineMethodMissing,
+    OnlineStateMismatch,
+    OnlineWrongResult,
+    RuleNotDerivable,
+    definition_of,
+)
+from attn_engine.frontend.capture import codes_of
+from attn_engine.frontend.custom_io import CustomIO
+from attn_engine.frontend.names import KernelNames
+from attn_engine.frontend.operations import to_float
+from attn_engine.frontend.session import Session
+from attn_engine.frontend.symbols import SymbolScalar, Var
+from attn_engine.frontend.trace import names_and_sources, watching
+from attn_engine.frontend.traced import Traced, lift
+from attn_engine.ir.expr import Expr
+from attn_engine.ir.passes.derive_rule import Derived, NotDerivable, derive_rule
+from attn_engine.ir.program import (
+    BATCH, D_PROBS, DELTA, HEAD, KV_IDX, LOGIT, OUT, PROBS, Q_IDX, OnlineRule, RowState, saved_var,
+)  # fmt: skip
+
+Rows = dict[str, Any]
+
+
+class OnlineFunc:
+    """Base of normalisers. A subclass says which row values it carries and defines, statically or not:
+
+    online_fwd(scores, online_rowscales, b, h, q_idx) -> (weights, new online_rowscales, o_scale): one tile of keys;
+        the output becomes output * o_scale + weights @ v. `scores.get_reduce("max" | "min" | "sum" | "abssum")` reduces
+        the tile's scores of a row.
+    online_fwd_epilogue(o, online_rowscales, b, h, q_idx) -> (output, final_rowscales): after the last tile.
+    forward(scores, final_rowscales, b, h, q_idx, kv_idx) -> weights: normalised weights again, for the backward pass.
+    backward(dp, scores, final_rowscales, doosum, b, h, q_idx, kv_idx) -> gradient of the scores: `scores` are the
+        weights of `forward`, dp their gradient, doosum the row sum of dO * O.
+
+    forward and backward may both be left out where they can be derived (RuleNotDerivable says what is missing).
+    Row values and their initial numbers are given to the constructor, or as class attributes of the same names.
+    """
+
+    online_rowscales: Mapping[str, Any] = {}
+    final_rowscales: Mapping[str, Any] = {}
+    external_fwd_tensors: CustomIO | None = None
+    methods: ClassVar[tuple[str, ...]] = ("online_fwd", "online_fwd_epilogue", "forward", "backward", "combine")
+
+    def __init__(
+        self,
+        online_rowscales: Mapping[str, Any] | None = None,
+        final_rowscales: Mapping[str, Any] | None = None,
+        external_fwd_tensors: CustomIO | None = None,
+    ) -> None:
+        if online_rowscales is not None:
+            self.online_rowscales = online_rowscales
+        if final_rowscales is not None:
+            self.final_rowscales = final_rowscales
+        if external_fwd_tensors is not None:
+            self.external_fwd_tensors = external_fwd_tensors
+
+    online_fwd: Callable[..., Any]
+    online_fwd_epilogue: Callable[..., Any]
+
+
+def trace_online(func: OnlineFunc | type[OnlineFunc], names: KernelNames | None = None) -> OnlineRule:
+    """The rule that an online function's methods describe.
+
+    Raises OnlineMethodMissing, OnlineWrongResult, OnlineStateMismatch, RuleNotDerivable and the tracing errors.
+    """
+    return _OnlineTrace(func() if isinstance(func, type) else func, names or KernelNames()).rule()
+
+
+class _OnlineTrace:
+    """One trace of an OnlineFunc's methods."""
+
+    def __init__(self, func: OnlineFunc, names: KernelNames) -> None:
+        self.func = func
+        self.name = type(func).__name__
+        self.session = Session(names=names, tensors_allowed=False)
+        self.states = {
+            user: RowState(names.assign(("state", self.name, user), user), _initial(value))
+            for user, value in func.online_rowscales.items()
+        }
+        self.final = dict.fromkeys(func.final_rowscales)
+
+    def rule(self) -> OnlineRule:
+        weights, new_states, out_scale = self._step()
+        output, saved = self._epilogue()
+        has = [self._method(m) is not None for m in ("forward", "backward")]
+        if any(has) and not all(has):
+            given, missing = ("forward", "backward") if has[0] else ("backward", "forward")
+            raise RuleNotDerivable(
+                rule=self.name, reason=f"{given} is defined and {missing} is not", method=missing, location=self._where()
+            )
+        if all(has):
+            derived = Derived(tuple(saved.items()), *self._backward(saved))
+        else:
+            derived = self._derive(weights, new_states, out_scale, output, saved)
+        roots = (weights, *new_states, out_scale, output, *saved.values(), derived.recompute, derived.gradient)
+        names, sources = names_and_sources(self.session, *roots)
+        return OnlineRule(
+            self.name, tuple(self.states.values()), weights, new_states, out_scale, output,
+            derived.saved, derived.recompute, derived.gradient, names, sources,
+        )  # fmt: skip
+
+    def _method(self, method: str) -> Callable[..., Any] | None:
+        found = getattr(self.func, method, None)
+        code = getattr(found, "__code__", None)
+        if isinstance(code, CodeType):
+            self.session.codes.update(codes_of(code))
+        return found
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        found = self._method(method)
+        if found is None:
+            raise OnlineMethodMissing(rule=self.name, method=method, location=self._where())
+        with watching(self.session):
+            return found(*(Traced(a, self.session) if isinstance(a, Expr) else a for a in arguments))
+
+    def _step(self) -> tuple[Expr, tuple[Expr, ...], Expr]:
+        returned = self._call("online_fwd", LOGIT, self._rows(), BATCH, HEAD, Q_IDX)
+        weights, states, scale = self._parts("online_fwd", returned, 3, "(scores, new row values, o_scale)")
+        if states.keys() != self.states.keys():
+            self._mismatch("online_fwd", states, self.states)
+        new = tuple(self._row("online_fwd", f"row value {n!r}", states[n]) for n in self.states)
+        return self._lift("online_fwd", weights), new, self._row("online_fwd", "o_scale", scale)
+
+    def _epilogue(self) -> tuple[Expr, dict[str, Expr]]:
+        returned = self._call("online_fwd_epilogue", OUT, self._rows(), BATCH, HEAD, Q_IDX)
+        output, final = self._parts("online_fwd_epilogue", returned, 2, "(o, final row values)")
+        if self.final and final.keys() != self.final.keys():
+            self._mismatch("online_fwd_epilogue", final, self.final)
+        saved = {n: self._row("online_fwd_epilogue", f"row value {n!r}", final[n]) for n in final}
+        return self._lift("online_fwd_epilogue", output), saved
+
+    def _backward(self, saved: dict[str, Expr]) -> tuple[Expr, Expr]:
+        rows = {n: Traced(saved_var(n), self.session) for n in saved}
+        where = (BATCH, HEAD, Q_IDX, KV_IDX)
+        recompute = self._lift("forward", self._call("forward", LOGIT, dict(rows), *where))
+        gradient = self._call("backward", D_PROBS, PROBS, dict(rows), DELTA, *where)
+        return recompute, self._lift("backward", gradient)
+
+    def _derive(
+        self, weights: Expr, new_states: tuple[Expr, ...], out_scale: Expr, output: Expr, saved: dict[str, Expr]
+    ) -> Derived:
+        try:
+            return derive_rule(tuple(self.states.values()), weights, new_states, out_scale, output, tuple(saved.items()))
+        except NotDerivable as why:
+            reason, method = str(why), "forward and backward"
+            raise RuleNotDerivable(rule=self.name, reason=reason, method=method, location=self._where()) from None
+
+    def _rows(self) -> Rows:
+        return {user: Traced(state.var, self.session) for user, state in self.states.items()}
+
+    def _parts(self, method: str, returned: Any, count: int, expected: str) -> tuple[Any, ...]:
+        if not isinstance(returned, tuple | list) or len(returned) != count or not isinstance(returned[1], dict):  # pyright: ignore[reportUnknownArgumentType]
+            self._wrong(method, "something else", expected)
+        return tuple(returned)  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]
+
+    def _lift(self, method: str, value: Any) -> Expr:
+        try:
+            return to_float(lift(value, self.session))
+        except AttnEngineError:
+            return self._wrong(method, f"a {type(value).__name__}", "a traced value")
+
+    def _row(self, method: str, what: str, value: Any) -> Expr:
+        expr = self._lift(method, value)
+        if not set(expr.axes) <= {"q"}:
+            self._wrong(method, f"{what} that still differs between keys", "one value per row: see get_reduce")
+        return expr
+
+    def _wrong(self, method: str, got: str, expected: str) -> Any:
+        where = self.session.returned_at
+        raise OnlineWrongResult(rule=self.name, method=method, got=got, expected=expected, location=where)
+
+    def _mismatch(self, method: str, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        raise OnlineStateMismatch(
+            rule=self.name, method=method, got=sorted(got), expected=sorted(expected), location=self.session.returned_at
+        )
+
+    def _where(self) -> Any:
+        code = getattr(type(self.func).__dict__.get("online_fwd"), "__code__", None)
+        code = code or getattr(getattr(self.func, "online_fwd", None), "__code__", None)
+        return definition_of(code) if isinstance(code, CodeType) else None
+
+
+def _initial(value: Any) -> float:
+    if isinstance(value, SymbolScalar):
+        return value.initial
+    return value.value if isinstance(value, Var) else float(value)

@@ -1,0 +1,396 @@
+"""Values that a user's function receives: they record what is done to them instead of computing it."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from attn_engine.errors import (
+    ControlFlowOnTraced,
+    NumberFromTraced,
+    UnknownMethod,
+    UnknownOperation,
+    UnknownReduction,
+    WrongIndexCount,
+    WrongOperands,
+)
+from attn_engine.frontend import operations
+from attn_engine.frontend.operations import FUNCTIONS, constant, kind
+from attn_engine.frontend.session import Session
+from attn_engine.ir.expr import Const, Expr, Reduce
+from attn_engine.ir.ops import DType
+
+_SUPPORTED = "Known functions: " + ", ".join(sorted(n for n in FUNCTIONS if not n.startswith("special_"))) + "."
+_IGNORED_OPTIONS = ("out", "inplace", "dtype", "device", "layout", "pin_memory", "requires_grad", "memory_format")
+
+
+class Symbolic:
+    """Python's operators, each handed to `_operate` with torch's name for it."""
+
+    __slots__ = ()
+
+    def _operate(self, name: str, compute: Callable[..., Any], *args: Any) -> Any:
+        raise NotImplementedError
+
+    def __add__(self, other: Any) -> Any:
+        return self._operate("add", operator.add, self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self._operate("add", operator.add, other, self)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._operate("sub", operator.sub, self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._operate("sub", operator.sub, other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._operate("mul", operator.mul, self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._operate("mul", operator.mul, other, self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._operate("true_divide", operator.truediv, self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self._operate("true_divide", operator.truediv, other, self)
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self._operate("floor_divide", operator.floordiv, self, other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._operate("floor_divide", operator.floordiv, other, self)
+
+    def __mod__(self, other: Any) -> Any:
+        return self._operate("remainder", operator.mod, self, other)
+
+    def __rmod__(self, other: Any) -> Any:
+        return self._operate("remainder", operator.mod, other, self)
+
+    def __pow__(self, other: Any) -> Any:
+        return self._operate("pow", operator.pow, self, other)
+
+    def __rpow__(self, other: Any) -> Any:
+        return self._operate("pow", operator.pow, other, self)
+
+    def __neg__(self) -> Any:
+        return self._operate("neg", operator.neg, self)
+
+    def __pos__(self) -> Any:
+        return self._operate("positive", operator.pos, self)
+
+    def __abs__(self) -> Any:
+        return self._operate("abs", operator.abs, self)
+
+    def __le__(self, other: Any) -> Any:
+        return self._operate("le", operator.le, self, other)
+
+    def __lt__(self, other: Any) -> Any:
+        return self._operate("lt", operator.lt, self, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._operate("ge", operator.ge, self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._operate("gt", operator.gt, self, other)
+
+    def __eq__(self, other: object) -> Any:
+        return False if other is None else self._operate("eq", operator.eq, self, other)
+
+    def __ne__(self, other: object) -> Any:
+        return True if other is None else self._operate("ne", operator.ne, self, other)
+
+    def __and__(self, other: Any) -> Any:
+        return self._operate("bitwise_and", operator.and_, self, other)
+
+    def __rand__(self, other: Any) -> Any:
+        return self._operate("bitwise_and", operator.and_, other, self)
+
+    def __or__(self, other: Any) -> Any:
+        return self._operate("bitwise_or", operator.or_, self, other)
+
+    def __ror__(self, other: Any) -> Any:
+        return self._operate("bitwise_or", operator.or_, other, self)
+
+    def __xor__(self, other: Any) -> Any:
+        return self._operate("bitwise_xor", operator.xor, self, other)
+
+    def __rxor__(self, other: Any) -> Any:
+        return self._operate("bitwise_xor", operator.xor, other, self)
+
+    def __invert__(self) -> Any:
+        return self._operate("bitwise_not", operator.invert, self)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Traced(Symbolic):
+    """A number per (b, h, q_idx, kv_idx), or per row, or one captured number: an expression of the IR."""
+
+    __slots__ = ("expr", "session")
+
+    def __init__(self, expr: Expr, session: Session) -> None:
+        self.expr = expr
+        self.session = session
+
+    def __repr__(self) -> str:
+        return f"<traced {kind(self.expr)}>"
+
+    def _operate(self, name: str, compute: Callable[..., Any], *args: Any) -> Any:
+        return build(self.session, name, args, {})
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name.endswith("_") or name not in FUNCTIONS:
+            raise UnknownMethod(operation=f".{name}", instead=_SUPPORTED, location=self.session.location())
+        return lambda *args, **kwargs: build(self.session, name, (self, *args), kwargs)
+
+    # Python asks for a plain value: possible for captured numbers only.
+
+    def __bool__(self) -> bool:
+        value = self.session.concrete(self.expr, "branch")
+        if value is None:
+            raise ControlFlowOnTraced(kind=kind(self.expr)[2:].strip(), location=self.session.location())
+        return bool(value)
+
+    def __int__(self) -> int:
+        return int(self._number("int()", "Use x.int(), which stays traced."))
+
+    def __float__(self) -> float:
+        advice = "Use x.float(), which stays traced, and torch's functions instead of math's: torch.exp, not math.exp."
+        return float(self._number("float() or a function of math", advice))
+
+    def __index__(self) -> int:
+        advice = "range() and lists take plain ints; make a list a torch.tensor and index that."
+        return operator.index(self._number("range() or an index of a list", advice))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self._number("round()", "Use torch.floor(x + 0.5)."), digits)
+
+    def __iter__(self) -> Any:
+        raise NumberFromTraced(
+            call="A loop over it", kind=_noun(self.expr), instead="It is one number.", location=self.session.location()
+        )
+
+    def __format__(self, spec: str) -> str:
+        value = self.session.concrete(self.expr, "text")
+        return format(value, spec) if value is not None else repr(self)
+
+    def __hash__(self) -> int:
+        value = self.session.concrete(self.expr, "key")
+        return hash(value) if value is not None else id(self)
+
+    def item(self) -> Any:
+        return self._number(".item()", "Keep the value traced.")
+
+    def _number(self, call: str, instead: str) -> Any:
+        value = self.session.concrete(self.expr, "number")
+        if value is None:
+            raise NumberFromTraced(
+                call=call, kind=_noun(self.expr), instead=instead, location=self.session.location()
+            )
+        return value
+
+    # Methods whose name or meaning is not that of a function in FUNCTIONS.
+
+    def float(self) -> Traced:
+        return self._make(operations.to_float(self.expr))
+
+    half = bfloat16 = double = float
+
+    def int(self) -> Traced:
+        return self._make(operations.to_int(self.expr))
+
+    long = short = int
+
+    def bool(self) -> Traced:
+        return self._make(operations.to_bool(self.expr))
+
+    def to(self, *args: Any, **kwargs: Any) -> Traced:
+        """Casts to a kind: every floating dtype is the kernel's compute type, every integer type its 32-bit int."""
+        for like in (*args, *kwargs.values()):
+            dtype = like.dtype if isinstance(like, Symbolic | torch.Tensor) else like
+            if isinstance(dtype, torch.dtype):
+                return self._make(_cast(self.expr, dtype))
+        return self
+
+    type = type_as = to
+
+    def where(self, condition: Any, other: Any) -> Any:
+        """self where condition holds, else other, as Tensor.where."""
+        return build(self.session, "where", (condition, self, other), {})
+
+    def new_full(self, size: Sequence[Any], fill_value: Any, **options: Any) -> Any:
+        """A constant; `options["dtype"]` chooses its kind. Only size () is a number."""
+        dtype = options.get("dtype") or self.dtype
+        return self._make(_cast(lift(fill_value, self.session), dtype))
+
+    def new_ones(self, size: Sequence[Any] = (), **options: Any) -> Any:
+        return self.new_full(size, 1, **options)
+
+    def new_zeros(self, size: Sequence[Any] = (), **options: Any) -> Any:
+        return self.new_full(size, 0, **options)
+
+    def new_tensor(self, data: Any, **options: Any) -> Any:
+        return self.new_full((), data, **options)
+
+    def get_reduce(self, reduction: str) -> Traced:
+        """The reduction of a row's scores over the keys of the tile, inside OnlineFunc.online_fwd."""
+        if reduction not in ("max", "min", "sum", "abssum"):
+            raise UnknownReduction(kind=reduction, location=self.session.location())
+        if "kv" not in self.expr.axes:
+            raise WrongOperands(
+                operation="get_reduce",
+                expected="scores",
+                got="a value per row",
+                instead="It is reduced already.",
+                location=self.session.location(),
+            )
+        x = operations.absolute(self.expr) if reduction == "abssum" else self.expr
+        return self._make(Reduce("sum" if reduction == "abssum" else reduction, x, "kv"))
+
+    def dim(self) -> Any:
+        return 0
+
+    @property
+    def ndim(self) -> Any:
+        return 0
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(())
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {DType.BOOL: torch.bool, DType.INT: torch.int32}.get(self.expr.dtype, torch.float32)
+
+    def _make(self, expr: Expr) -> Traced:
+        self.session.remember(expr)
+        return Traced(expr, self.session)
+
+
+def _noun(expr: Expr) -> str:
+    return kind(expr).split(" ", 1)[1]
+
+
+def _cast(expr: Expr, dtype: torch.dtype) -> Expr:
+    if dtype is torch.bool:
+        return operations.to_bool(expr)
+    return operations.to_float(expr) if dtype.is_floating_point else operations.to_int(expr)
+
+
+def lift(value: Any, session: Session) -> Expr:
+    """The expression of anything that can stand beside a traced value in an operation."""
+    if isinstance(value, Traced):
+        return value.expr
+    if isinstance(value, Symbolic):  # a captured tensor or custom input used without an index
+        return value.element().expr  # type: ignore[attr-defined]
+    if isinstance(value, torch.Tensor):
+        return lift_tensor(value, session)
+    if isinstance(value, bool | numbers.Integral):
+        return constant(value if isinstance(value, bool) else int(value))
+    if isinstance(value, numbers.Real):
+        return Const(float(value))
+    raise WrongOperands(
+        operation="An operation on a traced value",
+        expected="numbers and traced values",
+        got=f"a {type(value).__name__}",
+        instead="Turn it into a torch.tensor and index it.",
+        location=session.location(),
+    )
+
+
+def lift_tensor(tensor: torch.Tensor, session: Session) -> Expr:
+    """A scalar tensor: a constant made in the function, or a parameter that needs its gradient."""
+    if tensor.ndim:
+        raise WrongIndexCount(
+            tensor="a tensor",
+            rank=tensor.ndim,
+            shape=tuple(tensor.shape),
+            got=0,
+            example="h, q_idx, kv_idx"[: 3 * tensor.ndim - 2] if tensor.ndim < 3 else "h, q_idx, kv_idx",
+            location=session.location(),
+        )
+    if tensor.requires_grad:
+        return session.load(session.real_tensor(tensor), ())
+    return constant(tensor.item())
+
+
+def build(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The traced result of torch's function `name`."""
+    session = _live(session, args)
+    values = [_argument(a, session) for a in args]
+    options = {k: _argument(v, session) for k, v in kwargs.items() if k not in _IGNORED_OPTIONS}
+    if name in ("pow", "float_power") and isinstance(values[1], Expr):
+        exponent = session.concrete(values[1], "exponent")
+        values[1] = values[1] if exponent is None else constant(exponent)
+    try:
+        expr = FUNCTIONS[name](*values, **options)
+    except (WrongOperands, UnknownOperation) as error:
+        raise type(error)(location=session.location(), **error.details) from None
+    except TypeError as error:
+        raise WrongOperands(
+            operation=name, expected="what torch's does", got=f"these ({error})",
+            instead="See the list of functions in the documentation.", location=session.location(),
+        ) from None
+    session.remember(expr)
+    return Traced(expr, session)
+
+
+def _argument(value: Any, session: Session) -> Any:
+    return value if value is None or isinstance(value, str) else lift(value, session)
+
+
+def _live(session: Session, args: Sequence[Any]) -> Session:
+    """The session of a running trace among the operands; symbols made outside one have a session of their own."""
+    if session.codes:
+        return session
+    return next((a.session for a in args if isinstance(a, Traced) and a.session.codes), session)
+
+
+def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Called by torch for any of its functions that got a traced value."""
+    name = getattr(func, "__name__", str(func))
+    session = _session_of((args, kwargs))
+    name = name.strip("_") if name.startswith("__") else name
+    name = {"floordiv": "floor_divide", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "rpow": "pow",
+            "mod": "remainder", "truediv": "true_divide", "invert": "bitwise_not"}.get(name, name)
+    if name == "getitem":
+        from attn_engine.frontend.views import TensorView
+
+        return TensorView(session, session.real_tensor(args[0]))[args[1]]
+    if name not in FUNCTIONS:
+        module = getattr(func, "__module__", None) or "torch.Tensor"
+        raise UnknownOperation(operation=f"{module}.{name}", instead=_SUPPORTED, location=session.location())
+    return build(session, name, args, kwargs)
+
+
+def _session_of(values: Any) -> Session:
+    """The session of the first traced value inside nested arguments."""
+    stack = [values]
+    while stack:
+        value = stack.pop(0)
+        if isinstance(value, Symbolic):
+            return value.session  # type: ignore[attr-defined]
+        if isinstance(value, tuple | list):
+            stack.extend(value)  # pyright: ignore[reportUnknownArgumentType]
+        elif isinstance(value, dict):
+            stack.extend(value.values())  # pyright: ignore[reportUnknownArgumentType]
+    raise AssertionError("torch dispatched without a traced value")

@@ -1,0 +1,118 @@
+"""Readable text of expressions, programs and tile kernels: for dumps, explanations and error messages."""
+
+from __future__ import annotations
+
+from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
+from attn_engine.ir.ops import Op
+from attn_engine.ir.program import Attention, OnlineRule, ScalarFn
+from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
+
+_INFIX = {
+    Op.OR: ("|", 3), Op.AND: ("&", 4), Op.LE: ("<=", 2), Op.LT: ("<", 2), Op.EQ: ("==", 2), Op.NE: ("!=", 2),
+    Op.ADD: ("+", 5), Op.SUB: ("-", 5), Op.MUL: ("*", 6), Op.DIV: ("/", 6), Op.FLOORDIV: ("//", 6), Op.MOD: ("%", 6),
+}  # fmt: skip
+
+
+def format_expr(e: Expr, outer: int = 0) -> str:
+    """The expression in Python's notation, with brackets where precedence `outer` needs them.
+
+    >>> from attn_engine.ir.program import KV_IDX, Q_IDX
+    >>> format_expr((Q_IDX - KV_IDX) * 2 <= 8)
+    '(q_idx - kv_idx) * 2 <= 8'
+    """
+    match e:
+        case Call(op, (a, b)) if op in _INFIX:
+            symbol, level = _INFIX[op]
+            text = f"{format_expr(a, level)} {symbol} {format_expr(b, level + 1)}"
+            return f"({text})" if level < outer else text
+        case Call(Op.NEG, (a,)):
+            return f"-{format_expr(a, 7)}"
+        case Call(Op.NOT, (a,)):
+            return f"~{format_expr(a, 7)}"
+        case Call(op, args):
+            return f"{op.value}({', '.join(format_expr(a) for a in args)})"
+        case Const(value):
+            return repr(value)
+        case Var(name):
+            return name
+        case Load(tensor, _, indices):
+            return f"{tensor}[{', '.join(format_expr(i) for i in indices)}]"
+        case Full(value, spans):
+            return f"full({value!r} over {', '.join(spans)})"
+        case Dot(a, b):
+            return f"dot({format_expr(a)}, {format_expr(b)})"
+        case Reduce(kind, x, axis):
+            return f"{kind}({format_expr(x)} over {axis})"
+        case Cast(x, like):
+            return f"round({format_expr(x)} as {like})"
+        case _:
+            raise TypeError(f"no text for {type(e).__name__}")
+
+
+def format_function(fn: ScalarFn, returns: str) -> str:
+    """A traced function: the values that the user named, then the result."""
+    lines = [f"{fn.name}:"]
+    lines += [f"    {fn.names[node]} = {format_expr(node)}" for node in fn.names if node is not fn.result]
+    lines.append(f"    {returns} = {format_expr(fn.result)}")
+    lines += [f"    reads {c.name}: {c.storage.value}, {c.rank} dimension(s)" for c in fn.captures]
+    lines += [f"    runtime number {s.name}: {s.dtype.value}" for s in fn.scalars]
+    return "\n".join(lines)
+
+
+def format_rule(rule: OnlineRule) -> str:
+    """The normaliser: states, online update, epilogue, recomputation and gradient."""
+    lines = [f"{rule.name}:"]
+    lines += [f"    state {s.name}, at first {s.initial}" for s in rule.states]
+    lines.append(f"    weights = {format_expr(rule.weights)}")
+    lines += [
+        f"    new {s.name} = {format_expr(value)}" for s, value in zip(rule.states, rule.new_states, strict=True)
+    ]
+    lines.append(f"    out = out * ({format_expr(rule.out_scale)}) + weights @ v")
+    lines.append(f"    at the end: out = {format_expr(rule.output)}")
+    lines += [f"    saved {name} = {format_expr(value)}" for name, value in rule.saved]
+    lines.append(f"    backward: probs = {format_expr(rule.recompute)}")
+    lines.append(f"    backward: d_logit = {format_expr(rule.gradient)}")
+    return "\n".join(lines)
+
+
+def format_program(program: Attention) -> str:
+    """Everything that defines the attention."""
+    head = f"{program.name}: {program.element.value}, head dimensions {program.dim_qk} and {program.dim_v}"
+    parts = [head]
+    parts += [] if program.score is None else [f"score_mod {format_function(program.score, 'logit')}"]
+    parts += [] if program.mask is None else [f"mask_mod {format_function(program.mask, 'visible')}"]
+    return "\n".join([*parts, f"normaliser {format_rule(program.rule)}"])
+
+
+def format_kernel(kernel: Kernel) -> str:
+    """A tile kernel: header, parameters, statements."""
+    lines = [f"# {line}" for line in kernel.header]
+    tiles = ", ".join(f"{axis}={n}" for axis, n in kernel.tile)
+    lines.append(f"kernel {kernel.name}: grid ({', '.join(kernel.grid)}), tiles {tiles}")
+    for p in kernel.params:
+        kind = "out" if p.output else "in"
+        lines.append(f"  {kind} {p.name}: {p.storage.value} ({', '.join(p.shape)})")
+    lines += [f"  number {s.name}: {s.dtype.value}" for s in kernel.scalars]
+    return "\n".join([*lines, *_block(kernel.body, 1)])
+
+
+def _block(body: tuple[Stmt, ...], depth: int) -> list[str]:
+    lines: list[str] = []
+    for s in body:
+        match s:
+            case Section(title):
+                lines += ["", f"-- {title}"]
+            case Let(name, value, source):
+                lines += [f"# {source}"] if source else []
+                lines.append(f"{name} = {format_expr(value)}")
+            case Loop(var, lo, hi, axis, inner):
+                step = f" by tiles of {axis}" if axis else ""
+                lines.append(f"for {var} from {format_expr(lo)} to {format_expr(hi)}{step}:")
+                lines += _block(inner, 1)
+            case If(condition, inner):
+                lines += [f"if {format_expr(condition)}:", *_block(inner, 1)]
+            case StoreTile(tensor, indices, value):
+                lines.append(f"{tensor}[{', '.join(format_expr(i) for i in indices)}] = {format_expr(value)}")
+            case Accumulate(tensor, indices, value):
+                lines.append(f"{tensor}[{', '.join(format_expr(i) for i in indices)}] += {format_expr(value)}")
+    return [("  " * depth + line).rstrip() for line in lines]
