@@ -1,1 +1,42 @@
-"""attn_engine."""
+"""attn_engine: describe an attention in a few lines of Python, get kernels with gradients for CPU and GPU.
+
+>>> import torch
+>>> from attn_engine import AttentionEngine, meta_tensor
+>>> meta = meta_tensor(None, 4, None, 32, dtype=torch.float32)
+>>> engine = AttentionEngine([meta] * 3, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx)
+>>> q, k, v = (torch.randn(1, 100, 4, 32) for _ in range(3))
+>>> engine(q, k, v).shape
+torch.Size([1, 100, 4, 32])
+"""
+
+from attn_engine.engine import AttentionEngine
+from attn_engine.errors import AttnEngineError
+from attn_engine.frontend import (
+    CustomIO,
+    MetaTensor,
+    OnlineFunc,
+    SymbolicArray,
+    SymbolicColReduceArray,
+    SymbolicConst,
+    SymbolicTensor,
+    SymbolScalar,
+    Var,
+    meta_tensor,
+)
+from attn_engine.version import VERSION as __version__
+
+__all__ = [
+    "AttentionEngine",
+    "AttnEngineError",
+    "CustomIO",
+    "MetaTensor",
+    "OnlineFunc",
+    "SymbolScalar",
+    "SymbolicArray",
+    "SymbolicColReduceArray",
+    "SymbolicConst",
+    "SymbolicTensor",
+    "Var",
+    "__version__",
+    "meta_tensor",
+]

@@ -22,9 +22,7 @@ from attn_engine.runtime.backends import DEVICES, backend_named
 from attn_engine.runtime.bind import (
     LAYOUTS, Expected, check_captured, check_custom_input, check_inputs, check_int64,
 )
-from attn_engine.runtime.check import CheckReport, compare
 from attn_engine.runtime.compiled import CompiledAttention, sizes_of
-from attn_engine.runtime.graph import program_graph
 from attn_engine.runtime.operator import Call, apply, register
 from attn_engine.runtime.reference import reference
 from attn_engine.runtime.storage import STORAGES
@@ -146,11 +144,13 @@ class AttentionEngine:
         o = self._logical(o)
         return (o, rows) if return_final_rowscales else o
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> CheckReport:
+    def check(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> Any:
         """Run output and gradients against the float64 reference; print the report to read it.
 
         Gradients are those of a random weighting of the output, for q, k, v and every floating captured tensor.
         """
+        from attn_engine.runtime.check import compare
+
         return compare(self, q, k, v, *custom_inputs, **named)
 
     # -- looking inside
@@ -173,6 +173,8 @@ class AttentionEngine:
 
     def graph(self) -> Any:
         """The program's dataflow as a networkx.DiGraph; see `attn_engine.runtime.graph` for its attributes."""
+        from attn_engine.runtime.graph import program_graph
+
         return program_graph(self._traced.program)
 
     def explain(self) -> Explanation:

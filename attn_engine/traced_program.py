@@ -34,13 +34,13 @@ class Description:
 
     def trace(self, storages: Mapping[str, Storage]) -> TracedProgram:
         """Run the user's functions on symbols; `storages` says how the custom inputs lie."""
-        names = KernelNames()  # one for both, so that two different captures never share a name
+        names = KernelNames()  # one for all, so that no two captures or row values share a name
         score = mask = None
         if self.score_mod is not None:
             score = trace_score_mod(self.score_mod, self.custom_io, storages, names)
         if self.mask_mod is not None:
             mask = trace_mask_mod(self.mask_mod, self.custom_io, storages, names)
-        rule = trace_online(self.online_func)
+        rule = trace_online(self.online_func, names)
         return TracedProgram(self.program(score, mask, rule), score, mask, dict(storages))
 
     def program(self, score: Trace | None, mask: Trace | None, rule: OnlineRule) -> Attention:

@@ -9,8 +9,8 @@ from collections.abc import Hashable
 
 _KERNEL_WORDS = """
     Q K V O dO dQ dK dV q k v o do dq dk dv query key keys value values out output score scores logit logits probs d_probs
-    d_score d_scores d_logit weights lse delta scale batch head kv_head split splits batches heads kv_heads q_idx kv_idx
-    d_idx dv_idx q_start kv_start q_len kv_len dim_qk dim_v block_q block_kv acc accumulator row_max row_sum rescale visible
+    d_score d_scores d_logit weights delta scale batch head kv_head split splits batches heads kv_heads q_idx kv_idx
+    d_idx dv_idx q_start kv_start q_len kv_len dim_qk dim_v block_q block_kv visible
     mask tl triton torch np math kernel forward backward program inf nan true false block tile lanes stride size
 """
 _CPP_WORDS = """
@@ -22,6 +22,8 @@ _CPP_WORDS = """
     int64_t uint8_t size_t exp exp2 log log2 tanh sqrt sin cos abs fabs floor min max pow round
 """
 RESERVED = frozenset(_KERNEL_WORDS.split()) | frozenset(_CPP_WORDS.split()) | frozenset(keyword.kwlist) | frozenset(dir(builtins))
+# Names that row values may have, and captured values may not.
+_ROW_WORDS = frozenset({"lse", "row_max", "row_sum"})
 _PREFIXES = ("block_", "tile_", "stride_", "grid_", "attn_", "BLOCK_")
 
 
@@ -36,18 +38,18 @@ class KernelNames:
         self._taken: set[str] = set()
         self._alive: list[object] = []
 
-    def assign(self, key: Hashable, wanted: str | None, owner: object = None) -> str:
+    def assign(self, key: Hashable, wanted: str | None, owner: object = None, row: bool = False) -> str:
         """The name of `key`, built from `wanted` the first time. `owner` is kept alive where the key holds its id."""
         if key not in self._by_key:
             self._alive.append(owner)
-            self._by_key[key] = self._free(wanted)
+            self._by_key[key] = self._free(wanted, row)
         return self._by_key[key]
 
-    def _free(self, wanted: str | None) -> str:
+    def _free(self, wanted: str | None, row: bool) -> str:
         base = re.sub(r"\W", "_", wanted or "", flags=re.ASCII).strip("_")
         if base and base[0].isdigit():
             base = f"n{base}"
-        candidates = [base] if base and not self._unfit(base) else []
+        candidates = [base] if base and not self._unfit(base) and (row or base not in _ROW_WORDS) else []
         stem = base or "captured"
         count = 0 if not base else 1
         while not candidates or candidates[-1] in self._taken:

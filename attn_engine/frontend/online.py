@@ -84,7 +84,7 @@ class _OnlineTrace:
         self.name = type(func).__name__
         self.session = Session(names=names, tensors_allowed=False)
         self.states = {
-            user: RowState(names.assign(("state", self.name, user), user), _initial(value))
+            user: RowState(names.assign(("state", self.name, user), user, row=True), _initial(value))
             for user, value in func.online_rowscales.items()
         }
         self.final = dict.fromkeys(func.final_rowscales)

@@ -24,6 +24,8 @@ def constant(value: Number) -> Const:
 
 def apply(op: Op, *args: Expr) -> Expr:
     """`op` on operands of the right kinds; computed at once when all are constants."""
+    if any(a.dtype is DType.FLOAT for a in args):
+        args = tuple(Const(float(a.value)) if isinstance(a, Const) and a.dtype is DType.INT else a for a in args)
     if all(isinstance(a, Const) for a in args):
         values = [a.value for a in args if isinstance(a, Const)]
         result = call(op, *args)
@@ -136,6 +138,9 @@ def relu(x: Expr) -> Expr:
 
 def clamp(x: Expr, min: Expr | None = None, max: Expr | None = None) -> Expr:  # noqa: A002  torch's names
     x = number(x)
+    if all(bound is None or bound.dtype is DType.INT for bound in (x, min, max)):
+        x = x if min is None else maximum(x, min)
+        return x if max is None else minimum(x, max)
     if min is not None:
         x = where(apply(Op.LT, x, min), min, x)
     if max is not None:

@@ -34,8 +34,8 @@ CATALOGUE: dict[str, Entry] = {
     "full": Entry("softmax attention, every key visible", dict),
     "causal": Entry("softmax attention over the past", lambda: {"mask_mod": causal()}),
     "sliding_window": Entry(
-        "causal attention to the last 512 keys (Mistral 7B)",
-        lambda: {"mask_mod": and_masks(causal(), sliding_window(512))},
+        "causal attention to itself and the 512 keys before (Mistral 7B)",
+        lambda: {"mask_mod": sliding_window(512)},
     ),
     "prefix": Entry("bidirectional over the first 128 keys, causal after them (PrefixLM)", lambda: {"mask_mod": prefix(128)}),
     "document": Entry(
@@ -48,7 +48,7 @@ CATALOGUE: dict[str, Entry] = {
     "soft_cap": Entry("causal with scores squashed by 30 tanh(s / 30) (Gemma 2)", lambda: {"score_mod": soft_cap(30.0), "mask_mod": causal()}),
     "relative_bias": Entry(
         "learned bias per distance, eight heads",
-        lambda: {"score_mod": relative_bias(torch.zeros(8, 8191, requires_grad=True))},
+        lambda: {"score_mod": relative_bias(torch.zeros(8, 255, requires_grad=True))},
     ),
     "sigmoid": Entry("sigmoid weights, causal", lambda: {"online_func": OnlineSigmoid(), "mask_mod": causal()}),
     "relu": Entry("relu weights, causal", lambda: {"online_func": OnlineRelu(), "mask_mod": causal()}),

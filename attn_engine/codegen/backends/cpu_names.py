@@ -24,8 +24,9 @@ KEYWORDS = frozenset(
     main std errno assert stdin stdout stderr INFINITY NAN EOF NULL""".split()
 )
 LOCALS = frozenset(
-    """arguments scratch row block column sums r lane q_rows kv_rows task tasks tile_task Arguments Scratch D DV BLOCK_Q BLOCK_KV partial_step full_step step next_task floor_div floor_mod int64_t int32_t int16_t
-    int8_t uint8_t aligned_alloc free""".split()
+    """arguments scratch row block column sums r lane q_rows kv_rows task tasks tile_task Arguments Scratch D DV
+    BLOCK_Q BLOCK_KV partial_step full_step step next_task floor_div floor_mod int64_t int32_t int16_t int8_t uint8_t
+    aligned_alloc free""".split()
 )
 
 

@@ -54,22 +54,33 @@ def derive_rule(
     saved: tuple[tuple[str, Expr], ...],
 ) -> Derived:
     """Derive what a user's OnlineFunc leaves out. Raises NotDerivable with the reason."""
-    final = {new: state.var for state, new in zip(states, new_states, strict=True) if isinstance(new, Call | Reduce)}
-    numerator = substitute(weights, dict(final))
-    _require_final(numerator, "the weights of online_fwd")
-    factor = _epilogue_factor(output)
+    final, aliases = _final_values(states, new_states)
+    numerator = substitute(substitute(weights, final), aliases)
+    if any(isinstance(n, Reduce) for n in postorder(numerator)):
+        raise NotDerivable("the weights of online_fwd use a reduction that is not a new row value")
+    factor = substitute(_epilogue_factor(output), aliases)
     whole = simplify(numerator * factor)
-    sums = tuple(_sum_of(s, n, final) for s, n in zip(states, new_states, strict=True) if not _is_extremum(n))
-    extrema = [s for s, n in zip(states, new_states, strict=True) if _is_extremum(n)]
-    _check_stabilisers(extrema, sums, numerator, factor, out_scale, final)
+    own = [(s, n) for s, n in zip(states, new_states, strict=True) if s.var not in aliases]
+    sums = tuple(_sum_of(s, n, final) for s, n in own if not _is_extremum(s, n))
+    for state, new in own:
+        if _is_extremum(state, new):
+            _check_stabiliser(state, new, sums, numerator, factor, out_scale)
+    (gradient,) = gradients(whole, D_PROBS, (LOGIT,))
     for item in sums:
-        if _depends_on(numerator, item.state.var):
-            raise NotDerivable(f"the weights before the epilogue depend on the row sum {item.state.name!r}")
-    (slope,) = gradients(whole, D_PROBS, (LOGIT,))
-    gradient = slope
-    for item in sums:
-        gradient = gradient + _through_sum(item, factor)
-    return _finish(states, saved, whole, simplify(gradient))
+        gradient = gradient + _through_sum(item, numerator, factor)
+    rows = tuple((name, substitute(e, aliases)) for name, e in saved)
+    return _finish(states, rows, whole, simplify(gradient))
+
+
+def _final_values(states: tuple[RowState, ...], new_states: tuple[Expr, ...]) -> tuple[dict[Expr, Expr], dict[Expr, Expr]]:
+    """New value -> the state's variable; and the variable -> its value, for states that are functions of other states."""
+    final: dict[Expr, Expr] = {new: s.var for s, new in zip(states, new_states, strict=True) if new.axes}
+    aliases: dict[Expr, Expr] = {}
+    for state, new in zip(states, new_states, strict=True):
+        value = substitute(new, {n: v for n, v in final.items() if n is not new})
+        if not any(isinstance(n, Reduce) or n is state.var for n in postorder(value)):
+            aliases[state.var] = value
+    return final, aliases
 
 
 def _finish(states: tuple[RowState, ...], saved: tuple[tuple[str, Expr], ...], whole: Expr, gradient: Expr) -> Derived:
@@ -90,79 +101,65 @@ def _depends_on(e: Expr, node: Expr) -> bool:
     return any(n is node for n in postorder(e))
 
 
-def _require_final(e: Expr, what: str) -> None:
-    if any(isinstance(n, Reduce) for n in postorder(e)):
-        raise NotDerivable(f"{what} use a reduction of the tile that is not a new row value")
-
-
 def _epilogue_factor(output: Expr) -> Expr:
     """h in output = OUT * h. Raises NotDerivable where the epilogue is anything else."""
     (slope,) = gradients(output, Const(1.0), (OUT,))
-    slope = simplify(slope)
     free_of_out = not _depends_on(slope, OUT) and "kv" not in slope.axes
     if not free_of_out or not _agree(output, OUT * slope):
         raise NotDerivable("the epilogue is not the output times a row value")
     return slope
 
 
-def _is_extremum(new: Expr) -> bool:
-    return isinstance(new, Call) and new.op in (Op.MAX, Op.MIN)
+def _is_extremum(state: RowState, new: Expr) -> bool:
+    """new = max(state, max of the tile), or the same with min."""
+    if not isinstance(new, Call) or new.op not in (Op.MAX, Op.MIN) or state.var not in new.args:
+        return False
+    other = new.args[0] if new.args[1] is state.var else new.args[1]
+    return isinstance(other, Reduce) and other.kind == new.op.value
 
 
 def _sum_of(state: RowState, new: Expr, final: dict[Expr, Expr]) -> _Sum:
     """Read new = state * rescale + sum(term), with the other states at their new values."""
-    inner = [r for r in postorder(new) if isinstance(r, Reduce) and _is_outer(r, new, final)]
-    if len(inner) != 1 or inner[0].kind != "sum":
-        raise NotDerivable(f"row value {state.name!r} is neither a maximum nor a running sum over the keys")
-    (total,) = inner
     others: dict[Expr, Expr] = {n: v for n, v in final.items() if n is not new}
-    body = substitute(new, {**others, total: Const(0.0)})
-    rescale, unit = gradients(substitute(new, others), Const(1.0), (state.var, substitute(total, others)))
-    rescale = simplify(rescale)
-    if not (isinstance(simplify(unit), Const) and evaluate(simplify(unit), {}) == 1):
-        raise NotDerivable(f"row value {state.name!r} does not add the sum over the keys as it is")
-    if _depends_on(rescale, state.var) or not _agree(body, state.var * rescale):
-        raise NotDerivable(f"row value {state.name!r} is not rescaled by a factor")
-    term = substitute(total.x, others)
-    _require_final(term, f"the terms of row value {state.name!r}")
-    return _Sum(state, term, rescale)
+    value = substitute(new, others)
+    totals = [n for n in postorder(value) if isinstance(n, Reduce)]
+    problem = f"row value {state.name!r} is neither a maximum nor a rescaled running sum over the keys"
+    if len(totals) != 1 or totals[0].kind != "sum":
+        raise NotDerivable(problem)
+    (total,) = totals
+    (rescale,) = gradients(value, Const(1.0), (state.var,))
+    linear = state.var * rescale + Var("total", DType.FLOAT)
+    if _depends_on(rescale, state.var) or not _agree(substitute(value, {total: Var("total", DType.FLOAT)}), linear):
+        raise NotDerivable(problem)
+    # In the rescaling factor the variables of other states stood for their old values: keep it as the user wrote it.
+    (written,) = gradients(new, Const(1.0), (state.var,))
+    return _Sum(state, total.x, written)
 
 
-def _is_outer(reduction: Reduce, new: Expr, final: dict[Expr, Expr]) -> bool:
-    """Whether a reduction remains once the new values of other states are taken as variables."""
-    others: dict[Expr, Expr] = {n: v for n, v in final.items() if n is not new}
-    return any(n is substitute(reduction, others) for n in postorder(substitute(new, others)))
-
-
-def _through_sum(item: _Sum, factor: Expr) -> Expr:
-    """The gradient that reaches the score through a row sum that the epilogue divides by."""
-    (slope,) = gradients(factor, Const(1.0), (item.state.var,))
+def _through_sum(item: _Sum, numerator: Expr, factor: Expr) -> Expr:
+    """The gradient that reaches the score through a row sum: the weights' relative slope in it must not depend on s."""
+    scaled = numerator * factor if _depends_on(numerator, item.state.var) else factor
+    (slope,) = gradients(scaled, Const(1.0), (item.state.var,))
+    relative = slope / scaled
+    at_one = substitute(relative, {LOGIT: Const(1.0)})
+    if not _agree(relative, at_one):
+        raise NotDerivable(f"the row sum {item.state.name!r} does not only scale the weights of a row")
     (step,) = gradients(item.term, Const(1.0), (LOGIT,))
-    return slope / factor * DELTA * step
+    return simplify(at_one) * DELTA * step
 
 
-def _check_stabilisers(
-    extrema: list[RowState], sums: tuple[_Sum, ...], numerator: Expr, factor: Expr, out_scale: Expr, final: dict[Expr, Expr]
+def _check_stabiliser(
+    state: RowState, new: Expr, sums: tuple[_Sum, ...], numerator: Expr, factor: Expr, out_scale: Expr
 ) -> None:
-    """Each maximum may be any number: moving it, with the sums and the output rescaled, leaves the weights as they are."""
-    for state in extrema:
-        old, moved = Var(f"{state.name} before", DType.FLOAT, ("q",)), Var(f"{state.name} after", DType.FLOAT, ("q",))
-        scale = _between(out_scale, state, final, old, moved)
-        before = substitute(numerator * factor, {state.var: old})
-        rescaled: dict[Expr, Expr] = {
-            s.state.var: s.state.var * _between(s.rescale, state, final, old, moved) for s in sums
-        }
-        after = substitute(numerator * factor, {state.var: moved, **rescaled})
-        follows = _agree(substitute(numerator, {state.var: old}) * scale, substitute(numerator, {state.var: moved}))
-        if not follows or not _agree(before, after):
-            raise NotDerivable(f"the weights depend on the row maximum {state.name!r} itself, not only as a stabiliser")
-
-
-def _between(scale: Expr, state: RowState, final: dict[Expr, Expr], old: Expr, moved: Expr) -> Expr:
-    """A rescaling factor written for the old and new value of a maximum, at two given values."""
-    new = next((n for n, v in final.items() if v is state.var), None)
-    marked = substitute(scale, {} if new is None else {new: moved})
-    return substitute(marked, {state.var: old})
+    """The maximum may be any number: moving it, with the sums and the output rescaled, leaves the weights as they are."""
+    old, moved = Var("before", DType.FLOAT, ("q",)), Var("after", DType.FLOAT, ("q",))
+    step: dict[Expr, Expr] = {new: moved, state.var: old}
+    sums_moved: dict[Expr, Expr] = {s.state.var: s.state.var * substitute(s.rescale, step) for s in sums}
+    whole = numerator * factor
+    before, after = substitute(whole, {state.var: old}), substitute(whole, {state.var: moved, **sums_moved})
+    scaled = substitute(numerator, {state.var: old}) * substitute(out_scale, step)
+    if not _agree(scaled, substitute(numerator, {state.var: moved})) or not _agree(before, after):
+        raise NotDerivable(f"the weights depend on the row maximum {state.name!r} itself, not only as a stabiliser")
 
 
 def _agree(a: Expr, b: Expr) -> bool:
@@ -178,6 +175,3 @@ def _agree(a: Expr, b: Expr) -> bool:
         if not abs(x - y) <= _TOLERANCE * (1 + abs(x) + abs(y)):
             return False
     return True
-
-
-

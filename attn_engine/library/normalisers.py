@@ -1,0 +1,116 @@
+"""Normalisers: what turns a row of scores into weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attn_engine.frontend import OnlineFunc
+
+
+class OnlineSoftmax(OnlineFunc):
+    """exp(s) over its row sum, the maximum subtracted (Milakov and Gimelshein, arXiv:1805.02867). Saves lse."""
+
+    def __init__(self) -> None:
+        super().__init__({"row_max": float("-inf"), "row_sum": 0.0}, {"lse": 0.0})
+
+    @staticmethod
+    def online_fwd(scores: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        old_max = online_rowscales["row_max"]
+        new_max = old_max.max(scores.get_reduce("max"))
+        rescale = torch.exp(old_max - new_max)
+        weights = torch.exp(scores - new_max)
+        new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+        return weights, {"row_max": new_max, "row_sum": new_sum}, rescale
+
+    @staticmethod
+    def online_fwd_epilogue(o: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        total = online_rowscales["row_sum"]
+        return o / total, {"lse": online_rowscales["row_max"] + torch.log(total)}
+
+    @staticmethod
+    def forward(scores: Any, final_rowscales: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return torch.exp(scores - final_rowscales["lse"])
+
+    @staticmethod
+    def backward(
+        dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any
+    ) -> Any:
+        return scores * (dp - doosum)
+
+
+class OnlineSigmoid(OnlineFunc):
+    """sigmoid(s), each key by itself (Ramapuram et al., arXiv:2409.04431)."""
+
+    @staticmethod
+    def online_fwd(scores: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        return torch.sigmoid(scores), {}, 1.0
+
+    @staticmethod
+    def online_fwd_epilogue(o: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        return o, {}
+
+    @staticmethod
+    def forward(scores: Any, final_rowscales: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return torch.sigmoid(scores)
+
+    @staticmethod
+    def backward(
+        dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any
+    ) -> Any:
+        return dp * scores * (1 - scores)
+
+
+class OnlineRelu(OnlineFunc):
+    """max(s, 0), each key by itself (Wortsman et al., arXiv:2309.08586)."""
+
+    @staticmethod
+    def online_fwd(scores: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        return torch.relu(scores), {}, 1.0
+
+    @staticmethod
+    def online_fwd_epilogue(o: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        return o, {}
+
+    @staticmethod
+    def forward(scores: Any, final_rowscales: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return torch.relu(scores)
+
+    @staticmethod
+    def backward(
+        dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any
+    ) -> Any:
+        return torch.where(scores > 0, dp, 0.0)
+
+
+class OnlineRetention(OnlineFunc):
+    """s over its absolute row sum, or over 1 where that is smaller (RetNet, arXiv:2307.08621, section 2.2).
+
+    Saves abs_sum. The decay of retention is a score_mod.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({"row_abs_sum": 0.0}, {"abs_sum": 0.0})
+
+    @staticmethod
+    def online_fwd(scores: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
+        return scores, {"row_abs_sum": new_sum}, 1.0
+
+    @staticmethod
+    def online_fwd_epilogue(o: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        total = online_rowscales["row_abs_sum"]
+        return o / total.clamp(min=1), {"abs_sum": total}
+
+    @staticmethod
+    def forward(scores: Any, final_rowscales: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return scores / final_rowscales["abs_sum"].clamp(min=1)
+
+    @staticmethod
+    def backward(
+        dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any
+    ) -> Any:
+        total = final_rowscales["abs_sum"]
+        through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
+        return (dp - through_sum) / total.clamp(min=1)
