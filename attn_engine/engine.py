@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from attn_engine.dump import dump_stages
 from attn_engine.errors import (
-    BackendDeviceMismatch, ExtraCustomInput, MissingCustomInput, UnknownLayout, UnknownOption, UnsupportedOnBackend,
+    BackendDeviceMismatch, ExtraCustomInput, MissingCustomInput, NotATensor, UnknownLayout, UnknownOption, UnsupportedOnBackend,
     WrongMeta,
 )
 from attn_engine.explain import Explanation, explain
@@ -86,6 +88,9 @@ class AttentionEngine:
         self._traced = self._description.trace(self._storages({}))
         self._calls: dict[tuple[object, str], tuple[Call, int]] = {}
         self._checked: set[object] = set()
+        self._saved_names = [name for name, _ in self._traced.program.rule.saved]
+        self._number = next(_numbers)
+        _engines[self._number] = self
         if backend != "auto":
             backend_named(backend)
 
@@ -118,11 +123,14 @@ class AttentionEngine:
         custom_inputs: the tensors of custom_fwd_inputs in its order, or by name. Row values are float32 (float64 for
         float64 inputs), lse is a natural logarithm and -inf in a row that sees no key; they carry no gradient.
         """
-        traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
-        call, key = self._call(traced, q.device.type)
-        o, *rows = apply(call, key, q, k, v, captured, scalars)
+        if torch.compiler.is_compiling():
+            o, *rows = self._in_graph(q, k, v, custom_inputs, named)
+        else:
+            traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
+            call, key = self._call(traced, q.device.type)
+            o, *rows = apply(call, key, q, k, v, captured, scalars)
         if return_final_rowscales:
-            return o, {name: row for (name, _), row in zip(traced.program.rule.saved, rows, strict=True)}
+            return o, dict(zip(self._saved_names, rows, strict=True))
         return o
 
     def reference(
@@ -200,11 +208,20 @@ class AttentionEngine:
             self._traced = self._description.trace(storages)
         traced = self._traced
         tensors, numbers = traced.tensors(custom), traced.scalars()
-        signature = (_signature(q), _signature(k), _signature(v), *map(_signature, tensors.values()), *numbers.values())
-        if signature not in self._checked or traced.program.captures:
+        signature = (*map(_signature, (q, k, v, *tensors.values())), *numbers.values())
+        if signature not in self._checked:
             self._check(traced, q, k, v, custom, tensors, numbers)
             self._checked.add(signature)
         return traced, list(tensors.values()), [self.scale, *numbers.values()]
+
+    def _in_graph(
+        self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
+    ) -> Sequence[Tensor]:
+        """A call that torch.compile traces: one operator on the tensors; shapes are checked when the graph runs."""
+        custom = self._custom(custom_inputs, named)
+        captured = list(self._traced.tensors(custom).values())
+        scalars = [float(x) for x in (self.scale, *self._traced.scalars().values())]
+        return torch.ops.attn_engine.forward(q, k, v, captured, scalars, _key_of(self._number, q.device.type))
 
     def _check(
         self,
@@ -242,6 +259,8 @@ class AttentionEngine:
         for name in names:
             if name not in found:
                 raise MissingCustomInput(name=name, expected=expected)
+            if not isinstance(found[name], Tensor):
+                raise NotATensor(argument=f"custom input {name!r}", got=type(found[name]).__name__)
         return found
 
     def _storages(self, custom: dict[str, Tensor]) -> dict[str, Storage]:
@@ -290,6 +309,19 @@ class AttentionEngine:
         return [compiled.backend.source(k, compiled.schedule) for k in wanted]
 
 
+# Engines by number: a graph of torch.compile can hold a number, not an engine.
+_engines: WeakValueDictionary[int, AttentionEngine] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _key_of(number: int, device: str) -> int:
+    """The operator key of an engine's kernels on a device; a constant of the compiled graph."""
+    engine = _engines[number]
+    _, key = engine._call(engine._traced, device)
+    return key
+
+
 def _check_options(layout: str, backend: str, block_mask: object, tune: bool, unknown: dict[str, Any]) -> None:
     known = "layout, backend, scale, block_mask, tune"
     for option, value in unknown.items():
@@ -323,5 +355,9 @@ def _fixed(meta: MetaTensor) -> tuple[int | None, int | None, int | None]:
 
 
 def _signature(x: Tensor) -> object:
-    """What the checks of a tensor depend on."""
-    return (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x  # pyright: ignore[reportUnnecessaryIsInstance]
+    """What the checks of a tensor depend on; for int64, which must fit into 32 bits, also its contents."""
+    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return type(x).__name__
+    if x.dtype is torch.int64:
+        return (x.shape, x.dtype, x.device, x.data_ptr(), x._version)
+    return (x.shape, x.dtype, x.device)

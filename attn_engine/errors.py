@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
+from textwrap import fill
 from types import CodeType, FrameType
 from typing import Any, ClassVar
 
@@ -58,10 +59,17 @@ def location_of(frame: FrameType, whole_line: bool = False) -> Location:
     code = frame.f_code
     columns = None
     if not whole_line:
-        line, end_line, first, last = list(code.co_positions())[frame.f_lasti // 2]
-        if line == end_line == frame.f_lineno and first is not None and last is not None:
+        line, end_line, first, last = _positions(code)[frame.f_lasti // 2]
+        if line == end_line == frame.f_lineno and first is not None and last is not None and first < last:
             columns = (first, last)
     return Location(code.co_filename, frame.f_lineno, code.co_name, columns)
+
+
+def _positions(code: CodeType) -> Any:
+    """(line, end line, column, end column) per instruction; Python 3.10 knows no columns."""
+    if sys.version_info >= (3, 11):
+        return list(code.co_positions())
+    return [(None, None, None, None)] * len(code.co_code)
 
 
 def definition_of(code: CodeType) -> Location:
@@ -108,7 +116,14 @@ class AttnEngineError(Exception):
         return {name for _, name, _, _ in Formatter().parse(cls.template + cls.advice) if name}
 
     def __str__(self) -> str:
-        return f"{self.location}\n  {self.message}" if self.location else self.message
+        if self.location is None:
+            return self.message
+        message = self.message
+        if "\n" not in message:
+            message = fill(
+                message, 108, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+            )
+        return f"{self.location}\n  {message}"
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -120,7 +135,9 @@ class AttnEngineError(Exception):
         return _rebuild, (type(self), self.location, self.details)
 
 
-def _rebuild(cls: type[AttnEngineError], location: Location | None, details: dict[str, object]) -> AttnEngineError:
+def _rebuild(
+    cls: type[AttnEngineError], location: Location | None, details: dict[str, object]
+) -> AttnEngineError:
     return cls(location=location, **details)
 
 
@@ -211,7 +228,9 @@ class ExtraCustomInput(AttnEngineError, TypeError):
 
 
 class CustomInputShape(AttnEngineError, ValueError):
-    template = "Custom input {name!r} has shape {got}; its CustomIO shape {declared} is {expected} in this call."
+    template = (
+        "Custom input {name!r} has shape {got}; its CustomIO shape {declared} is {expected} in this call."
+    )
     advice = "Reshape or expand it."
 
 
@@ -333,7 +352,7 @@ class BackendNotInstalled(AttnEngineError, RuntimeError):
 
 class BackendDeviceMismatch(AttnEngineError, ValueError):
     template = 'Backend "{backend}" does not run tensors on {device}.'
-    advice = '{instead}'
+    advice = "{instead}"
 
 
 class UnsupportedOnBackend(AttnEngineError, NotImplementedError):
@@ -347,8 +366,10 @@ class GradientNotSupported(AttnEngineError, NotImplementedError):
 
 
 class CompilationFailed(AttnEngineError, RuntimeError):
-    template = "The compiler rejected a generated kernel.\n  command: {command}\n  source kept at: {source}\n{output}"
-    advice = "\n  Compile that file by hand to see more, or choose another backend."
+    template = (
+        "The compiler rejected a generated kernel.\ncommand: {command}\nsource kept at: {source}\n{output}"
+    )
+    advice = "\nCompile that file by hand to see more, or choose another backend."
 
 
 class LaunchFailed(AttnEngineError, RuntimeError):

@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=120, help="training steps of part 2")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of part 2")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "output", help="folder of part 3"
     )

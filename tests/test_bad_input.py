@@ -80,7 +80,7 @@ def test_wrong_head_dimension() -> None:
 
 
 def test_heads_not_divisible() -> None:
-    q, k, v = qkv(heads=6, kv_heads=4)
+    q, k, v = qkv(length=50, heads=6, kv_heads=4)
     expect(errors.HeadsNotDivisible, "6", "4", run=lambda: engine()(q, k, v))
 
 

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from attn_engine.errors import is_user_code
-from attn_engine.frontend.operations import INT_LIMIT
-from attn_engine.frontend.session import CapturedTensor, Session
+from attn_engine.frontend.session import CapturedTensor, Session, number_kind, plain_number
 from attn_engine.frontend.traced import Symbolic, Traced
 from attn_engine.frontend.views import TensorView
 
@@ -60,17 +59,20 @@ class Rebuilder:
 
     def _note_module(self, value: Any) -> None:
         root = getattr(value, "__name__", "").partition(".")[0]
-        if isinstance(value, ModuleType) and root not in sys.stdlib_module_names and root not in ("torch", "numpy"):
+        if (
+            isinstance(value, ModuleType)
+            and root not in sys.stdlib_module_names
+            and root not in ("torch", "numpy")
+        ):
             self._session.opaque = True  # its attributes may be anything, at any time
 
     def _number(self, value: Any, read: Read, key: Hashable, label: str, owner: object) -> Any:
-        as_number = int if isinstance(value, numbers.Integral) else float
-        plain = as_number(value)
-        fits = math.isfinite(plain) and (isinstance(plain, float) or -INT_LIMIT <= plain < INT_LIMIT)
-        if not fits:
+        plain = plain_number(value)
+        if number_kind(plain) is None:
             self._session.guard(label, read, value)
             return plain
-        return Traced(self._session.runtime_number(key, label, lambda: as_number(read()), owner), self._session)
+        var = self._session.runtime_number(key, label, lambda: plain_number(read()), owner)
+        return Traced(var, self._session)
 
     def _tensor(self, value: torch.Tensor, read: Read, key: Hashable, label: str, owner: object) -> Any:
         storage = self._session.storage_of(value, label)
@@ -99,21 +101,29 @@ class Rebuilder:
             return value
         self._session.opaque = True
         if isinstance(value, MethodType):
-            return MethodType(self._function(value.__func__), value.__self__) if _is_plain(value.__func__) else value
+            return (
+                MethodType(self._function(value.__func__), value.__self__)
+                if _is_plain(value.__func__)
+                else value
+            )
         method = _call_method(value)
         return MethodType(self._function(method), value) if method is not None else value
 
     def _partial(self, bound: functools.partial[Any]) -> functools.partial[Any]:
         names = _parameter_names(bound.func)
-        inner = self._substitute(bound.func, lambda: bound.func, ("partial", id(bound)), "function", bound)
         args = [
             self._substitute(a, lambda i=i: bound.args[i], ("partial", id(bound), i), name, bound)
-            for i, (name, a) in enumerate(zip_longest(names[: len(bound.args)], bound.args, fillvalue="argument"))
+            for i, (name, a) in enumerate(
+                zip_longest(names[: len(bound.args)], bound.args, fillvalue="argument")
+            )
         ]
         keywords = {
-            name: self._substitute(a, lambda n=name: bound.keywords[n], ("partial", id(bound), name), name, bound)
+            name: self._substitute(
+                a, lambda n=name: bound.keywords[n], ("partial", id(bound), name), name, bound
+            )
             for name, a in bound.keywords.items()
         }
+        inner = self._substitute(bound.func, lambda: bound.func, ("partial", id(bound)), "function", bound)
         return functools.partial(inner, *args, **keywords)
 
     def _function(self, fn: FunctionType) -> FunctionType:
@@ -139,14 +149,18 @@ class Rebuilder:
                 value = old.cell_contents
             except ValueError:
                 continue  # not assigned yet: reading it raises what Python raises
-            new.cell_contents = self._substitute(value, lambda c=old: c.cell_contents, ("cell", id(old)), name, old)
+            new.cell_contents = self._substitute(
+                value, lambda c=old: c.cell_contents, ("cell", id(old)), name, old
+            )
 
     def _fill_globals(self, fn: FunctionType, scope: dict[str, Any]) -> None:
         original = fn.__globals__
         for name in _global_names(fn.__code__):
             if name in original:
                 key = ("global", id(original), name)
-                scope[name] = self._substitute(original[name], lambda n=name: original[n], key, name, original)
+                scope[name] = self._substitute(
+                    original[name], lambda n=name: original[n], key, name, original
+                )
 
     def _fill_defaults(self, fn: FunctionType, copy: FunctionType) -> None:
         defaults = fn.__defaults__ or ()
@@ -158,7 +172,9 @@ class Rebuilder:
             )
         if fn.__kwdefaults__:
             copy.__kwdefaults__ = {
-                name: self._substitute(d, lambda n=name: fn.__kwdefaults__[n], ("default", id(fn), name), name, fn)
+                name: self._substitute(
+                    d, lambda n=name: fn.__kwdefaults__[n], ("default", id(fn), name), name, fn
+                )
                 for name, d in fn.__kwdefaults__.items()
             }
 
@@ -173,7 +189,10 @@ def codes_of(code: CodeType) -> Iterator[CodeType]:
 
 def _global_names(code: CodeType) -> list[str]:
     found = {
-        str(i.argval): None for c in codes_of(code) for i in dis.get_instructions(c) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+        str(i.argval): None
+        for c in codes_of(code)
+        for i in dis.get_instructions(c)
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
     return list(found)
 

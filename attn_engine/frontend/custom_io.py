@@ -60,7 +60,9 @@ def _checked(name: object, shape: object) -> CustomShape:
     if not isinstance(name, str) or not name:
         raise WrongCustomIO(name=name, shape=shape, reason="its name is not a string")
     if not isinstance(shape, tuple | list):
-        raise WrongCustomIO(name=name, shape=shape, reason='a shape is a tuple, such as ("heads",) with its comma')
+        raise WrongCustomIO(
+            name=name, shape=shape, reason='a shape is a tuple, such as ("heads",) with its comma'
+        )
     sizes: list[str | int] = []
     for size in shape:  # pyright: ignore[reportUnknownVariableType]
         is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0

@@ -25,10 +25,10 @@ class MetaTensor:
 
 
 def meta_tensor(
-    B: Dimension,  # noqa: N803
-    H: Dimension,  # noqa: N803
-    S: Dimension,  # noqa: N803
-    D: int,  # noqa: N803
+    B: Dimension,
+    H: Dimension,
+    S: Dimension,
+    D: int,
     dtype: torch.dtype = torch.float16,
 ) -> MetaTensor:
     """Describe one of q, k, v, always in the order batch, heads, length, dim, whatever the layout of the tensors.

@@ -21,7 +21,7 @@ _CPP_WORDS = """
     typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq std main int8_t int16_t int32_t
     int64_t uint8_t size_t exp exp2 log log2 tanh sqrt sin cos abs fabs floor min max pow round
 """
-RESERVED = frozenset(_KERNEL_WORDS.split()) | frozenset(_CPP_WORDS.split()) | frozenset(keyword.kwlist) | frozenset(dir(builtins))
+RESERVED = frozenset([*_KERNEL_WORDS.split(), *_CPP_WORDS.split(), *keyword.kwlist, *dir(builtins)])
 # Names that row values may have, and captured values may not.
 _ROW_WORDS = frozenset({"lse", "row_max", "row_sum"})
 _PREFIXES = ("block_", "tile_", "stride_", "grid_", "attn_", "BLOCK_")
@@ -60,4 +60,8 @@ class KernelNames:
 
     @staticmethod
     def _unfit(name: str) -> bool:
-        return name in RESERVED or name.startswith(_PREFIXES) or re.search(r"_(size|stride)(_\d+)?$", name) is not None
+        return (
+            name in RESERVED
+            or name.startswith(_PREFIXES)
+            or re.search(r"_(size|stride)(_\d+)?$", name) is not None
+        )

@@ -25,7 +25,18 @@ from attn_engine.frontend.traced import Traced, lift
 from attn_engine.ir.expr import Expr
 from attn_engine.ir.passes.derive_rule import Derived, NotDerivable, derive_rule
 from attn_engine.ir.program import (
-    BATCH, D_PROBS, DELTA, HEAD, KV_IDX, LOGIT, OUT, PROBS, Q_IDX, OnlineRule, RowState, saved_var,
+    BATCH,
+    D_PROBS,
+    DELTA,
+    HEAD,
+    KV_IDX,
+    LOGIT,
+    OUT,
+    PROBS,
+    Q_IDX,
+    OnlineRule,
+    RowState,
+    saved_var,
 )  # fmt: skip
 
 Rows = dict[str, Any]
@@ -49,7 +60,13 @@ class OnlineFunc:
     online_rowscales: Mapping[str, Any] = {}
     final_rowscales: Mapping[str, Any] = {}
     external_fwd_tensors: CustomIO | None = None
-    methods: ClassVar[tuple[str, ...]] = ("online_fwd", "online_fwd_epilogue", "forward", "backward", "combine")
+    methods: ClassVar[tuple[str, ...]] = (
+        "online_fwd",
+        "online_fwd_epilogue",
+        "forward",
+        "backward",
+        "combine",
+    )
 
     def __init__(
         self,
@@ -96,13 +113,24 @@ class _OnlineTrace:
         if any(has) and not all(has):
             given, missing = ("forward", "backward") if has[0] else ("backward", "forward")
             raise RuleNotDerivable(
-                rule=self.name, reason=f"{given} is defined and {missing} is not", method=missing, location=self._where()
+                rule=self.name,
+                reason=f"{given} is defined and {missing} is not",
+                method=missing,
+                location=self._where(),
             )
         if all(has):
             derived = Derived(tuple(saved.items()), *self._backward(saved))
         else:
             derived = self._derive(weights, new_states, out_scale, output, saved)
-        roots = (weights, *new_states, out_scale, output, *saved.values(), derived.recompute, derived.gradient)
+        roots = (
+            weights,
+            *new_states,
+            out_scale,
+            output,
+            *saved.values(),
+            derived.recompute,
+            derived.gradient,
+        )
         names, sources = names_and_sources(self.session, *roots)
         return OnlineRule(
             self.name, tuple(self.states.values()), weights, new_states, out_scale, output,
@@ -147,21 +175,30 @@ class _OnlineTrace:
         return recompute, self._lift("backward", gradient)
 
     def _derive(
-        self, weights: Expr, new_states: tuple[Expr, ...], out_scale: Expr, output: Expr, saved: dict[str, Expr]
+        self,
+        weights: Expr,
+        new_states: tuple[Expr, ...],
+        out_scale: Expr,
+        output: Expr,
+        saved: dict[str, Expr],
     ) -> Derived:
         try:
-            return derive_rule(tuple(self.states.values()), weights, new_states, out_scale, output, tuple(saved.items()))
+            states, rows = tuple(self.states.values()), tuple(saved.items())
+            return derive_rule(states, weights, new_states, out_scale, output, rows)
         except NotDerivable as why:
             reason, method = str(why), "forward and backward"
-            raise RuleNotDerivable(rule=self.name, reason=reason, method=method, location=self._where()) from None
+            raise RuleNotDerivable(
+                rule=self.name, reason=reason, method=method, location=self._where()
+            ) from None
 
     def _rows(self) -> Rows:
         return {user: Traced(state.var, self.session) for user, state in self.states.items()}
 
     def _parts(self, method: str, returned: Any, count: int, expected: str) -> tuple[Any, ...]:
-        if not isinstance(returned, tuple | list) or len(returned) != count or not isinstance(returned[1], dict):  # pyright: ignore[reportUnknownArgumentType]
-            self._wrong(method, "something else", expected)
-        return tuple(returned)  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]
+        parts: tuple[Any, ...] = tuple(returned) if isinstance(returned, tuple | list) else ()
+        if len(parts) != count or not isinstance(parts[1], dict):
+            self._wrong(method, f"a {type(returned).__name__} of something else", expected)
+        return parts
 
     def _lift(self, method: str, value: Any) -> Expr:
         try:
@@ -172,7 +209,9 @@ class _OnlineTrace:
     def _row(self, method: str, what: str, value: Any) -> Expr:
         expr = self._lift(method, value)
         if not set(expr.axes) <= {"q"}:
-            self._wrong(method, f"{what} that still differs between keys", "one value per row: see get_reduce")
+            self._wrong(
+                method, f"{what} that still differs between keys", "one value per row: see get_reduce"
+            )
         return expr
 
     def _wrong(self, method: str, got: str, expected: str) -> Any:
@@ -181,7 +220,11 @@ class _OnlineTrace:
 
     def _mismatch(self, method: str, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         raise OnlineStateMismatch(
-            rule=self.name, method=method, got=sorted(got), expected=sorted(expected), location=self.session.returned_at
+            rule=self.name,
+            method=method,
+            got=sorted(got),
+            expected=sorted(expected),
+            location=self.session.returned_at,
         )
 
     def _where(self) -> Any:

@@ -1,6 +1,6 @@
 """What each operation of Python and torch means as IR: composed ones are spelled out, kinds are checked and converted.
 
-`FUNCTIONS` maps torch's name of a function to its builder. A builder takes expressions; options (strings, None) as they are.
+`FUNCTIONS` maps torch's name of a function to its builder. A builder takes expressions; strings and None as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from attn_engine.ir.expr import Const, Expr, call
 from attn_engine.ir.ops import INFO, DType, Number, Op
 
 INT_LIMIT = 2**31
+ZERO, ONE, MINUS_ONE = Const(0.0), Const(1.0), Const(-1.0)
+_TWENTY, _HUNDREDTH = Const(20.0), Const(0.01)
 
 
 def constant(value: Number) -> Const:
@@ -25,7 +27,9 @@ def constant(value: Number) -> Const:
 def apply(op: Op, *args: Expr) -> Expr:
     """`op` on operands of the right kinds; computed at once when all are constants."""
     if any(a.dtype is DType.FLOAT for a in args):
-        args = tuple(Const(float(a.value)) if isinstance(a, Const) and a.dtype is DType.INT else a for a in args)
+        args = tuple(
+            Const(float(a.value)) if isinstance(a, Const) and a.dtype is DType.INT else a for a in args
+        )
     if all(isinstance(a, Const) for a in args):
         values = [a.value for a in args if isinstance(a, Const)]
         result = call(op, *args)
@@ -112,7 +116,7 @@ def reverse_subtract(a: Expr, b: Expr) -> Expr:
 
 
 def reciprocal(x: Expr) -> Expr:
-    return divide(Const(1.0), x)
+    return divide(ONE, x)
 
 
 def square(x: Expr) -> Expr:
@@ -136,7 +140,7 @@ def relu(x: Expr) -> Expr:
     return where(apply(Op.LT, zero_like(x), x), x, zero_like(x))
 
 
-def clamp(x: Expr, min: Expr | None = None, max: Expr | None = None) -> Expr:  # noqa: A002  torch's names
+def clamp(x: Expr, min: Expr | None = None, max: Expr | None = None) -> Expr:
     x = number(x)
     if all(bound is None or bound.dtype is DType.INT for bound in (x, min, max)):
         x = x if min is None else maximum(x, min)
@@ -182,9 +186,9 @@ def whole_power(base: Expr, exponent: int, floating: bool) -> Expr:
     return result if result is not None else Const(1.0 if base.dtype is DType.FLOAT else 1)
 
 
-def softplus(x: Expr, beta: Expr = Const(1.0), threshold: Expr = Const(20.0)) -> Expr:
+def softplus(x: Expr, beta: Expr = ONE, threshold: Expr = _TWENTY) -> Expr:
     scaled = multiply(x, beta)
-    curved = log(add(Const(1.0), exp(minimum(scaled, threshold))))
+    curved = log(add(ONE, exp(minimum(scaled, threshold))))
     return where(apply(Op.LT, threshold, scaled), x, divide(curved, beta))
 
 
@@ -196,32 +200,36 @@ def logsigmoid(x: Expr) -> Expr:
     return negate(softplus(negate(x)))
 
 
-def leaky_relu(x: Expr, negative_slope: Expr = Const(0.01)) -> Expr:
+def leaky_relu(x: Expr, negative_slope: Expr = _HUNDREDTH) -> Expr:
     return where(apply(Op.LT, zero_like(x), x), to_float(x), multiply(x, negative_slope))
 
 
-def elu(x: Expr, alpha: Expr = Const(1.0)) -> Expr:
-    curved = multiply(alpha, subtract(exp(minimum(x, Const(0.0))), Const(1.0)))
+def elu(x: Expr, alpha: Expr = ONE) -> Expr:
+    curved = multiply(alpha, subtract(exp(minimum(x, ZERO)), ONE))
     return where(apply(Op.LT, zero_like(x), x), to_float(x), curved)
 
 
 def gelu(x: Expr, approximate: str = "none") -> Expr:
     if approximate != "tanh":
-        raise UnknownOperation(operation="gelu", instead='Use torch.nn.functional.gelu(x, approximate="tanh").')
-    inner = multiply(Const(math.sqrt(2 / math.pi)), add(x, multiply(Const(0.044715), whole_power(x, 3, True))))
-    return multiply(multiply(Const(0.5), x), add(Const(1.0), tanh(inner)))
+        raise UnknownOperation(
+            operation="gelu", instead='Use torch.nn.functional.gelu(x, approximate="tanh").'
+        )
+    inner = multiply(
+        Const(math.sqrt(2 / math.pi)), add(x, multiply(Const(0.044715), whole_power(x, 3, True)))
+    )
+    return multiply(multiply(Const(0.5), x), add(ONE, tanh(inner)))
 
 
-def hardtanh(x: Expr, min_val: Expr = Const(-1.0), max_val: Expr = Const(1.0)) -> Expr:
+def hardtanh(x: Expr, min_val: Expr = MINUS_ONE, max_val: Expr = ONE) -> Expr:
     return clamp(x, min_val, max_val)
 
 
 def log1p(x: Expr) -> Expr:
-    return log(add(Const(1.0), x))
+    return log(add(ONE, x))
 
 
 def expm1(x: Expr) -> Expr:
-    return subtract(exp(x), Const(1.0))
+    return subtract(exp(x), ONE)
 
 
 def tan(x: Expr) -> Expr:
@@ -261,7 +269,7 @@ def bitwise(op: Op, symbol: str) -> Callable[..., Expr]:
                 operation=f"`{symbol}`",
                 expected="bools",
                 got=got,
-                instead=f"Comparisons bind less tightly than `{symbol}`: write `(a < b) {symbol} (c < d)` with brackets.",
+                instead=f"`{symbol}` binds tighter than a comparison: write `(a < b) {symbol} (c < d)` with brackets.",
             )
         return apply(op, *args)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import linecache
+import math
+import numbers
 import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -12,11 +14,26 @@ import torch
 
 from attn_engine.errors import Location, UnknownOperation, UnsupportedDtype, location_of
 from attn_engine.frontend.names import KernelNames
+from attn_engine.frontend.operations import INT_LIMIT
 from attn_engine.ir.evaluate import evaluate
 from attn_engine.ir.expr import Const, Expr, Load, Var, postorder
 from attn_engine.ir.ops import DType, Number, Storage
 
 STORAGES = {getattr(torch, s.value): s for s in Storage}
+
+
+def plain_number(value: object) -> int | float:
+    """A captured number as Python's own int or float. Raises TypeError for anything else, bools included."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{value!r} is not a number")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def number_kind(value: Number) -> DType | None:
+    """The kind of runtime number that can carry `value`; None where only a constant can."""
+    if isinstance(value, int):
+        return DType.INT if -INT_LIMIT <= value < INT_LIMIT else None
+    return DType.FLOAT if math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +122,7 @@ class Session:
     def runtime_number(self, key: Hashable, label: str, read: Callable[[], Number], owner: object) -> Var:
         """A variable for a captured number, passed at run time."""
         name = self.names.assign(key, label, owner)
-        var = Var(name, DType.INT if isinstance(read(), int) else DType.FLOAT)
+        var = Var(name, number_kind(read()) or DType.FLOAT)
         self.scalars.setdefault(var, BoundScalar(var, read))
         return var
 
@@ -126,13 +143,20 @@ class Session:
         self.opaque = True
         key = ("tensor", id(tensor))
         return CapturedTensor(
-            key, "", self.storage_of(tensor, "A captured tensor"), tuple(tensor.shape), lambda: tensor, owner=tensor
+            key,
+            "",
+            self.storage_of(tensor, "A captured tensor"),
+            tuple(tensor.shape),
+            lambda: tensor,
+            owner=tensor,
         )
 
     def storage_of(self, tensor: torch.Tensor, what: str) -> Storage:
         if tensor.dtype not in STORAGES:
             supported = ", ".join(s.value for s in Storage)
-            raise UnsupportedDtype(argument=what, got=tensor.dtype, supported=supported, location=self.location())
+            raise UnsupportedDtype(
+                argument=what, got=tensor.dtype, supported=supported, location=self.location()
+            )
         return STORAGES[tensor.dtype]
 
     def concrete(self, expr: Expr, what: str) -> Number | None:
@@ -148,8 +172,10 @@ class Session:
 
     def evaluate(self, expr: Expr) -> Number:
         """The present value of an expression that `is_concrete`."""
-        numbers: dict[Expr, Number] = {n: self.scalars[n].accessor() for n in postorder(expr) if isinstance(n, Var)}
-        return evaluate(expr, numbers, self._element)
+        known: dict[Expr, Number] = {
+            n: self.scalars[n].accessor() for n in postorder(expr) if isinstance(n, Var)
+        }
+        return evaluate(expr, known, self._element)
 
     def _element(self, name: str, indices: tuple[int, ...]) -> Number:
         read = self.tensors[name].read

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from attn_engine.errors import (
+    AttnEngineError,
     Location,
     MaskIsNotBool,
     ReturnsTensor,
     ScoreIsBool,
     ScoreNotTraced,
+    WrongOperands,
     WrongParameters,
     definition_of,
     location_of,
@@ -26,7 +28,15 @@ from attn_engine.frontend.capture import Rebuilder
 from attn_engine.frontend.custom_io import CustomIO
 from attn_engine.frontend.names import KernelNames
 from attn_engine.frontend.operations import kind, to_float
-from attn_engine.frontend.session import STORAGES, BoundScalar, BoundTensor, CapturedTensor, Guard, Session
+from attn_engine.frontend.session import (
+    STORAGES,
+    BoundScalar,
+    BoundTensor,
+    CapturedTensor,
+    Guard,
+    Session,
+    number_kind,
+)
 from attn_engine.frontend.traced import Traced, lift
 from attn_engine.frontend.views import CustomInputs, TensorView
 from attn_engine.ir.expr import Const, Expr, Var, loads, postorder, variables
@@ -36,6 +46,8 @@ from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, SCORE, Captured, 
 ScoreMod = Callable[..., Any]
 MaskMod = Callable[..., Any]
 
+_SCORE_PARAMETERS = "(score, b, h, q_idx, kv_idx) or (score, custom_fwd_inputs, b, h, q_idx, kv_idx)"
+_MASK_PARAMETERS = "(b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx, custom_fwd_inputs)"
 _DIMENSION_INDEX: dict[str | int, Expr] = {
     "batch": BATCH, "heads": HEAD, "seq_len": Q_IDX, "seq_len_kv": KV_IDX, 1: Const(0),
 }  # fmt: skip
@@ -74,7 +86,7 @@ class Trace:
 
 
 def _same_kind(scalar: BoundScalar) -> bool:
-    return isinstance(scalar.accessor(), int) == (scalar.var.kind is DType.INT)
+    return number_kind(scalar.accessor()) is scalar.var.kind
 
 
 def trace_score_mod(
@@ -89,7 +101,7 @@ def trace_score_mod(
     Raises WrongParameters, ControlFlowOnTraced, ScoreIsBool and the other tracing errors of the catalogue.
     """
     run = _Run(fn, custom_io or CustomIO(), storages or {}, names or KernelNames())
-    takes_custom = _takes_custom(fn, 5, "A score_mod", "(score, b, h, q_idx, kv_idx) or (score, custom_fwd_inputs, b, h, q_idx, kv_idx)")
+    takes_custom = _takes_custom(fn, 5, "A score_mod", _SCORE_PARAMETERS)
     position = 1 if takes_custom else None
     return run.trace((SCORE, BATCH, HEAD, Q_IDX, KV_IDX), position, _score_result)
 
@@ -102,18 +114,21 @@ def trace_mask_mod(
 ) -> Trace:
     """Trace mask_mod(b, h, q_idx, kv_idx) or mask_mod(b, h, q_idx, kv_idx, custom_fwd_inputs); see trace_score_mod."""
     run = _Run(fn, custom_io or CustomIO(), storages or {}, names or KernelNames())
-    takes_custom = _takes_custom(fn, 4, "A mask_mod", "(b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx, custom_fwd_inputs)")
+    takes_custom = _takes_custom(fn, 4, "A mask_mod", _MASK_PARAMETERS)
     return run.trace((BATCH, HEAD, Q_IDX, KV_IDX), 4 if takes_custom else None, _mask_result)
 
 
 class _Run:
     """One trace of one function."""
 
-    def __init__(self, fn: Callable[..., Any], custom_io: CustomIO, storages: Mapping[str, Storage], names: KernelNames) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], custom_io: CustomIO, storages: Mapping[str, Storage], names: KernelNames
+    ) -> None:
         self.fn = fn
         self.session = Session(names=names)
         self.custom = CustomInputs(
-            {name: self._view(name, shape, storages) for name, shape in custom_io.shapes.items()}, self.session
+            {name: self._view(name, shape, storages) for name, shape in custom_io.shapes.items()},
+            self.session,
         )
         self.copy = Rebuilder(self.session, {id(custom_io): self.custom}).callable(fn)
 
@@ -121,16 +136,21 @@ class _Run:
         known = all(size in _DIMENSION_INDEX for size in shape)
         element = tuple(_DIMENSION_INDEX[size] for size in shape) if known else None
         storage = storages.get(name, Storage.FLOAT32)
-        source = CapturedTensor(("custom", name), name, storage, shape, None, custom_input=name, element=element)
+        source = CapturedTensor(
+            ("custom", name), name, storage, shape, None, custom_input=name, element=element
+        )
         return TensorView(self.session, source)
 
     def trace(
-        self, inputs: tuple[Var, ...], custom_position: int | None, convert: Callable[[Any, Session, str], Expr]
+        self,
+        inputs: tuple[Var, ...],
+        custom_position: int | None,
+        convert: Callable[[Any, Session, str], Expr],
     ) -> Trace:
         arguments: list[Any] = [Traced(v, self.session) for v in inputs]
         if custom_position is not None:
             arguments.insert(custom_position, self.custom)
-        with watching(self.session):
+        with watching(self.session), tensors_expected(self.session):
             returned = self.copy(*arguments)
         name = _name_of(self.fn)
         return self._collect(name, convert(returned, self.session, name))
@@ -173,6 +193,35 @@ def watching(session: Session) -> Any:
         sys.setprofile(previous)
 
 
+@contextmanager
+def tensors_expected(session: Session) -> Any:
+    """Give torch's complaint about a plain number among its arguments a place and an advice."""
+    try:
+        yield
+    except TypeError as error:
+        if isinstance(error, AttnEngineError) or "must be Tensor, not" not in str(error):
+            raise
+        raise WrongOperands(
+            operation=str(error).partition("(")[0],
+            expected="tensors only",
+            got="a plain number",
+            instead="Use torch.clamp(x, min=...), torch.where, or torch.tensor(number).",
+            location=_raised_at(error, session),
+        ) from None
+
+
+def _raised_at(error: BaseException, session: Session) -> Location | None:
+    """The innermost line of the user's functions that an exception passed through."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in session.codes:
+            found = Location(
+                trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame.f_code.co_name
+            )
+        trace = trace.tb_next
+    return found
+
+
 def names_and_sources(session: Session, *results: Expr) -> tuple[dict[Expr, str], dict[Expr, str]]:
     """The user's name and source line for each node of the results that one of the user's variables held."""
     reachable = [n for n in postorder(*results) if n in session.locals]
@@ -184,11 +233,11 @@ def names_and_sources(session: Session, *results: Expr) -> tuple[dict[Expr, str]
 def _score_result(returned: Any, session: Session, name: str) -> Expr:
     where = session.returned_at
     if isinstance(returned, TensorView) and returned.source.element is not None:
-        returned = returned.element()
+        returned = Traced(returned.element(), session)
     if isinstance(returned, torch.Tensor | TensorView):
         raise ReturnsTensor(what="A score_mod", shape=tuple(returned.shape), location=where)
     if not isinstance(returned, Traced) or returned.expr in session.scalars:
-        got = "None: is a `return` missing?" if returned is None else _describe(returned)
+        got = "None (is a `return` missing?)" if returned is None else _describe(returned)
         raise ScoreNotTraced(got=got, location=where)
     if returned.expr.dtype is DType.BOOL:
         raise ScoreIsBool(location=where)
@@ -198,11 +247,11 @@ def _score_result(returned: Any, session: Session, name: str) -> Expr:
 def _mask_result(returned: Any, session: Session, name: str) -> Expr:
     where = session.returned_at
     if isinstance(returned, TensorView) and returned.source.element is not None:
-        returned = returned.element()
+        returned = Traced(returned.element(), session)
     if isinstance(returned, torch.Tensor | TensorView) and returned.ndim:
         raise ReturnsTensor(what="A mask_mod", shape=tuple(returned.shape), location=where)
     if not isinstance(returned, bool | torch.Tensor | Traced):
-        got = "None: is a `return` missing?" if returned is None else _describe(returned)
+        got = "None (is a `return` missing?)" if returned is None else _describe(returned)
         raise MaskIsNotBool(got=got, location=where)
     expr = lift(returned, session)
     if expr.dtype is not DType.BOOL:
@@ -213,7 +262,11 @@ def _mask_result(returned: Any, session: Session, name: str) -> Expr:
 def _describe(value: Any) -> str:
     if isinstance(value, Traced):
         return f"{kind(value.expr)} that does not depend on them"
-    return f"the {type(value).__name__} {value!r}" if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+    return (
+        f"the {type(value).__name__} {value!r}"
+        if isinstance(value, int | float | str)
+        else f"a {type(value).__name__}"
+    )
 
 
 def _name_of(fn: Any) -> str:
@@ -226,7 +279,9 @@ def _name_of(fn: Any) -> str:
 def _takes_custom(fn: Any, plain: int, what: str, expected: str) -> bool:
     """Whether the function wants the custom inputs too: by the number of its positional parameters."""
     if not callable(fn):
-        raise WrongParameters(what=what, expected=expected, got=f"a {type(fn).__name__}, which is not a function")
+        raise WrongParameters(
+            what=what, expected=expected, got=f"a {type(fn).__name__}, which is not a function"
+        )
     try:
         parameters = inspect.signature(fn).parameters.values()
     except ValueError:
@@ -246,7 +301,7 @@ def _takes_custom(fn: Any, plain: int, what: str, expected: str) -> bool:
 def _definition(fn: Any) -> Location | None:
     while hasattr(fn, "func"):
         fn = fn.func
-    code = getattr(fn, "__code__", None) or getattr(getattr(type(fn), "__call__", None), "__code__", None)
+    code = getattr(fn, "__code__", None) or getattr(type(fn).__call__, "__code__", None)
     return definition_of(code) if isinstance(code, CodeType) else None
 
 

@@ -21,113 +21,27 @@ from attn_engine.errors import (
 from attn_engine.frontend import operations
 from attn_engine.frontend.operations import FUNCTIONS, constant, kind
 from attn_engine.frontend.session import Session
+from attn_engine.frontend.symbolic import Symbolic
 from attn_engine.ir.expr import Const, Expr, Reduce
 from attn_engine.ir.ops import DType
 
-_SUPPORTED = "Known functions: " + ", ".join(sorted(n for n in FUNCTIONS if not n.startswith("special_"))) + "."
-_IGNORED_OPTIONS = ("out", "inplace", "dtype", "device", "layout", "pin_memory", "requires_grad", "memory_format")
-
-
-class Symbolic:
-    """Python's operators, each handed to `_operate` with torch's name for it."""
-
-    __slots__ = ()
-
-    def _operate(self, name: str, compute: Callable[..., Any], *args: Any) -> Any:
-        raise NotImplementedError
-
-    def __add__(self, other: Any) -> Any:
-        return self._operate("add", operator.add, self, other)
-
-    def __radd__(self, other: Any) -> Any:
-        return self._operate("add", operator.add, other, self)
-
-    def __sub__(self, other: Any) -> Any:
-        return self._operate("sub", operator.sub, self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._operate("sub", operator.sub, other, self)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._operate("mul", operator.mul, self, other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return self._operate("mul", operator.mul, other, self)
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._operate("true_divide", operator.truediv, self, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return self._operate("true_divide", operator.truediv, other, self)
-
-    def __floordiv__(self, other: Any) -> Any:
-        return self._operate("floor_divide", operator.floordiv, self, other)
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return self._operate("floor_divide", operator.floordiv, other, self)
-
-    def __mod__(self, other: Any) -> Any:
-        return self._operate("remainder", operator.mod, self, other)
-
-    def __rmod__(self, other: Any) -> Any:
-        return self._operate("remainder", operator.mod, other, self)
-
-    def __pow__(self, other: Any) -> Any:
-        return self._operate("pow", operator.pow, self, other)
-
-    def __rpow__(self, other: Any) -> Any:
-        return self._operate("pow", operator.pow, other, self)
-
-    def __neg__(self) -> Any:
-        return self._operate("neg", operator.neg, self)
-
-    def __pos__(self) -> Any:
-        return self._operate("positive", operator.pos, self)
-
-    def __abs__(self) -> Any:
-        return self._operate("abs", operator.abs, self)
-
-    def __le__(self, other: Any) -> Any:
-        return self._operate("le", operator.le, self, other)
-
-    def __lt__(self, other: Any) -> Any:
-        return self._operate("lt", operator.lt, self, other)
-
-    def __ge__(self, other: Any) -> Any:
-        return self._operate("ge", operator.ge, self, other)
-
-    def __gt__(self, other: Any) -> Any:
-        return self._operate("gt", operator.gt, self, other)
-
-    def __eq__(self, other: object) -> Any:
-        return False if other is None else self._operate("eq", operator.eq, self, other)
-
-    def __ne__(self, other: object) -> Any:
-        return True if other is None else self._operate("ne", operator.ne, self, other)
-
-    def __and__(self, other: Any) -> Any:
-        return self._operate("bitwise_and", operator.and_, self, other)
-
-    def __rand__(self, other: Any) -> Any:
-        return self._operate("bitwise_and", operator.and_, other, self)
-
-    def __or__(self, other: Any) -> Any:
-        return self._operate("bitwise_or", operator.or_, self, other)
-
-    def __ror__(self, other: Any) -> Any:
-        return self._operate("bitwise_or", operator.or_, other, self)
-
-    def __xor__(self, other: Any) -> Any:
-        return self._operate("bitwise_xor", operator.xor, self, other)
-
-    def __rxor__(self, other: Any) -> Any:
-        return self._operate("bitwise_xor", operator.xor, other, self)
-
-    def __invert__(self) -> Any:
-        return self._operate("bitwise_not", operator.invert, self)
-
-    def __hash__(self) -> int:
-        return id(self)
+_SUPPORTED = (
+    "Known functions: " + ", ".join(sorted(n for n in FUNCTIONS if not n.startswith("special_"))) + "."
+)
+_DUNDERS = {
+    "floordiv": "floor_divide", "truediv": "true_divide", "mod": "remainder", "invert": "bitwise_not",
+    "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
+}  # fmt: skip
+_IGNORED_OPTIONS = (
+    "out",
+    "inplace",
+    "dtype",
+    "device",
+    "layout",
+    "pin_memory",
+    "requires_grad",
+    "memory_format",
+)
 
 
 class Traced(Symbolic):
@@ -142,12 +56,19 @@ class Traced(Symbolic):
     def __repr__(self) -> str:
         return f"<traced {kind(self.expr)}>"
 
-    def _operate(self, name: str, compute: Callable[..., Any], *args: Any) -> Any:
+    def _operate(self, name: str, *args: Any) -> Any:
         return build(self.session, name, args, {})
+
+    def element(self) -> Expr:
+        return self.expr
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return dispatch(func, args, kwargs or {})
 
@@ -156,7 +77,11 @@ class Traced(Symbolic):
             raise AttributeError(name)
         if name.endswith("_") or name not in FUNCTIONS:
             raise UnknownMethod(operation=f".{name}", instead=_SUPPORTED, location=self.session.location())
-        return lambda *args, **kwargs: build(self.session, name, (self, *args), kwargs)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return build(self.session, name, (self, *args), kwargs)
+
+        return method
 
     # Python asks for a plain value: possible for captured numbers only.
 
@@ -182,7 +107,10 @@ class Traced(Symbolic):
 
     def __iter__(self) -> Any:
         raise NumberFromTraced(
-            call="A loop over it", kind=_noun(self.expr), instead="It is one number.", location=self.session.location()
+            call="A loop over it",
+            kind=_noun(self.expr),
+            instead="It is one number.",
+            location=self.session.location(),
         )
 
     def __format__(self, spec: str) -> str:
@@ -199,9 +127,8 @@ class Traced(Symbolic):
     def _number(self, call: str, instead: str) -> Any:
         value = self.session.concrete(self.expr, "number")
         if value is None:
-            raise NumberFromTraced(
-                call=call, kind=_noun(self.expr), instead=instead, location=self.session.location()
-            )
+            place = self.session.location()
+            raise NumberFromTraced(call=call, kind=_noun(self.expr), instead=instead, location=place)
         return value
 
     # Methods whose name or meaning is not that of a function in FUNCTIONS.
@@ -222,7 +149,7 @@ class Traced(Symbolic):
     def to(self, *args: Any, **kwargs: Any) -> Traced:
         """Casts to a kind: every floating dtype is the kernel's compute type, every integer type its 32-bit int."""
         for like in (*args, *kwargs.values()):
-            dtype = like.dtype if isinstance(like, Symbolic | torch.Tensor) else like
+            dtype: Any = like.dtype if isinstance(like, Symbolic | torch.Tensor) else like
             if isinstance(dtype, torch.dtype):
                 return self._make(_cast(self.expr, dtype))
         return self
@@ -298,10 +225,8 @@ def _cast(expr: Expr, dtype: torch.dtype) -> Expr:
 
 def lift(value: Any, session: Session) -> Expr:
     """The expression of anything that can stand beside a traced value in an operation."""
-    if isinstance(value, Traced):
-        return value.expr
-    if isinstance(value, Symbolic):  # a captured tensor or custom input used without an index
-        return value.element().expr  # type: ignore[attr-defined]
+    if isinstance(value, Symbolic):
+        return value.element()
     if isinstance(value, torch.Tensor):
         return lift_tensor(value, session)
     if isinstance(value, bool | numbers.Integral):
@@ -325,7 +250,7 @@ def lift_tensor(tensor: torch.Tensor, session: Session) -> Expr:
             rank=tensor.ndim,
             shape=tuple(tensor.shape),
             got=0,
-            example="h, q_idx, kv_idx"[: 3 * tensor.ndim - 2] if tensor.ndim < 3 else "h, q_idx, kv_idx",
+            example="h" if tensor.ndim == 1 else "h, q_idx" if tensor.ndim == 2 else "h, q_idx, kv_idx",
             location=session.location(),
         )
     if tensor.requires_grad:
@@ -336,8 +261,12 @@ def lift_tensor(tensor: torch.Tensor, session: Session) -> Expr:
 def build(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The traced result of torch's function `name`."""
     session = _live(session, args)
-    values = [_argument(a, session) for a in args]
-    options = {k: _argument(v, session) for k, v in kwargs.items() if k not in _IGNORED_OPTIONS}
+    values = [None if a is None else lift(a, session) for a in args]
+    options = {
+        k: v if v is None or isinstance(v, str) else lift(v, session)
+        for k, v in kwargs.items()
+        if k not in _IGNORED_OPTIONS
+    }
     if name in ("pow", "float_power") and isinstance(values[1], Expr):
         exponent = session.concrete(values[1], "exponent")
         values[1] = values[1] if exponent is None else constant(exponent)
@@ -347,15 +276,14 @@ def build(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, An
         raise type(error)(location=session.location(), **error.details) from None
     except TypeError as error:
         raise WrongOperands(
-            operation=name, expected="what torch's does", got=f"these ({error})",
-            instead="See the list of functions in the documentation.", location=session.location(),
+            operation=name,
+            expected="what torch's does",
+            got=f"these ({error})",
+            instead="See the list of functions in the documentation.",
+            location=session.location(),
         ) from None
     session.remember(expr)
     return Traced(expr, session)
-
-
-def _argument(value: Any, session: Session) -> Any:
-    return value if value is None or isinstance(value, str) else lift(value, session)
 
 
 def _live(session: Session, args: Sequence[Any]) -> Session:
@@ -370,8 +298,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     name = getattr(func, "__name__", str(func))
     session = _session_of((args, kwargs))
     name = name.strip("_") if name.startswith("__") else name
-    name = {"floordiv": "floor_divide", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "rpow": "pow",
-            "mod": "remainder", "truediv": "true_divide", "invert": "bitwise_not"}.get(name, name)
+    name = _DUNDERS.get(name, name)
     if name == "getitem":
         from attn_engine.frontend.views import TensorView
 
@@ -388,7 +315,7 @@ def _session_of(values: Any) -> Session:
     while stack:
         value = stack.pop(0)
         if isinstance(value, Symbolic):
-            return value.session  # type: ignore[attr-defined]
+            return value.session
         if isinstance(value, tuple | list):
             stack.extend(value)  # pyright: ignore[reportUnknownArgumentType]
         elif isinstance(value, dict):

@@ -19,8 +19,9 @@ from attn_engine.errors import (
 )
 from attn_engine.frontend.operations import constant, kind
 from attn_engine.frontend.session import CapturedTensor, Session, is_concrete
-from attn_engine.frontend.traced import Symbolic, Traced, dispatch
-from attn_engine.ir.expr import Const, Expr
+from attn_engine.frontend.symbolic import Symbolic
+from attn_engine.frontend.traced import Traced, build, dispatch
+from attn_engine.ir.expr import Expr
 from attn_engine.ir.ops import DType
 
 _EXAMPLES = {1: "h", 2: "h, q_idx", 3: "h, q_idx, kv_idx", 4: "b, h, q_idx, kv_idx"}
@@ -35,7 +36,9 @@ class TensorView(Symbolic):
 
     __slots__ = ("indices", "session", "source")
 
-    def __init__(self, session: Session, source: CapturedTensor, indices: tuple[Expr | None, ...] | None = None) -> None:
+    def __init__(
+        self, session: Session, source: CapturedTensor, indices: tuple[Expr | None, ...] | None = None
+    ) -> None:
         self.session = session
         self.source = source
         self.indices = indices if indices is not None else (None,) * source.rank
@@ -47,10 +50,10 @@ class TensorView(Symbolic):
     def untouched(self) -> bool:
         return all(i is None for i in self.indices)
 
-    def element(self) -> Traced:
+    def element(self) -> Expr:
         """The number that the view stands for without a further index. Raises WrongIndexCount."""
         if self.source.element is not None and self.untouched:
-            return self._load(self.source.element)
+            return self._load(self.source.element).expr
         raise WrongIndexCount(
             tensor=self.source.label or "tensor",
             rank=self.source.rank,
@@ -66,7 +69,7 @@ class TensorView(Symbolic):
         return Traced(expr, self.session)
 
     def __getitem__(self, index: Any) -> Any:
-        items = index if isinstance(index, tuple) else (index,)
+        items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
         if not any(isinstance(i, Symbolic) for i in items) and not all(_simple(i) for i in items):
             return self._real()[index]  # a slice, a mask, an index tensor: nothing traced in it
         filled = list(self.indices)
@@ -76,7 +79,11 @@ class TensorView(Symbolic):
             if not (isinstance(item, slice) and item == slice(None)):
                 filled[dimension] = self._index(item, dimension)
         done = tuple(i for i in filled if i is not None)
-        return self._load(done) if len(done) == len(filled) else TensorView(self.session, self.source, tuple(filled))
+        return (
+            self._load(done)
+            if len(done) == len(filled)
+            else TensorView(self.session, self.source, tuple(filled))
+        )
 
     def _expand(self, items: tuple[Any, ...], dimensions: int) -> tuple[Any, ...]:
         """`...` as the full slices that it stands for."""
@@ -100,9 +107,8 @@ class TensorView(Symbolic):
         if isinstance(item, torch.Tensor) and item.ndim == 0:
             item = item.item()
         if isinstance(item, TensorView):
-            item = item.element()
-        is_int = isinstance(item, numbers.Integral) and not isinstance(item, bool)
-        expr = item.expr if isinstance(item, Traced) else constant(int(item)) if is_int else None
+            item = Traced(item.element(), self.session)
+        expr = item.expr if isinstance(item, Traced) else constant(int(item)) if _is_int(item) else None
         if expr is None or expr.dtype is not DType.INT:
             got = f"a {type(item).__name__}" if expr is None else kind(expr)
             raise IndexNotInteger(tensor=name, got=got, location=self.session.location())
@@ -116,7 +122,10 @@ class TensorView(Symbolic):
         value = int(self.session.evaluate(expr))
         if not -size <= value < size:
             raise IndexOutOfRange(
-                position=dimension, tensor=self.source.label or "tensor", index=value, size=size,
+                position=dimension,
+                tensor=self.source.label or "tensor",
+                index=value,
+                size=size,
                 location=self.session.location(),
             )
         if value < 0:
@@ -125,9 +134,7 @@ class TensorView(Symbolic):
             return constant(value + size)
         if self.source.read is not None:
             read, session = self.source.read, self.session
-            self.session.guard(
-                "index", lambda: 0 <= session.evaluate(expr) < read().shape[dimension], True
-            )
+            self.session.guard("index", lambda: 0 <= session.evaluate(expr) < read().shape[dimension], True)
         return expr
 
     def _size(self, dimension: int) -> int | None:
@@ -155,14 +162,23 @@ class TensorView(Symbolic):
         chosen = tuple(slice(None) if i is None else int(self.session.evaluate(i)) for i in self.indices)
         return self.source.read()[chosen]
 
-    def _operate(self, name: str, compute: Callable[..., Any], *args: Any) -> Any:
-        if self.source.element is not None or any(isinstance(a, Traced) and not _plain(a, self.session) for a in args):
-            return Traced(Const(0), self.session)._operate(name, compute, *args)  # pyright: ignore[reportPrivateUsage]
-        return compute(*(real_value(a) for a in args))
+    def _operate(self, name: str, *args: Any) -> Any:
+        if self.source.element is not None or any(
+            isinstance(a, Traced) and not _plain(a, self.session) for a in args
+        ):
+            return build(self.session, name, args, {})
+        first, *others = (real_value(a) for a in args)
+        if not isinstance(first, torch.Tensor):
+            first = torch.as_tensor(first)
+        return getattr(torch, name)(first, *others)
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         flat = [*args, *kwargs.values()]
@@ -175,10 +191,12 @@ class TensorView(Symbolic):
         if name.startswith("__"):
             raise AttributeError(name)
         if self.source.element is not None and self.untouched:
-            return getattr(self.element(), name)
+            return getattr(Traced(self.element(), self.session), name)
         if self.source.read is None:
             raise UnknownMethod(
-                operation=f".{name} of a custom input", instead="Index it first.", location=self.session.location()
+                operation=f".{name} of a custom input",
+                instead="Index it first.",
+                location=self.session.location(),
             )
         return getattr(self._real(), name)
 
@@ -242,7 +260,11 @@ def _simple(item: Any) -> bool:
     """An index that selects or keeps a whole dimension."""
     if isinstance(item, slice):
         return item == slice(None)
-    return item is Ellipsis or isinstance(item, float) or (isinstance(item, numbers.Integral) and not isinstance(item, bool))
+    return item is Ellipsis or isinstance(item, float) or _is_int(item)
+
+
+def _is_int(item: object) -> bool:
+    return isinstance(item, numbers.Integral) and type(item) is not bool
 
 
 def _plain(value: Traced, session: Session) -> bool:
@@ -256,7 +278,8 @@ def real_value(value: Any) -> Any:
     if isinstance(value, Traced):
         return value.item()
     if isinstance(value, tuple | list):
-        return type(value)(real_value(v) for v in value)  # pyright: ignore[reportUnknownVariableType,reportCallIssue]
+        items = [real_value(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+        return items if isinstance(value, list) else tuple(items)
     return value
 
 
@@ -278,4 +301,3 @@ class _Inputs(dict[str, TensorView]):
     def __missing__(self, name: str) -> TensorView:
         known = ", ".join(self) or "none"
         raise UnknownCustomInput(name=name, known=known, location=self._session.location())
-

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import threading
 import types
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,38 +213,20 @@ class _ModelAttention:
     """One engine, and the setting of the run-time numbers in its mask."""
 
     def __init__(self, key: _Key) -> None:
-        names = [f"mask_tensor_{i}" for i in range(len(key.dims))]
-        q_offset = kv_offset = 0
-
-        def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom_fwd_inputs: CustomIO) -> Any:
-            tensors = [custom_fwd_inputs.input_tensors[name] for name in names]
-            visible = None
-            if key.shape is not None:
-                q_place, kv_place = (q_idx + q_offset, kv_idx + kv_offset) if key.moved else (q_idx, kv_idx)
-                visible = restore(key.shape, tensors)(b, h, q_place, kv_place)
-            if key.padding:
-                real = kv_idx < tensors[-1][b] if key.padding == "lengths" else tensors[-1][b, kv_idx] != 0
-                visible = real if visible is None else visible & real
-            return visible
-
-        def soft_cap(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-            return key.softcap * torch.tanh(score / key.softcap)
-
-        def move(offsets: tuple[int, int]) -> None:
-            nonlocal q_offset, kv_offset
-            q_offset, kv_offset = offsets
-
-        masked = key.shape is not None or key.padding
-        self.move = move
+        self.shape = key.shape
         self.moving = threading.Lock() if key.moved else contextlib.nullcontext()
+        names = tuple(f"mask_tensor_{i}" for i in range(len(key.dims)))
+        mask_mod, self.move = _mask_mod(self, names, key)
+        masked = key.shape is not None or key.padding
+        meta = [
+            meta_tensor(None, None, None, d, dtype=key.dtype) for d in (key.dim_qk, key.dim_qk, key.dim_v)
+        ]
         self.engine = AttentionEngine(
-            tuple(
-                meta_tensor(None, None, None, d, dtype=key.dtype) for d in (key.dim_qk, key.dim_qk, key.dim_v)
-            ),
-            score_mod=None if key.softcap is None else soft_cap,
-            custom_fwd_inputs=CustomIO(dict(zip(names, key.dims, strict=True))) if names else None,
+            meta,
+            score_mod=None if key.softcap is None else _soft_cap(key.softcap),
+            custom_fwd_inputs=CustomIO(dict(zip(names, key.dims, strict=True))),
             mask_mod=mask_mod if masked else None,
-            scale=key.scaling,
+            scale=key.scaling if key.scaling is not None else key.dim_qk**-0.5,
             layout="bshd",
         )
 
@@ -251,6 +234,44 @@ class _ModelAttention:
         with self.moving:  # the offsets belong to the engine, and another thread may be at another position
             self.move(mask.offsets)
             return self.engine(*inputs, *mask.tensors)
+
+
+# The tracer watches what a function closes over, and where it cannot it traces again at every call: so a mask_mod
+# closes over plain values alone and finds the shape of its mask here.
+_attentions: weakref.WeakValueDictionary[str, _ModelAttention] = weakref.WeakValueDictionary()
+
+
+def _mask_mod(
+    attention: _ModelAttention, names: tuple[str, ...], key: _Key
+) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """The mask_mod of an engine, and the function that sets the offsets it reads."""
+    own, moved, shaped, padding = str(id(attention)), key.moved, key.shape is not None, key.padding
+    _attentions[own] = attention
+    q_offset = kv_offset = 0
+
+    def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom_fwd_inputs: CustomIO) -> Any:
+        tensors: list[Any] = [custom_fwd_inputs.input_tensors[name] for name in names]
+        visible = None
+        if shaped:
+            q_place, kv_place = (q_idx + q_offset, kv_idx + kv_offset) if moved else (q_idx, kv_idx)
+            visible = restore(_attentions[own].shape, tensors)(b, h, q_place, kv_place)
+        if padding:
+            real = kv_idx < tensors[-1][b] if padding == "lengths" else tensors[-1][b, kv_idx] != 0
+            visible = real if visible is None else visible & real
+        return visible
+
+    def move(offsets: tuple[int, int]) -> None:
+        nonlocal q_offset, kv_offset
+        q_offset, kv_offset = offsets
+
+    return mask_mod, move
+
+
+def _soft_cap(cap: float) -> Callable[..., Any]:
+    def soft_cap(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return cap * torch.tanh(score / cap)
+
+    return soft_cap
 
 
 @functools.lru_cache(maxsize=128)

@@ -37,20 +37,32 @@ CATALOGUE: dict[str, Entry] = {
         "causal attention to itself and the 512 keys before (Mistral 7B)",
         lambda: {"mask_mod": sliding_window(512)},
     ),
-    "prefix": Entry("bidirectional over the first 128 keys, causal after them (PrefixLM)", lambda: {"mask_mod": prefix(128)}),
+    "prefix": Entry(
+        "bidirectional over the first 128 keys, causal after them (PrefixLM)",
+        lambda: {"mask_mod": prefix(128)},
+    ),
     "document": Entry(
         "causal inside packed documents of 512 tokens",
         lambda: {"mask_mod": and_masks(causal(), document(_documents()))},
     ),
     "alibi": Entry(
-        "causal with linear distance biases (ALiBi)", lambda: {"score_mod": alibi(_slopes()), "mask_mod": causal()}
+        "causal with linear distance biases (ALiBi)",
+        lambda: {"score_mod": alibi(_slopes()), "mask_mod": causal()},
     ),
-    "soft_cap": Entry("causal with scores squashed by 30 tanh(s / 30) (Gemma 2)", lambda: {"score_mod": soft_cap(30.0), "mask_mod": causal()}),
+    "soft_cap": Entry(
+        "causal with scores squashed by 30 tanh(s / 30) (Gemma 2)",
+        lambda: {"score_mod": soft_cap(30.0), "mask_mod": causal()},
+    ),
     "relative_bias": Entry(
         "learned bias per distance, eight heads",
         lambda: {"score_mod": relative_bias(torch.zeros(8, 255, requires_grad=True))},
     ),
-    "sigmoid": Entry("sigmoid weights, causal", lambda: {"online_func": OnlineSigmoid(), "mask_mod": causal()}),
+    "sigmoid": Entry(
+        "sigmoid weights, causal", lambda: {"online_func": OnlineSigmoid(), "mask_mod": causal()}
+    ),
     "relu": Entry("relu weights, causal", lambda: {"online_func": OnlineRelu(), "mask_mod": causal()}),
-    "retention": Entry("scores over their absolute row sum, causal", lambda: {"online_func": OnlineRetention(), "mask_mod": causal()}),
+    "retention": Entry(
+        "scores over their absolute row sum, causal",
+        lambda: {"online_func": OnlineRetention(), "mask_mod": causal()},
+    ),
 }

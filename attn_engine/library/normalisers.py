@@ -20,7 +20,7 @@ class OnlineSoftmax(OnlineFunc):
         old_max = online_rowscales["row_max"]
         new_max = old_max.max(scores.get_reduce("max"))
         rescale = torch.exp(old_max - new_max)
-        weights = torch.exp(scores - new_max)
+        weights: Any = torch.exp(scores - new_max)
         new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
         return weights, {"row_max": new_max, "row_sum": new_sum}, rescale
 

@@ -44,11 +44,18 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, expected: Expected) -> None:
     problem = _shape_problem(named, expected, expected.layout)
     if problem is not None:
         other = OTHER_LAYOUT[expected.layout]
-        if _shape_problem(named, expected, other) is None:
+        if _plausible(q, expected.layout, problem) and _shape_problem(named, expected, other) is None:
             raise WrongLayout(
                 argument=problem.details.get("argument", "q"), shape=tuple(q.shape), layout=expected.layout, other=other
             )
         raise problem
+
+
+def _plausible(q: Tensor, layout: str, problem: Exception) -> bool:
+    """Whether the other layout may have been meant: numbers of heads that do not divide are a mistake of their own,
+    unless there are more heads than positions."""
+    heads, length = (q.shape[2], q.shape[1]) if layout == "bshd" else (q.shape[1], q.shape[2])
+    return not isinstance(problem, HeadsNotDivisible) or heads > length
 
 
 def _check_kinds(named: Mapping[str, Tensor], expected: Expected) -> None:

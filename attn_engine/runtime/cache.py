@@ -72,10 +72,10 @@ def why_unsafe(path: Path) -> str | None:
 
 
 def stored(name: str, build: Callable[[Path], None]) -> Path:
-    """The cached file `name`; where there is none, `build(path)` writes it to a fresh place and it is moved here.
+    """The cached file or folder `name`; where there is none, `build(path)` makes it in a fresh place and it is moved.
 
-    Two processes that build the same file at once both succeed, and either result serves. Raises UnsafeCache when the
-    file there could have been written by somebody else.
+    Two processes that build the same at once both succeed, and either result serves. Raises UnsafeCache when what is
+    there could have been written by somebody else.
     """
     folder = cache_folder()
     path = folder / name
@@ -84,7 +84,11 @@ def stored(name: str, build: Callable[[Path], None]) -> Path:
             fresh = Path(scratch) / name
             build(fresh)
             fresh.chmod(0o700)
-            fresh.replace(path)
+            try:
+                fresh.replace(path)
+            except OSError:  # a folder does not replace one that another process was quicker to put there
+                if not path.is_dir():
+                    raise
     if reason := why_unsafe(path):
         raise UnsafeCache(path=path, reason=reason)
     return path

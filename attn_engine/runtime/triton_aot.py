@@ -34,8 +34,7 @@ _ALIGNED = [["tt.divisibility", 16]]
 class AotReport:
     """What a compiled kernel asks of the target.
 
-    registers: per thread (on AMD: vector and accumulation registers). spill_bytes: stack per thread, 0 where nothing
-    spills. shared_bytes of shared_limit: per block. products: instructions of the matrix unit by name.
+    registers: per thread (on AMD: vector and accumulation registers). spill_bytes: of stack per thread. shared_bytes of shared_limit: per block. products: instructions of the matrix unit by name.
     """
 
     kernel: str
@@ -115,17 +114,26 @@ def _signature(kernel: Kernel) -> dict[str, Any]:
 
 
 def _nvidia_registers(asm: Any) -> tuple[int, int]:
-    """(registers, stack bytes), read by the disassembler that triton's wheel carries."""
-    import triton
+    """(registers, bytes spilled), read by the disassemblers that triton's wheel carries.
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    A stack alone is no spill: newer targets reserve a few bytes that no instruction touches.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    return int(found[1]), int(found[2])
+        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found is not None, usage
+        registers, stack = int(found[1]), int(found[2])
+        touched = stack > 0 and re.search(r"\b(STL|LDL)\b", _nvidia_tool("nvdisasm", "-c", file.name))
+    return registers, stack if touched else 0
+
+
+def _nvidia_tool(name: str, *arguments: str) -> str:
+    import triton
+
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _amd_registers(asm: Any) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 Triton decides once per process, by an environment variable read on import, whether kernels are interpreted. Here a
 kernel stays an ordinary `triton.jit` function; `interpret` swaps in the interpreter for one launch and puts everything
-back afterwards, also when the kernel raises. On the way it repairs what the interpreter of triton 3.6 and 3.7 gets wrong:
+back afterwards, also when the kernel raises. On the way it repairs what the interpreter of triton 3.6 and 3.7 gets
+wrong:
 
 - bfloat16, which it keeps as uint16: arithmetic and products used the bits as integers, and casts truncated;
 - scalars as loop bounds under numpy 2.4 and newer (triton 3.6);
@@ -19,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
-import triton.experimental.gluon.language  # reads triton.language on import: must see it unpatched
+import triton.experimental.gluon.language  # noqa: F401  # reads triton.language on import: must see it unpatched
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle

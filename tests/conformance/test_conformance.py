@@ -40,17 +40,28 @@ def run_case(
     )
     learned = [tensors[n] for n in variant.learned]
     got = outputs_and_gradients(lambda: engine(*inputs), [*inputs, *learned])
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    exact_tensors = {n: t.detach().double().requires_grad_() if n in variant.learned else t for n, t in tensors.items()}
-    context = Context(BATCHES, h, q_len, kv_len, exact_tensors)
-    q, k, v = (x.transpose(1, 2) for x in exact)
-    want = outputs_and_gradients(
-        lambda: dense_attention(normaliser, variant, q, k, v, SCALE, context).transpose(1, 2),
-        [*exact, *(exact_tensors[n] for n in variant.learned)],
-        like=got[0],
-    )
+    want = dense(normaliser, variant, inputs, tensors, torch.float64, like=got[0])
+    eager = dense(normaliser, variant, inputs, tensors, compute, like=got[0])
     names = ("o", "dq", "dk", "dv", *variant.learned)
-    return {n: (_error(g, w), _budget(w, dtype)) for n, g, w in zip(names, got, want, strict=True)}
+    return {
+        n: (_error(g, w), max(_budget(w, dtype), 3 * _error(e, w)))
+        for n, g, w, e in zip(names, got, want, eager, strict=True)
+    }
+
+
+def dense(
+    normaliser: str, variant: Variant, inputs: list[Tensor], tensors: dict[str, Tensor], dtype: torch.dtype, like: Tensor
+) -> list[Tensor]:
+    """The formulas in `dtype`, with gradients: the truth in float64, and what eager torch would give in another."""
+    exact = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    captured = {n: t.detach().to(dtype).requires_grad_() if n in variant.learned else t for n, t in tensors.items()}
+    q, k, v = (x.transpose(1, 2) for x in exact)
+    context = Context(q.shape[0], q.shape[1], q.shape[2], k.shape[2], captured)
+    return outputs_and_gradients(
+        lambda: dense_attention(normaliser, variant, q, k, v, SCALE, context).transpose(1, 2),
+        [*exact, *(captured[n] for n in variant.learned)],
+        like=like,
+    )
 
 
 def outputs_and_gradients(run: Callable[[], Tensor], wrt: list[Tensor], like: Tensor | None = None) -> list[Tensor]:
@@ -69,7 +80,10 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def _budget(want: Tensor, dtype: torch.dtype) -> float:
-    """A few units in the last place of the largest value: what rounding o, dO and the results once each can cost."""
+    """A few units in the last place of the largest value: what rounding o, dO and the results once each can cost.
+
+    Sums with cancellation (a slope's gradient over all distances) may lose more; there eager torch is the measure.
+    """
     units = {torch.float64: 2000, torch.float32: 100, torch.bfloat16: 4, torch.float16: 4}[dtype]
     return units * torch.finfo(dtype).eps * max(want.abs().max().item(), 1e-2)
 

@@ -119,8 +119,9 @@ def check(
     got = measured(compiled(p, processor), tensors, captured, case.learned, numbers)
     want = expected(rule, tensors, captured, case.learned, scale, case.score_mod, case.mask_mod)
     for name, a, b in zip(("o", "dq", "dk", "dv", *case.learned), got, want):
-        rough = captured[name].dtype if name in captured else a.dtype
-        limit = max(TOLERANCE[element], torch.finfo(rough).eps)
+        limit = TOLERANCE[element]
+        if name in captured:  # a sum over many pairs, rounded to the tensor's own type
+            limit = max(10 * limit, torch.finfo(captured[name].dtype).eps)
         error = (a.double() - b).abs().max() / max(1.0, b.abs().max())
         assert error <= limit, f"{name}: {error:.1e} > {limit:.1e}"
 
@@ -158,27 +159,21 @@ def test_half_precision_is_converted(element: Storage, generator: torch.Generato
 
 
 @pytest.mark.parametrize("processor", ["x86-64-v3", "x86-64-v2"])
-@pytest.mark.parametrize("element", [Storage.FLOAT32, Storage.FLOAT16])
-def test_narrower_processors(processor: str, element: Storage, generator: torch.Generator):
+def test_narrower_processors(processor: str, generator: torch.Generator):
     if find_compiler(processor) is None:
         pytest.skip(f"the compiler knows no {processor}")
-    case = CASES["learned relative table, kept pairs"] if element is Storage.FLOAT32 else Case(dims=(20, 37))
-    check(case, generator, element=element, processor=processor)
+    check(CASES["learned relative table, kept pairs"], generator, processor=processor)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 129), (33, 1), (5, 0), (0, 5)])
 def test_short_lengths(lengths: tuple[int, int], generator: torch.Generator):
-    shapes = Shapes(1, 2, 1, *lengths)
-    check_rows_of(Case(shapes=shapes, mask=CAUSAL, mask_mod=causal_mod), generator)
-
-
-def check_rows_of(case: Case, generator: torch.Generator) -> None:
-    p = program(None, function(CAUSAL), element=Storage.FLOAT32, dim_qk=16, dim_v=16)
-    tensors = inputs(p, case.shapes, generator)
+    p = program(None, function(CAUSAL), dim_qk=16, dim_v=16)
+    tensors = inputs(p, Shapes(1, 2, 1, *lengths), generator)
     got = measured(compiled(p), tensors, {}, (), {"scale": 0.25})
-    want = expected("softmax", tensors, {}, (), 0.25, None, causal_mod) if tensors[1].shape[2] else [
-        torch.zeros_like(t, dtype=torch.float64) for t in got
-    ]
+    if 0 in lengths:
+        assert all((t == 0).all() for t in got)
+        return
+    want = expected("softmax", tensors, {}, (), 0.25, None, causal_mod)
     for a, b in zip(got, want):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5)
 
@@ -201,14 +196,13 @@ def test_rows_that_see_nothing(generator: torch.Generator):
 
 
 def test_any_strides(generator: torch.Generator):
-    p = program(dim_qk=64, dim_v=64)
-    q, k, v, d_out = inputs(p, Shapes(), generator)
-    turned = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in (q, k, v, d_out)]  # the last stride is not 1
-    wide = [torch.cat([t, t], -1)[..., ::2] for t in (q, k, v, d_out)]
-    attention = compiled(p)
+    p = program(None, function(CAUSAL), dim_qk=16, dim_v=16)
+    tensors = inputs(p, Shapes(), generator)
+    turned = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]  # the last stride is not 1
+    wide = [torch.cat([t, t], -1)[..., ::2] for t in tensors]
     for tensors in (turned, wide):
-        got = measured(attention, tensors, {}, (), {"scale": 0.125})
-        want = expected("softmax", tensors, {}, (), 0.125, None, None)
+        got = measured(compiled(p), tensors, {}, (), {"scale": 0.25})
+        want = expected("softmax", tensors, {}, (), 0.25, None, causal_mod)
         for a, b in zip(got, want):
             torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-5)
 

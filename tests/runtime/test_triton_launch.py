@@ -156,8 +156,14 @@ def check(case: Case, element: Storage, generator: torch.Generator, tolerance: f
 def random_inputs(case: Case, generator: torch.Generator) -> list[Tensor]:
     """q, k, v and d_out: strided views, of which k is transposed within its last two dimensions."""
     (heads, kv_heads), (rows, columns), (d, dv) = case.heads, case.lengths, case.dims
-    shape = lambda h, n, w: torch.randn(case.batches, n, h, w, generator=generator, dtype=torch.float64).transpose(1, 2)
-    k = torch.randn(case.batches, kv_heads, d, columns, generator=generator, dtype=torch.float64).mT
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(case.batches, *shape, generator=generator, dtype=torch.float64)
+
+    def shape(h: int, n: int, width: int) -> Tensor:
+        return random(n, h, width).transpose(1, 2)
+
+    k = random(kv_heads, d, columns).mT
     return [shape(heads, rows, d), k, shape(kv_heads, columns, dv), shape(heads, rows, dv)]
 
 
@@ -172,7 +178,9 @@ def captured_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor
     return {c.name: every[c.name] for c in case.captures}
 
 
-def run(case: Case, element: Storage, inputs: list[Tensor], captured: dict, learned: tuple[str, ...]) -> dict[str, Tensor]:
+def run(
+    case: Case, element: Storage, inputs: list[Tensor], captured: dict, learned: tuple[str, ...]
+) -> dict[str, Tensor]:
     q, k, v, d_out = inputs
     scalars = tuple(WINDOW for name in case.scalars if name == "window")
     score = None if case.score is None else function(case.score, *(c for c in case.captures if c.storage.floating))

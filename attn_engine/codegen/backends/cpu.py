@@ -22,6 +22,7 @@ TYPES: Mapping[Storage, str] = {
     Storage.INT64: "int64_t", Storage.INT32: "int32_t", Storage.INT16: "int16_t", Storage.INT8: "int8_t",
     Storage.UINT8: "uint8_t", Storage.BOOL: "bool",
 }
+IN_DOUBLE = "COMPUTE_IN_DOUBLE"  # the headers then compute in double instead of float
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
 COUNTS = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
 LENGTHS = {"q": "q_len", "kv": "kv_len"}
@@ -82,7 +83,7 @@ class CpuRenderer(NestRenderer):
         blocks = ", ".join(f"{BLOCKS[axis]} = {n}" for axis, n in k.tile)
         return [
             *(f"// {line}" for line in k.header),
-            *(["#define COMPUTE_IN_DOUBLE"] if self.in_double else []),
+            *([f"#define {IN_DOUBLE} 1"] if self.in_double else []),
             '#include "tiles.h"',
             "",
             "namespace attention {",

@@ -14,14 +14,31 @@ from functools import lru_cache
 from typing import ClassVar
 
 from attn_engine.codegen.backends.triton_address import (
-    BLOCKS, DIMENSION_CONSTANTS, GRID_SIZES, Address, Addressing, block_size, captured, stride_names,
+    BLOCKS,
+    DIMENSION_CONSTANTS,
+    GRID_SIZES,
+    Address,
+    Addressing,
+    block_size,
+    captured,
+    stride_names,
 )  # fmt: skip
 from attn_engine.codegen.backends.triton_functions import HELPERS, helper_lines
 from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
 from attn_engine.codegen.render import ATOM, ordered
 from attn_engine.ir.expr import Call, Expr, Full, Load, Reduce, Var, call, postorder, transform
 from attn_engine.ir.ops import INFO, DType, Op, Signature, Storage
-from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Stmt, StoreTile, expressions, map_expressions, walk
+from attn_engine.ir.tile import (
+    Accumulate,
+    Kernel,
+    Let,
+    Loop,
+    Stmt,
+    StoreTile,
+    expressions,
+    map_expressions,
+    walk,
+)
 
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
 TYPES: Mapping[Storage, str] = {
@@ -46,7 +63,7 @@ def render_triton(kernel: Kernel, options: TritonOptions | None = None) -> str:
 
 @lru_cache(maxsize=1024)
 def argument_names(kernel: Kernel) -> tuple[str, ...]:
-    """The arguments of the rendered kernel in order: tensors, strides, numbers, sizes. Those it never reads are left out."""
+    """The rendered kernel's arguments in order: tensors, strides, numbers, sizes; those it never reads are left out."""
     renderer = TritonRenderer()
     renderer.render(kernel)
     return tuple(name for group in renderer.arguments for name in group)
@@ -108,7 +125,8 @@ class TritonRenderer(Addressing):
         """Lengths, counts and row vectors' strides change from call to call: no recompilation for their values."""
         numbers = {s.name for s in self.kernel.scalars}
         rows = {s for p in self.kernel.params if len(p.shape) == 3 and not captured(p) for s in stride_names(p)[:-1]}
-        fixed = [n for group in self.arguments for n in group if n in numbers or n in SIZES or "_size_" in n or n in rows]
+        changing = numbers | rows | set(SIZES)
+        fixed = [n for group in self.arguments for n in group if n in changing or "_size_" in n]
         quoted = textwrap.wrap(", ".join(f'"{name}"' for name in fixed), WIDTH - 4)
         return [
             "@triton.jit(do_not_specialize=[",
@@ -206,7 +224,8 @@ class TritonRenderer(Addressing):
         """Read, add, write. The barrier orders this tile's writes before other threads' reads of the next tile's."""
         axes = self._index_axes(s.indices)
         address = self._based(s.tensor, self.address(s.tensor, s.indices, axes, clamp=False))
-        place, old = self._named((s.tensor, "place"), f"{s.tensor}_place"), self._named((s.tensor, "old"), f"{s.tensor}_old")
+        place = self._named((s.tensor, "place"), f"{s.tensor}_place")
+        old = self._named((s.tensor, "old"), f"{s.tensor}_old")
         mask = f", mask={address.inside}" if address.inside else ""
         other = ", other=0.0" if address.inside else ""
         return [
@@ -275,7 +294,8 @@ class TritonRenderer(Addressing):
         address = self._based(e.tensor, self.address(e.tensor, e.indices, axes, clamp=True))
         storage = self.kernel.param(e.tensor).storage
         other = "0.0" if storage.floating else "0"
-        text = f"tl.load({address.pointer}, mask={address.inside}, other={other})" if address.inside else f"tl.load({address.pointer})"
+        mask = f", mask={address.inside}, other={other}" if address.inside else ""
+        text = f"tl.load({address.pointer}{mask})"
         if e.kind is DType.FLOAT and TYPES.get(storage) != self.compute:
             return f"{text}.to(tl.{self.compute})"
         if e.kind is DType.INT and storage is not Storage.INT32:

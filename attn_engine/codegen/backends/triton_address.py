@@ -120,10 +120,9 @@ class Addressing(Renderer):
             elif not (isinstance(index, Const) and index.value == 0):
                 text, bound = self._other(index, size, axes, captured(param), clamp)
                 inside += bound
-                if index.axes:
-                    offset.append(f"{text} * {stride}" if len(indices) == 1 else f"tl.cast({text}, tl.int64) * {stride}")
-                else:
-                    base.append(f"{text if self._is_wide(index) else f'tl.cast({text}, tl.int64)'} * {stride}")
+                wide = self._is_wide(index) or bool(index.axes and len(indices) == 1)
+                place = f"{text if wide else f'tl.cast({text}, tl.int64)'} * {stride}"
+                (offset if index.axes else base).append(place)
         conditions = inside[0] if len(inside) == 1 else " & ".join(f"({c})" for c in inside)
         joined = " + ".join(offset)
         return Address(" + ".join(base), f"({joined})" if len(offset) > 1 else joined, conditions)

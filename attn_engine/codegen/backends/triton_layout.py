@@ -7,7 +7,8 @@ import re
 WIDTH = 100
 INDENT = "    "
 # Binary operators from loosest to tightest; `not`, `and`, `or` do not occur in kernels.
-_LEVELS = ((" == ", " != ", " <= ", " < ", " >= ", " > "), (" | ",), (" & ",), (" + ", " - "), (" * ", " / ", " // ", " % "))
+_COMPARISONS = (" == ", " != ", " <= ", " < ", " >= ", " > ")
+_LEVELS = (_COMPARISONS, (" | ",), (" & ",), (" + ", " - "), (" * ", " / ", " // ", " % "))
 _OPENING, _CLOSING = "([{", ")]}"
 
 
@@ -49,6 +50,9 @@ def _broken(head: str, value: str, tail: str, room: int) -> list[str]:
 def _operand(operand: str, room: int) -> list[str]:
     if len(operand) <= room:
         return [operand]
+    parts = _split_loosest(operand)
+    if len(parts) > 1:
+        return [line for part in parts for line in _operand(part, room)]
     opening = _call_start(operand)
     if not opening:
         return [operand]

@@ -72,7 +72,9 @@ def derive_rule(
     return _finish(states, rows, whole, simplify(gradient))
 
 
-def _final_values(states: tuple[RowState, ...], new_states: tuple[Expr, ...]) -> tuple[dict[Expr, Expr], dict[Expr, Expr]]:
+def _final_values(
+    states: tuple[RowState, ...], new_states: tuple[Expr, ...]
+) -> tuple[dict[Expr, Expr], dict[Expr, Expr]]:
     """New value -> the state's variable; and the variable -> its value, for states that are functions of other states."""
     final: dict[Expr, Expr] = {new: s.var for s, new in zip(states, new_states, strict=True) if new.axes}
     aliases: dict[Expr, Expr] = {}
@@ -83,7 +85,9 @@ def _final_values(states: tuple[RowState, ...], new_states: tuple[Expr, ...]) ->
     return final, aliases
 
 
-def _finish(states: tuple[RowState, ...], saved: tuple[tuple[str, Expr], ...], whole: Expr, gradient: Expr) -> Derived:
+def _finish(
+    states: tuple[RowState, ...], saved: tuple[tuple[str, Expr], ...], whole: Expr, gradient: Expr
+) -> Derived:
     """Save the states that the two expressions read, under their own names where those are free."""
     taken = {name for name, _ in saved}
     rows, renamed = list(saved), dict[Expr, Expr]()
@@ -129,7 +133,9 @@ def _sum_of(state: RowState, new: Expr, final: dict[Expr, Expr]) -> _Sum:
     (total,) = totals
     (rescale,) = gradients(value, Const(1.0), (state.var,))
     linear = state.var * rescale + Var("total", DType.FLOAT)
-    if _depends_on(rescale, state.var) or not _agree(substitute(value, {total: Var("total", DType.FLOAT)}), linear):
+    if _depends_on(rescale, state.var) or not _agree(
+        substitute(value, {total: Var("total", DType.FLOAT)}), linear
+    ):
         raise NotDerivable(problem)
     # In the rescaling factor the variables of other states stood for their old values: keep it as the user wrote it.
     (written,) = gradients(new, Const(1.0), (state.var,))
@@ -159,7 +165,9 @@ def _check_stabiliser(
     before, after = substitute(whole, {state.var: old}), substitute(whole, {state.var: moved, **sums_moved})
     scaled = substitute(numerator, {state.var: old}) * substitute(out_scale, step)
     if not _agree(scaled, substitute(numerator, {state.var: moved})) or not _agree(before, after):
-        raise NotDerivable(f"the weights depend on the row maximum {state.name!r} itself, not only as a stabiliser")
+        raise NotDerivable(
+            f"the weights depend on the row maximum {state.name!r} itself, not only as a stabiliser"
+        )
 
 
 def _agree(a: Expr, b: Expr) -> bool:

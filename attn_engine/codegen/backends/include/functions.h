@@ -95,16 +95,16 @@ INLINE FloatVector exp(FloatVector v) {
 INLINE Floats exp2(Floats x) { return each<Floats>([&](int p) { return exp2(x.part[p]); }); }
 INLINE Floats exp(Floats x) { return each<Floats>([&](int p) { return exp(x.part[p]); }); }
 
-/// An odd rational function: a few ulp everywhere, no cancellation near 0, exactly 1 where tanh rounds to 1.
+/// An odd rational function: a few ulp everywhere, no cancellation near 0, and 1 where tanh rounds to 1.
 INLINE Floats tanh(Floats v) {
-  const Floats x = max(min(v, 7.90531110763549805f), -7.90531110763549805f);
+  const Floats x = max(-7.90531110763549805f, min(7.90531110763549805f, v));  // in this order NaN stays NaN
   const Floats s = x * x;
   Floats top = s * -2.76076847742355e-16f + 2.00018790482477e-13f;
   top = top * s + -8.60467152213735e-11f, top = top * s + 5.12229709037114e-08f, top = top * s + 1.48572235717979e-05f;
   top = top * s + 6.37261928875436e-04f, top = top * s + 4.89352455891786e-03f;
   Floats bottom = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
   bottom = bottom * s + 2.26843463243900e-03f, bottom = bottom * s + 4.89352518554385e-03f;
-  return max(min(x * top / bottom, 1.0f), -1.0f);
+  return where(8.3f < v, 1.0f, where(v < -8.3f, -1.0f, x * top / bottom));
 }
 
 #endif

@@ -1,0 +1,153 @@
+"""Errors of a compiled attention against the float64 reference, beside those of eager PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_engine.runtime.operator import Call, apply
+from attn_engine.runtime.reference import reference
+
+Results = dict[str, Tensor]
+
+
+class CheckFailed(AssertionError):
+    """A compiled attention is less exact than it should be; the message is the report."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One tensor: largest errors, absolute and relative to the largest element of the reference; and the limit."""
+
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    relative: float
+    eager_error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Within the limit; NaN is not."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """The comparison of every output and gradient. `print(report)` is a table."""
+
+    title: str
+    tensors: tuple[TensorReport, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor is within its limit."""
+        return all(t.ok for t in self.tensors)
+
+    def raise_if_failed(self) -> None:
+        """Raise CheckFailed, with the table as its message, unless everything is within its limit."""
+        if not self.ok:
+            raise CheckFailed(str(self))
+
+    def __str__(self) -> str:
+        width = max(8, *(len(t.name) for t in self.tensors))
+        lines = [self.title, f"{'tensor':<{width}}  {'max error':>10}  {'relative':>10}  {'eager':>10}  {'limit':>10}"]
+        lines += [
+            f"{t.name:<{width}}  {t.error:>10.2e}  {t.relative:>10.2e}  {t.eager_error:>10.2e}  {t.limit:>10.2e}  "
+            f"{'ok' if t.ok else 'WRONG'}"
+            for t in self.tensors
+        ]
+        lines += self.notes
+        lines.append("errors against float64; eager: plain PyTorch in the same dtype")
+        return "\n".join(lines)
+
+
+def compare(engine: Any, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> CheckReport:
+    """Output, row values and gradients of `engine(q, k, v, ...)` against the reference.
+
+    The gradients are those of sum(o * r) for a fixed random r, with respect to q, k, v and each floating tensor that
+    score_mod reads, custom or captured. The caller's tensors and their .grad are left alone.
+    """
+    traced, captured, scalars = engine._bind(q, k, v, custom_inputs, named)
+    call, key = engine._call(traced, q.device.type)
+    program = traced.program
+    floating = tuple(c.name for c in program.differentiable_captures)
+    learned = call.compiled.supported(floating)
+    tensors = dict(zip((c.name for c in program.captures), captured, strict=True))
+    numbers = dict(zip(("scale", *(s.name for s in program.scalars)), scalars, strict=True))
+
+    def compiled(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
+        o, *rows = apply(call, key, q, k, v, list(tensors.values()), scalars)
+        return call.logical(o), dict(zip((name for name, _ in program.rule.saved), rows, strict=True))
+
+    def dense(dtype: torch.dtype) -> Run:
+        def run(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
+            return reference(program, call.logical(q), call.logical(k), call.logical(v), tensors, numbers, dtype)
+
+        return run
+
+    inputs = (q, k, v)
+    weight = _weights(call, q, v)
+    exact = _results(dense(torch.float64), inputs, tensors, learned, weight)
+    eager = _results(dense(q.dtype), inputs, tensors, learned, weight)
+    found = _results(compiled, inputs, tensors, learned, weight)
+    return CheckReport(
+        f"{program.name} on {call.compiled.backend.name}, {str(q.dtype).removeprefix('torch.')}",
+        tuple(_report(name, found[name], eager[name], exact[name], q.dtype) for name in exact),
+        tuple(f"no gradient on this backend: {name}" for name in floating if name not in learned),
+    )
+
+
+Run = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, Results]]
+
+
+def _weights(call: Call, q: Tensor, v: Tensor) -> Tensor:
+    """What the output is weighted with before its gradient is taken; the same on every call."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (*call.logical(q).shape[:3], v.shape[-1])
+    return torch.randn(shape, generator=generator).to(q.device, q.dtype)
+
+
+def _results(
+    run: Run, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor], learned: Sequence[str], weight: Tensor
+) -> Results:
+    """Output, row values and gradients of one way to compute the attention."""
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    fresh = {name: x.detach().requires_grad_(name in learned) for name, x in tensors.items()}
+    with torch.enable_grad():
+        o, rows = run(q, k, v, fresh)
+        wanted = {"d q": q, "d k": k, "d v": v, **{f"d {name}": fresh[name] for name in learned}}
+        gradients = torch.autograd.grad(o, list(wanted.values()), weight.to(o.dtype), allow_unused=True)
+    results = {"o": o.detach(), **{name: x.detach() for name, x in rows.items()}}
+    for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
+        results[name] = torch.zeros_like(x) if gradient is None else gradient
+    return results
+
+
+def _report(name: str, found: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> TensorReport:
+    finite = exact[torch.isfinite(exact)].abs()
+    scale = finite.max().item() if finite.numel() else 0.0
+    error, eager_error = _largest_error(found, exact), _largest_error(eager, exact)
+    # Where eager PyTorch is itself in float64 or happens to be exact, rounding of our own kind must still pass.
+    floor = 1e-10 * scale + 1e-12 if dtype is torch.float64 else _relative_floor(dtype) * scale + 1e-7
+    limit = max(2 * eager_error, floor) if eager_error < float("inf") else floor
+    return TensorReport(name, tuple(exact.shape), error, error / scale if scale else error, eager_error, limit)
+
+
+def _relative_floor(dtype: torch.dtype) -> float:
+    """Two roundings to the dtype, and some dozens in the float32 in which everything is summed."""
+    return 2 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
+
+
+def _largest_error(found: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference; equal infinities agree. NaN if any NaN is on one side only."""
+    if exact.numel() == 0:
+        return 0.0
+    found, exact = found.double(), exact.double()
+    difference = torch.where(found == exact, 0.0, (found - exact).abs())
+    return difference.max().item()

@@ -1,0 +1,137 @@
+"""The arithmetic of the C++ headers, function by function, in each lane and for plain numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from attn_engine.codegen.backends.cpu_names import INCLUDE
+from attn_engine.runtime.cpu_compile import find_compiler
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+FUNCTIONS = ("exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt", "sin", "cos", "floor", "abs")
+UNITS = {"exp": 2, "exp2": 2, "tanh": 6, "sigmoid": 4, "rsqrt": 2}  # in the last place; 1 where not named
+BODY = """
+#include "tiles.h"
+using namespace attention;
+#define LANES_OF(F) extern "C" void lanes_##F(const Real* x, Real* y, long n) { \\
+  for (long i = 0; i < n; i += LANES) store(y + i, attention::F(load(x + i))); } \\
+  extern "C" void number_##F(const Real* x, Real* y, long n) { for (long i = 0; i < n; ++i) y[i] = attention::F(x[i]); }
+"""
+INTEGERS = """
+extern "C" void integers(const int* a, const int* b, int* y, long n) {
+  for (long i = 0; i < n; i += LANES) {
+    Ints x, d;
+    for (int k = 0; k < LANES; ++k) x.part[k / WIDTH][k % WIDTH] = a[i + k], d.part[k / WIDTH][k % WIDTH] = b[i + k];
+    const Ints quotient = floor_div(x, d), rest = floor_mod(x, d);
+    for (int k = 0; k < LANES; ++k) {
+      y[i + k] = quotient.part[k / WIDTH][k % WIDTH], y[n + i + k] = rest.part[k / WIDTH][k % WIDTH];
+      y[2 * n + i + k] = floor_div(a[i + k], b[i + k]), y[3 * n + i + k] = floor_mod(a[i + k], b[i + k]);
+    }
+  }
+}
+#define CONVERT(T, NAME) extern "C" void to_##NAME(const float* x, uint16_t* y, long n) { \\
+  for (long i = 0; i < n; ++i) y[i] = element_of<T>(x[i]).bits; } \\
+  extern "C" void from_##NAME(const uint16_t* x, float* y, long n) { \\
+  for (long i = 0; i < n; ++i) y[i] = value_of(T{x[i]}); } \\
+  extern "C" void vector_from_##NAME(const uint16_t* x, Real* y, long n) { \\
+  for (long i = 0; i < n; i += WIDTH) *(FloatVector*)(y + i) = load_vector((const T*)x + i); }
+CONVERT(Half, float16) CONVERT(BFloat16, bfloat16)
+"""
+TARGETS = ["native", "x86-64-v3", "x86-64-v2", "native double"]
+
+
+@cache
+def library(target: str, folder: Path) -> ctypes.CDLL:
+    compiler = find_compiler(target.split()[0])
+    if compiler is None:
+        pytest.skip(f"the compiler knows no {target}")
+    source = folder / f"{target.replace(' ', '_')}.cpp"
+    source.write_text(BODY + " ".join(f"LANES_OF({f})" for f in FUNCTIONS) + INTEGERS)
+    double = ["-DCOMPUTE_IN_DOUBLE=1"] if "double" in target else []
+    made = source.with_suffix(".so")
+    subprocess.run([*compiler.command, *compiler.flags, *double, f"-I{INCLUDE}", source, "-o", made], check=True)
+    return ctypes.CDLL(str(made))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("functions")
+
+
+def apply(function: Callable[..., None], x: torch.Tensor, result: torch.dtype, size: int = 1) -> torch.Tensor:
+    y = torch.empty(x.numel() * size, dtype=result)
+    function(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(x.numel()))
+    return y
+
+
+def arguments(name: str, dtype: torch.dtype) -> torch.Tensor:
+    small, large = torch.linspace(-1.5, 1.5, 4096), torch.linspace(-200, 200, 4096)
+    tiny = torch.logspace(-30, 0, 2048)
+    x = torch.cat([small, large, tiny, -tiny]).to(dtype)
+    if name in ("log", "log2", "sqrt", "rsqrt"):
+        return x.abs() + torch.finfo(dtype).tiny
+    return x.clamp(-80, 80) if name in ("exp", "exp2", "sigmoid") else x  # far ends are looked at by themselves
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_functions_are_accurate(target: str, folder: Path):
+    dtype = torch.float64 if "double" in target else torch.float32
+    for name in FUNCTIONS:
+        x = arguments(name, dtype)
+        want = getattr(torch, name)(x.double())
+        spacing = (torch.nextafter(want.to(dtype).abs(), torch.tensor(math.inf, dtype=dtype)) - want.to(dtype).abs()).double()
+        for kind in ("lanes", "number"):
+            got = apply(library(target, folder)[f"{kind}_{name}"], x, dtype).double()
+            worst = ((got - want).abs() / spacing).max().item()
+            assert worst <= UNITS.get(name, 1) + (4 if dtype is torch.float64 else 0), f"{kind} {name}: {worst} units"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_functions_at_the_ends(target: str, folder: Path):
+    dtype = torch.float64 if "double" in target else torch.float32
+    inf, nan = math.inf, math.nan
+    ends = torch.tensor([-inf, inf, nan, 0.0, -1000.0, 1000.0, *[1.0] * 58], dtype=dtype)
+    expected = {
+        "exp2": [0, inf, nan, 1, 0, inf], "exp": [0, inf, nan, 1, 0, inf], "tanh": [-1, 1, nan, 0, -1, 1],
+        "sigmoid": [0, 1, nan, 0.5, 0, 1],
+    }
+    for name, values in expected.items():
+        got = apply(library(target, folder)[f"lanes_{name}"], ends, dtype)[:6]
+        want = torch.tensor(values, dtype=dtype)
+        if dtype is torch.float64 and name.startswith("exp"):
+            want[4:] = got[4:]  # in range or not, by the library
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_division_of_integers_rounds_down(folder: Path):
+    a = torch.arange(-64, 64, dtype=torch.int32).repeat(8)
+    b = torch.tensor([-7, -3, -1, 1, 2, 3, 5, 64], dtype=torch.int32).repeat_interleave(128)
+    y = torch.empty(4 * a.numel(), dtype=torch.int32)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, y)]
+    library("native", folder).integers(*pointers, ctypes.c_long(a.numel()))
+    quotient, rest = torch.div(a, b, rounding_mode="floor"), torch.remainder(a, b)
+    assert torch.equal(y.view(4, -1), torch.stack([quotient, rest, quotient, rest]))
+
+
+@pytest.mark.parametrize("target", TARGETS[:3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_convert_as_torch_does(target: str, dtype: torch.dtype, folder: Path):
+    name = str(dtype).removeprefix("torch.")
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    exact = every.view(dtype).float()
+    for kind in ("from", "vector_from"):
+        torch.testing.assert_close(apply(library(target, folder)[f"{kind}_{name}"], every, torch.float32), exact,
+                                   rtol=0, atol=0, equal_nan=True)
+    finite = exact[exact.isfinite()]
+    x = torch.cat([finite * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13)] + [torch.tensor([math.inf, -math.inf, 1e38, 65520.0])])
+    got = apply(library(target, folder)[f"to_{name}"], x, torch.uint16).view(dtype)
+    torch.testing.assert_close(got, x.to(dtype), rtol=0, atol=0)

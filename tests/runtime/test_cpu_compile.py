@@ -1,0 +1,88 @@
+"""Finding and driving the C++ compiler, the good ones and the bad ones."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from attn_engine.codegen.backends.cpu import render_cpu
+from attn_engine.codegen.lower.forward import lower_forward
+from attn_engine.codegen.schedule import cpu_schedule
+from attn_engine.errors import CompilationFailed
+from attn_engine.ir.ops import Storage
+from attn_engine.ir.tile import Kernel
+from attn_engine.runtime import cpu_compile
+from attn_engine.runtime.cpu_compile import Compiler, compile_cpu, find_compiler
+from tests.runtime.rules import program
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """The machine's compiler, with an empty cache."""
+    monkeypatch.setenv("ATTN_ENGINE_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setattr(cpu_compile, "_include_folder", lambda *_: cpu_compile.INCLUDE)
+    found = find_compiler()
+    assert found is not None
+    return found
+
+
+def kernel_of(compiler: Compiler) -> Kernel:
+    return lower_forward(program(), cpu_schedule(compiler.target.lanes(Storage.FLOAT32)))
+
+
+def script(path: Path, body: str) -> str:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_the_target_follows_the_processor():
+    widths = [c.vector_bytes for p in ("x86-64-v2", "x86-64-v3", "x86-64-v4") if (c := find_compiler(p))]
+    if not widths:
+        pytest.skip("not an x86-64 compiler")
+    assert widths == [16, 32, 64]
+    v3 = find_compiler("x86-64-v3")
+    assert v3 is not None
+    assert (v3.target.lanes(Storage.BFLOAT16), v3.target.lanes(Storage.FLOAT64)) == (16, 8)
+
+
+def test_the_same_source_is_compiled_once(compiler: Compiler, monkeypatch: pytest.MonkeyPatch):
+    kernel = kernel_of(compiler)
+    source = render_cpu(kernel, compiler.target)
+    compile_cpu(kernel, source, compiler)
+    monkeypatch.setattr(cpu_compile, "_build", lambda *_: pytest.fail("compiled again"))
+    compile_cpu(kernel, source, compiler)
+
+
+def test_a_rejected_kernel_keeps_its_source(compiler: Compiler):
+    with pytest.raises(CompilationFailed) as caught:
+        compile_cpu(kernel_of(compiler), "this is not C++\n", compiler)
+    assert "error" in str(caught.value)
+    assert Path(caught.value.source).read_text() == "this is not C++\n"
+    assert str(caught.value.source) in caught.value.command
+
+
+def test_a_compiler_that_hangs_is_stopped(compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_compile, "SECONDS_TO_COMPILE", 0.2)
+    slow = Compiler((script(tmp_path / "slow", "exec sleep 60"),), "slow", (), (), 64)
+    with pytest.raises(CompilationFailed, match="stopped"):
+        compile_cpu(kernel_of(compiler), "int x;\n", slow)
+
+
+@pytest.mark.parametrize("body", ["exit 1", "echo not json", "kill -9 $$"])
+def test_broken_compilers_are_passed_over(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ATTN_ENGINE_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setenv("CXX", script(tmp_path / "broken", body if "json" not in body else "exit 3"))
+    found = find_compiler()
+    assert found is not None
+    assert "broken" not in found.command[0]
+
+
+def test_a_machine_without_compiler_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert find_compiler() is None
