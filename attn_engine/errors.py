@@ -5,8 +5,8 @@
           |            ^^^^^^^^^^^^^^
       A mask returns a bool; this is an int. Compare it, for example `q_idx - kv_idx <= window`.
 
-A class states `template` and `advice`; both are filled from the keywords given where it is raised, which must be exactly
-those that the two name. Every keyword is also an attribute. Standard library only.
+A class states `template` and `advice`; both are filled from the keywords given where it is raised, which must be
+exactly those that the two name. Every keyword is also an attribute. Standard library only.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class WrongParameters(AttnEngineError, TypeError):
 
 
 class ControlFlowOnTraced(AttnEngineError, TypeError):
-    template = "This asks for the truth value of a traced {kind}: it differs for every score, so Python cannot branch on it."
+    template = "This asks for the truth value of a traced {kind}: it differs per score, so Python cannot branch on it."
     advice = (
         "Use torch.where(condition, a, b) for `if`; `&`, `|`, `~` for `and`, `or`, `not` and chained comparisons; "
         "torch.minimum / torch.maximum for min() / max()."

@@ -128,9 +128,9 @@ def sdpa(case: Case, p: Pattern) -> Callable[..., Any] | None:
     if case.pattern in ("full", "causal"):
         return functools.partial(F.scaled_dot_product_attention, is_causal=case.pattern == "causal")
     index = indices(case.length)
-    mask = p.mask_mod(*index) if p.mask_mod else None
+    mask: Tensor = p.mask_mod(*index) if p.mask_mod else torch.ones(1, 1, 1, 1, dtype=torch.bool)
     if p.score_mod is not None:
-        bias = p.score_mod(torch.zeros(1, 1, case.length, case.length), *index)
+        bias: Tensor = p.score_mod(torch.zeros(1, 1, case.length, case.length), *index)
         mask = bias.masked_fill(~mask, -math.inf).to(case.dtype)
     return functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
 

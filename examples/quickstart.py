@@ -197,6 +197,7 @@ def new_attention(attention: AttentionEngine, steps: int) -> None:
     q, k, v = torch.randn(3, 2, 100, HEADS, HEAD_DIM).unbind(0)
     report = attention.check(q, k, v, slopes[0])
     print("".join(f"      {line}\n" for line in str(report).splitlines()))
+    report.raise_if_failed()
 
 
 # ---- 3. the same attention for a GPU

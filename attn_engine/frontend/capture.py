@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator
 from itertools import zip_longest
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -89,14 +89,11 @@ class Rebuilder:
                 return self._function(value)
             return value
         if isinstance(value, functools.partial):
-            self._session.guard(label, read, value)
-            return self._partial(value)
+            bound = cast(functools.partial[Any], value)
+            self._session.guard(label, read, bound)
+            return self._partial(bound)
         if type(value) is tuple:
-            self._session.guard(label, read, value)
-            return tuple(
-                self._substitute(item, lambda i=i: value[i], ("item", id(value), i), f"{label}_{i}", value)
-                for i, item in enumerate(value)
-            )
+            return self._tuple(cast(tuple[Any, ...], value), read, label)
         if isinstance(value, type) and _is_library(value.__module__):
             return value
         self._session.opaque = True
@@ -108,6 +105,13 @@ class Rebuilder:
             )
         method = _call_method(value)
         return MethodType(self._function(method), value) if method is not None else value
+
+    def _tuple(self, items: tuple[Any, ...], read: Read, label: str) -> tuple[Any, ...]:
+        self._session.guard(label, read, items)
+        return tuple(
+            self._substitute(item, lambda i=i: items[i], ("item", id(items), i), f"{label}_{i}", items)
+            for i, item in enumerate(items)
+        )
 
     def _partial(self, bound: functools.partial[Any]) -> functools.partial[Any]:
         names = _parameter_names(bound.func)
@@ -173,7 +177,7 @@ class Rebuilder:
         if fn.__kwdefaults__:
             copy.__kwdefaults__ = {
                 name: self._substitute(
-                    d, lambda n=name: fn.__kwdefaults__[n], ("default", id(fn), name), name, fn
+                    d, lambda n=name: (fn.__kwdefaults__ or {})[n], ("default", id(fn), name), name, fn
                 )
                 for name, d in fn.__kwdefaults__.items()
             }
@@ -215,7 +219,9 @@ def _is_plain(fn: object) -> bool:
 
 def _call_method(value: Any) -> FunctionType | None:
     """The Python function behind calling an object; torch modules are called at their forward."""
-    method = getattr(type(value), "forward" if isinstance(value, torch.nn.Module) else "__call__", None)
+    method = getattr(
+        cast(type, type(value)), "forward" if isinstance(value, torch.nn.Module) else "__call__", None
+    )
     return method if isinstance(method, FunctionType) and not isinstance(value, type) else None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 from attn_engine.errors import WrongCustomIO
 
@@ -64,9 +65,9 @@ def _checked(name: object, shape: object) -> CustomShape:
             name=name, shape=shape, reason='a shape is a tuple, such as ("heads",) with its comma'
         )
     sizes: list[str | int] = []
-    for size in shape:  # pyright: ignore[reportUnknownVariableType]
+    for size in cast(Sequence[object], shape):
         is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
         if not is_count and size not in NAMED_DIMENSIONS:
-            raise WrongCustomIO(name=name, shape=shape, reason=f"{size!r} is not a dimension")
-        sizes.append(size)  # pyright: ignore[reportUnknownArgumentType]
+            raise WrongCustomIO(name=name, shape=cast(object, shape), reason=f"{size!r} is not a dimension")
+        sizes.append(cast(str | int, size))
     return tuple(sizes)

@@ -8,18 +8,20 @@ import re
 from collections.abc import Hashable
 
 _KERNEL_WORDS = """
-    Q K V O dO dQ dK dV q k v o do dq dk dv query key keys value values out output score scores logit logits probs d_probs
-    d_score d_scores d_logit weights delta scale batch head kv_head split splits batches heads kv_heads q_idx kv_idx
-    d_idx dv_idx q_start kv_start q_len kv_len dim_qk dim_v block_q block_kv visible
-    mask tl triton torch np math kernel forward backward program inf nan true false block tile lanes stride size
+    Q K V O dO dQ dK dV q k v o do dq dk dv query key keys value values out output score scores logit logits
+    probs d_probs d_score d_scores d_logit weights delta scale batch head kv_head split splits batches heads
+    kv_heads q_idx kv_idx d_idx dv_idx q_start kv_start q_len kv_len dim_qk dim_v block_q block_kv visible
+    mask tl triton torch np math kernel forward backward program inf nan true false block tile lanes stride
+    size
 """
 _CPP_WORDS = """
-    alignas alignof and_eq asm auto bitand bitor bool case catch char class compl const constexpr const_cast decltype default
-    delete do double dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable
-    namespace new noexcept not_eq nullptr operator or_eq private protected public register reinterpret_cast restrict return
-    short signed sizeof static static_assert static_cast struct switch template this thread_local throw true try typedef
-    typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq std main int8_t int16_t int32_t
-    int64_t uint8_t size_t exp exp2 log log2 tanh sqrt sin cos abs fabs floor min max pow round
+    alignas alignof and_eq asm auto bitand bitor bool case catch char class compl const constexpr const_cast
+    decltype default delete do double dynamic_cast else enum explicit export extern false float for friend
+    goto if inline int long mutable namespace new noexcept not_eq nullptr operator or_eq private protected
+    public register reinterpret_cast restrict return short signed sizeof static static_assert static_cast
+    struct switch template this thread_local throw true try typedef typeid typename union unsigned using
+    virtual void volatile wchar_t while xor xor_eq std main int8_t int16_t int32_t int64_t uint8_t size_t
+    exp exp2 log log2 tanh sqrt sin cos abs fabs floor min max pow round
 """
 RESERVED = frozenset([*_KERNEL_WORDS.split(), *_CPP_WORDS.split(), *keyword.kwlist, *dir(builtins)])
 # Names that row values may have, and captured values may not.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from attn_engine.errors import (
     AttnEngineError,
@@ -195,9 +195,11 @@ class _OnlineTrace:
         return {user: Traced(state.var, self.session) for user, state in self.states.items()}
 
     def _parts(self, method: str, returned: Any, count: int, expected: str) -> tuple[Any, ...]:
-        parts: tuple[Any, ...] = tuple(returned) if isinstance(returned, tuple | list) else ()
+        parts: tuple[Any, ...] = ()
+        if isinstance(returned, tuple | list):
+            parts = tuple(cast(Sequence[Any], returned))
         if len(parts) != count or not isinstance(parts[1], dict):
-            self._wrong(method, f"a {type(returned).__name__} of something else", expected)
+            self._wrong(method, "something else", expected)
         return parts
 
     def _lift(self, method: str, value: Any) -> Expr:

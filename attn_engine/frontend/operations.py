@@ -1,6 +1,6 @@
-"""What each operation of Python and torch means as IR: composed ones are spelled out, kinds are checked and converted.
+"""What each operation of Python and torch means as IR: composed ones spelled out, kinds checked and converted.
 
-`FUNCTIONS` maps torch's name of a function to its builder. A builder takes expressions; strings and None as they are.
+A builder takes expressions; strings and None as they are. `functions.py` says under which names users find them.
 """
 
 from __future__ import annotations
@@ -295,89 +295,29 @@ def only_pairwise(build: Callable[[Expr, Expr], Expr], name: str) -> Callable[..
     return checked
 
 
-FUNCTIONS: dict[str, Callable[..., Expr]] = {
-    "add": add_scaled,
-    "sub": subtract_scaled,
-    "subtract": subtract_scaled,
-    "rsub": reverse_subtract,
-    "mul": multiply,
-    "multiply": multiply,
-    "div": torch_divide,
-    "divide": torch_divide,
-    "true_divide": divide,
-    "floor_divide": floor_divide,
-    "remainder": remainder,
-    "neg": negate,
-    "negative": negate,
-    "positive": number,
-    "abs": absolute,
-    "absolute": absolute,
-    "floor": floor,
-    "ceil": ceil,
-    "reciprocal": reciprocal,
-    "square": square,
-    "pow": power,
-    "float_power": power,
-    "maximum": maximum,
-    "minimum": minimum,
-    "max": only_pairwise(maximum, "max"),
-    "min": only_pairwise(minimum, "min"),
-    "where": where,
-    "relu": relu,
-    "clamp": clamp,
-    "clip": clamp,
-    "clamp_min": lambda x, low: clamp(x, low),
-    "clamp_max": lambda x, high: clamp(x, None, high),
-    "hardtanh": hardtanh,
-    "softplus": softplus,
-    "silu": silu,
-    "logsigmoid": logsigmoid,
-    "log_sigmoid": logsigmoid,
-    "leaky_relu": leaky_relu,
-    "elu": elu,
-    "gelu": gelu,
-    "sign": sign,
-    "sgn": sign,
-    "exp": exp,
-    "exp2": exp2,
-    "special_exp2": exp2,
-    "expm1": expm1,
-    "log": log,
-    "log2": log2,
-    "log1p": log1p,
-    "tanh": tanh,
-    "sigmoid": sigmoid,
-    "special_expit": sigmoid,
-    "expit": sigmoid,
-    "sqrt": sqrt,
-    "rsqrt": rsqrt,
-    "sin": sin,
-    "cos": cos,
-    "tan": tan,
-    "le": comparison(Op.LE),
-    "less_equal": comparison(Op.LE),
-    "lt": comparison(Op.LT),
-    "less": comparison(Op.LT),
-    "ge": comparison(Op.LE, swap=True),
-    "greater_equal": comparison(Op.LE, swap=True),
-    "gt": comparison(Op.LT, swap=True),
-    "greater": comparison(Op.LT, swap=True),
-    "eq": comparison(Op.EQ),
-    "ne": comparison(Op.NE),
-    "not_equal": comparison(Op.NE),
-    "isnan": lambda x: apply(Op.NE, x, x),
-    "isinf": lambda x: apply(Op.EQ, absolute(x), Const(math.inf)),
-    "logical_and": logical(Op.AND),
-    "logical_or": logical(Op.OR),
-    "logical_not": logical(Op.NOT),
-    "logical_xor": logical_xor,
-    "bitwise_and": bitwise(Op.AND, "&"),
-    "bitwise_or": bitwise(Op.OR, "|"),
-    "bitwise_not": bitwise(Op.NOT, "~"),
-    "bitwise_xor": bitwise(Op.NE, "^"),
-    "clone": lambda x: x,
-    "contiguous": lambda x: x,
-    "full_like": lambda _, value: value,
-    "zeros_like": zero_like,
-    "ones_like": lambda x: Const(1.0 if x.dtype is DType.FLOAT else 1),
-}
+def clamp_min(x: Expr, min: Expr) -> Expr:
+    return clamp(x, min)
+
+
+def clamp_max(x: Expr, max: Expr) -> Expr:
+    return clamp(x, None, max)
+
+
+def is_nan(x: Expr) -> Expr:
+    return apply(Op.NE, x, x)
+
+
+def is_infinite(x: Expr) -> Expr:
+    return apply(Op.EQ, absolute(x), Const(math.inf))
+
+
+def same(x: Expr) -> Expr:
+    return x
+
+
+def one_like(x: Expr) -> Const:
+    return Const(1.0 if x.dtype is DType.FLOAT else 1)
+
+
+def full_like(x: Expr, fill_value: Expr) -> Expr:
+    return fill_value

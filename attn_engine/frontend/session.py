@@ -99,7 +99,7 @@ class Session:
     returned_at: Location | None = None
 
     def user_frame(self) -> FrameType | None:
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
         while frame is not None and frame.f_code not in self.codes:
             frame = frame.f_back
         return frame

@@ -19,7 +19,8 @@ from attn_engine.errors import (
     WrongOperands,
 )
 from attn_engine.frontend import operations
-from attn_engine.frontend.operations import FUNCTIONS, constant, kind
+from attn_engine.frontend.functions import FUNCTIONS
+from attn_engine.frontend.operations import constant, kind
 from attn_engine.frontend.session import Session
 from attn_engine.frontend.symbolic import Symbolic
 from attn_engine.ir.expr import Const, Expr, Reduce

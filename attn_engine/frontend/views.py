@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -69,7 +69,7 @@ class TensorView(Symbolic):
         return Traced(expr, self.session)
 
     def __getitem__(self, index: Any) -> Any:
-        items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+        items = cast(tuple[Any, ...], index if isinstance(index, tuple) else (index,))
         if not any(isinstance(i, Symbolic) for i in items) and not all(_simple(i) for i in items):
             return self._real()[index]  # a slice, a mask, an index tensor: nothing traced in it
         filled = list(self.indices)
@@ -264,7 +264,7 @@ def _simple(item: Any) -> bool:
 
 
 def _is_int(item: object) -> bool:
-    return isinstance(item, numbers.Integral) and type(item) is not bool
+    return isinstance(item, numbers.Integral) and item is not True and item is not False
 
 
 def _plain(value: Traced, session: Session) -> bool:

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 
 from attn_engine.ir.expr import Call, Const, Expr, Load, Reduce, Var, postorder
 from attn_engine.ir.printer import format_expr
-from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, LOGIT, OUT, PROBS, Q_IDX, SCORE, Attention
+from attn_engine.ir.program import (
+    BATCH,
+    D_PROBS,
+    DELTA,
+    HEAD,
+    KV_IDX,
+    LOGIT,
+    OUT,
+    PROBS,
+    Q_IDX,
+    SCORE,
+    Attention,
+)
 
 _INDICES = {BATCH, HEAD, Q_IDX, KV_IDX}
 _TILE = {"q", "kv"}

@@ -50,13 +50,18 @@ def _usable_folder(wanted: str, _process: int) -> Path:
     if reason is None:
         return path
     private = Path(tempfile.mkdtemp(prefix="attn_engine_"))
-    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    atexit.register(_remove, private, os.getpid())
     warnings.warn(
         f"The kernel cache {path} is not used: {reason}. Kernels of this process are compiled into {private} and "
         f"lost at its end. Set {VARIABLE} to a directory that only you can write.",
         stacklevel=2,
     )
     return private
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not in a forked child, whose parent still needs it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def why_unsafe(path: Path) -> str | None:

@@ -93,7 +93,7 @@ def compare(engine: Any, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor
 
     inputs = (q, k, v)
     weight = _weights(call, q, v)
-    exact = _results(dense(torch.float64), inputs, tensors, learned, weight)
+    exact = _results(dense(torch.float64), [x.double() for x in inputs], _double(tensors), learned, weight)
     eager = _results(dense(q.dtype), inputs, tensors, learned, weight)
     found = _results(compiled, inputs, tensors, learned, weight)
     return CheckReport(
@@ -113,6 +113,11 @@ def _weights(call: Call, q: Tensor, v: Tensor) -> Tensor:
     return torch.randn(shape, generator=generator).to(q.device, q.dtype)
 
 
+def _double(tensors: Mapping[str, Tensor]) -> Results:
+    """Floating tensors in float64, so that their gradients are not rounded to their own dtype."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+
+
 def _results(
     run: Run, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor], learned: Sequence[str], weight: Tensor
 ) -> Results:
@@ -129,10 +134,11 @@ def _results(
     return results
 
 
-def _report(name: str, found: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> TensorReport:
+def _report(name: str, found: Tensor, eager: Tensor, exact: Tensor, computed: torch.dtype) -> TensorReport:
     finite = exact[torch.isfinite(exact)].abs()
     scale = finite.max().item() if finite.numel() else 0.0
     error, eager_error = _largest_error(found, exact), _largest_error(eager, exact)
+    dtype = max(computed, found.dtype, key=lambda d: torch.finfo(d).eps)  # a float32 bias beside float64 q, say
     # Where eager PyTorch is itself in float64 or happens to be exact, rounding of our own kind must still pass.
     floor = 1e-10 * scale + 1e-12 if dtype is torch.float64 else _relative_floor(dtype) * scale + 1e-7
     limit = max(2 * eager_error, floor) if eager_error < float("inf") else floor

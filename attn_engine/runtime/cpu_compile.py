@@ -145,7 +145,7 @@ def _include_folder(compiler: Compiler, definition: tuple[str, ...]) -> Path:
 
 def _build(library: Path, source: str, compiler: Compiler) -> None:
     text = library.with_suffix(".cpp")
-    text.write_text(source)
+    text.write_text(source, encoding="utf-8", errors="replace")
     definition = (f"-D{IN_DOUBLE}=1",) if f"#define {IN_DOUBLE} 1" in source else ()
     include = _include_folder(compiler, definition)
     command = [*compiler.command, *compiler.flags, f"-I{include}", str(text), "-o", str(library)]

@@ -14,8 +14,21 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from attn_engine.ir.expr import AXES, Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var, in_order, postorder
-from attn_engine.ir.ops import INFO, DType, Number, Storage
+from attn_engine.ir.expr import (
+    AXES,
+    Call,
+    Cast,
+    Const,
+    Dot,
+    Expr,
+    Full,
+    Load,
+    Reduce,
+    Var,
+    in_order,
+    postorder,
+)
+from attn_engine.ir.ops import INFO, Number, Storage
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Param, Section, Stmt, StoreTile
 from attn_engine.runtime.dense import apply_op, torch_kind
 
@@ -307,6 +320,6 @@ class _Span:
 
     def __init__(self, axis: str, start: int, length: int, size: int) -> None:
         self.axis, self.length = axis, length
-        self.overlap = max(0, min(start + length, size) - start) if 0 <= start else 0
+        self.overlap = max(0, min(start + length, size) - start) if start >= 0 else 0
         self.inside = self.overlap == length
         self.positions = slice(start, start + self.overlap) if axis else start

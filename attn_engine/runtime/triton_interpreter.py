@@ -51,21 +51,16 @@ def interpret(function: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -
 @contextmanager
 def _interpreted(namespace: dict[str, Any]) -> Iterator[None]:
     """Device functions of the kernel's file and of triton.language, as interpreted functions."""
-    before = dict(namespace)
+    compiled = {name: value for name, value in namespace.items() if isinstance(value, JITFunction)}
     with ExitStack() as stack:
-        for name, value in before.items():
-            if isinstance(value, JITFunction):
-                namespace[name] = InterpretedFunction(value.fn)
+        stack.callback(namespace.update, compiled)
+        namespace.update({name: InterpretedFunction(value.fn) for name, value in compiled.items()})
         for module in (tl, tl.standard, tl.random, tl.math):
             for name in dir(module):
                 value = getattr(module, name)
                 if isinstance(value, JITFunction):
                     _set(stack, module, name, InterpretedFunction(value.fn))
-        try:
-            yield
-        finally:
-            namespace.clear()
-            namespace.update(before)
+        yield
 
 
 @contextmanager

@@ -88,7 +88,8 @@ def test_functions_are_accurate(target: str, folder: Path):
     for name in FUNCTIONS:
         x = arguments(name, dtype)
         want = getattr(torch, name)(x.double())
-        spacing = (torch.nextafter(want.to(dtype).abs(), torch.tensor(math.inf, dtype=dtype)) - want.to(dtype).abs()).double()
+        size = want.to(dtype).abs()
+        spacing = (torch.nextafter(size, torch.tensor(math.inf, dtype=dtype)) - size).double()
         for kind in ("lanes", "number"):
             got = apply(library(target, folder)[f"{kind}_{name}"], x, dtype).double()
             worst = ((got - want).abs() / spacing).max().item()
@@ -132,6 +133,7 @@ def test_half_types_convert_as_torch_does(target: str, dtype: torch.dtype, folde
         torch.testing.assert_close(apply(library(target, folder)[f"{kind}_{name}"], every, torch.float32), exact,
                                    rtol=0, atol=0, equal_nan=True)
     finite = exact[exact.isfinite()]
-    x = torch.cat([finite * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13)] + [torch.tensor([math.inf, -math.inf, 1e38, 65520.0])])
+    ends = torch.tensor([math.inf, -math.inf, 1e38, 65520.0])
+    x = torch.cat([ends, *(finite * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13))])
     got = apply(library(target, folder)[f"to_{name}"], x, torch.uint16).view(dtype)
     torch.testing.assert_close(got, x.to(dtype), rtol=0, atol=0)

@@ -68,7 +68,8 @@ def test_backward_has_a_loop_per_product(score: ScalarFn | None):
 
 
 def test_equal_bodies_are_printed_once():
-    text = render_cpu(kernel(program(None, function((KV_IDX <= Q_IDX) & (Q_IDX - KV_IDX <= 100))), "forward"), CpuTarget())
+    window = function((KV_IDX <= Q_IDX) & (Q_IDX - KV_IDX <= 100))
+    text = render_cpu(kernel(program(None, window), "forward"), CpuTarget())
     assert text.count("const auto partial_step = ") == 1
     assert text.count("  partial_step(kv_start);") == 2
     assert text.count("const auto full_step = ") == 1
@@ -86,7 +87,8 @@ def test_source_is_clean(name: str):
 
 
 def test_slots_name_every_argument():
-    k = kernel(program(function(SCORE + Load("bias", DType.FLOAT, (HEAD,)), Captured("bias", Storage.FLOAT32, 1))), "forward")
+    biased = function(SCORE + Load("bias", DType.FLOAT, (HEAD,)), Captured("bias", Storage.FLOAT32, 1))
+    k = kernel(program(biased), "forward")
     slots = argument_slots(k)
     text = render_cpu(k, CpuTarget())
     assert f"sizeof(Arguments) == 8 * {len(slots)}" in text
@@ -100,6 +102,18 @@ def test_numbers_survive_the_text():
         lanes = CpuTarget().lanes(element)
         text = render_cpu(kernel(program(function(SCORE + 0.1), element=element), "forward", lanes=lanes), CpuTarget())
         assert f"+ 0.1{suffix};" in text or f"+ 0.1{suffix} " in text
+
+
+def test_a_remark_never_swallows_code():
+    squared = SCORE * SCORE
+    source = 'file.py:3: x = a + \\ \\ \n#error "no"'
+    text = render_cpu(
+        kernel(program(ScalarFn("f", squared + 1.0, names={squared: "x"}, sources={squared: source})), "forward"),
+        CpuTarget(),
+    )
+    lines = text.splitlines()
+    assert any("file.py:3" in line for line in lines)
+    assert not any(line.endswith("\\") or line.startswith("#error") for line in lines)
 
 
 AWKWARD = ("max", "double", "exp2", "row", "LANES", "load", "sums", "linux", "D")

@@ -166,9 +166,9 @@ def test_helpers_stand_before_the_kernel_only_where_used() -> None:
 
 
 @pytest.mark.parametrize("line", [
-    "x = tl.load(pointer + (rows[:, None] * row_stride + columns[None, :] * column_stride), mask=rows[:, None] < n, other=0)",
-    "value = tl.load(pointer + first_offset_of_tile * stride_of_rows, mask=first_offset_of_tile < n, other=0).to(tl.float32)",
-    "visible = (first_name <= second_name) & (second_name < third_name) & (third_name < fourth_name) & (fourth <= fifth)",
+    "x = tl.load(pointer + (rows[:, None] * row_stride + columns[None, :] * stride), mask=rows[:, None] < n, other=0)",
+    "value = tl.load(pointer + first_offset_of_tile * row_stride, mask=first_offset_of_tile < n).to(tl.float32)",
+    "visible = (first_name <= second_name) & (second_name < third_name) & (third_name < fourth) & (fourth <= fifth)",
     "if (kv_start_of_tile < kv_full_begin_of_tile) | (kv_full_end_of_tile <= kv_start_of_tile) | another_condition:",
     "total = total * rescale_of_tile[:, None] + tl.dot(probabilities.to(Values.dtype.element_ty), values_of_tile)",
 ])  # fmt: skip

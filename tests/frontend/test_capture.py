@@ -219,7 +219,9 @@ def test_names_are_valid_and_unique_across_functions():
 def test_user_names_and_lines():
     def score_mod(score, b, h, q_idx, kv_idx):
         distance = q_idx - kv_idx
-        penalty = distance * 2.0
+        penalty = (  # the line of an assignment is its first one
+            distance * 2.0
+        )
         return score - penalty
 
     fn = trace_score_mod(score_mod).fn
@@ -227,7 +229,7 @@ def test_user_names_and_lines():
     texts = {fn.names.get(e): text for e, text in fn.sources.items()}
     assert texts["distance"].startswith("test_capture.py:")
     assert texts["distance"].endswith(": distance = q_idx - kv_idx")
-    assert texts["penalty"].endswith(": penalty = (")
+    assert texts["penalty"].endswith("first one")
     assert fn.name == "score_mod"
 
 

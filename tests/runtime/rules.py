@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 
-from attn_engine.ir.expr import Const, Expr, Load, Reduce, Var, call, where
+from attn_engine.ir.expr import Const, Expr, Reduce, Var, call, where
 from attn_engine.ir.ops import DType, Op, Storage
 from attn_engine.ir.program import (
-    D_PROBS, DELTA, LOGIT, OUT, PROBS, Attention, Captured, OnlineRule, RowState, ScalarFn, saved_var,
+    D_PROBS,
+    DELTA,
+    LOGIT,
+    OUT,
+    PROBS,
+    Attention,
+    Captured,
+    OnlineRule,
+    RowState,
+    ScalarFn,
+    saved_var,
 )
 
 NEW_MAX = call(Op.MAX, RowState("row_max", -math.inf).var, Reduce("max", LOGIT, "kv"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import subprocess
 import sys
@@ -35,7 +34,7 @@ def test_builds_once_and_keeps_it_private(folder: Path):
     assert cache.stored("a.so", never) == first == folder / "a.so"
     assert first.read_text() == "one"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert os.listdir(folder) == ["a.so"], "nothing is left of the building"
+    assert [p.name for p in folder.iterdir()] == ["a.so"], "nothing is left of the building"
 
 
 def test_a_failed_build_leaves_nothing(folder: Path):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
+from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import Edges, Gradients, Schedule
+from attn_engine.errors import BackendNotInstalled, LaunchFailed
 from attn_engine.ir.expr import Expr, Load, Var, call
 from attn_engine.ir.ops import DType, Op, Storage
 from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, SCORE, Attention, Captured
@@ -62,6 +65,7 @@ class Case:
     batches: int = 1
     dims: tuple[int, int] = (16, 32)
     edges: Edges = Edges.BRANCH
+    gradients: Gradients = Gradients.TWO_KERNELS
 
 
 def softmax_weights(s: Tensor, keep: Tensor) -> Tensor:
@@ -113,6 +117,10 @@ CASES = {
     "floor division": Case(
         score=SCORE + call(Op.TO_FLOAT, IJ // 3) * 0.01 + call(Op.TO_FLOAT, (-IJ) % 5) * 0.02, modify=floor_division,
     ),
+    "one kernel": Case(
+        score=SCORE - BY_HEAD * IJ, captures=(SLOPES,), heads=(2, 1),
+        modify=lambda s, x, b, h, i, j: s - x["slopes"][:, None, None] * (i - j), lengths=(70, 150), gradients=Gradients.ONE_KERNEL,
+    ),
     "sigmoid": Case(rule=sigmoid, mask=KV_IDX <= Q_IDX, visible=lambda x, b, h, i, j: j <= i,
                     weigh=lambda s, keep: torch.where(keep, torch.sigmoid(s), 0.0)),
     "relu": Case(rule=relu, weigh=lambda s, keep: torch.relu(s)),
@@ -140,6 +148,42 @@ def test_bf16_matches_autograd(name: str, generator: torch.Generator) -> None:
 
 def test_fp64_matches_autograd(generator: torch.Generator) -> None:
     check(CASES["soft-cap, ALiBi"], Storage.FLOAT64, generator, 1e-7)  # the slopes are float32
+
+
+def test_a_kernel_launches_again(poison: Callable[..., Tensor], generator: torch.Generator) -> None:
+    kernel = lower(program(dim_qk=16, dim_v=16), Interpreter().schedule(program()), "forward").kernels[0]
+    launchable = Interpreter().compile(kernel, Interpreter().schedule(program()))
+    for length in (3, 70):  # another length is the same kernel
+        q, k = (torch.randn(1, 1, length, 16, generator=generator) for _ in range(2))
+        tensors = {"Q": q, "K": k, "V": k, "O": poison(1, 1, length, 16), "saved_lse": poison(1, 1, length)}
+        sizes = {"batches": 1, "heads": 1, "kv_heads": 1, "q_len": length, "kv_len": length}
+        launchable.launch(tensors, {"scale": 1}, sizes)
+        torch.testing.assert_close(tensors["O"], torch.softmax(q @ k.mT, -1) @ k)
+        torch.testing.assert_close(tensors["saved_lse"], torch.logsumexp(q @ k.mT, -1))
+
+
+def test_a_failing_kernel_names_itself() -> None:
+    kernel = lower(program(), Interpreter().schedule(program()), "forward").kernels[0]
+    source = render_triton(kernel).replace("tl.dot(", "tl.no_such_function(")
+    broken = compile_triton(kernel, source, interpret=True)
+    tensors = {p.name: torch.zeros(1, 1, 2, 8) for p in kernel.params}
+    with pytest.raises(LaunchFailed, match=r'forward failed on backend "triton-interpreter".*no_such_function'):
+        broken.launch(tensors, {"scale": 1.0}, {"batches": 1, "heads": 1, "kv_heads": 1, "q_len": 2, "kv_len": 2})
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = lower(program(), Interpreter().schedule(program()), "forward").kernels[0]
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(BackendNotInstalled, match="pip install"):
+        compile_triton(kernel, render_triton(kernel))
+
+
+def test_grid_counts_tiles_and_folds_further_axes() -> None:
+    kernel = lower(program(), Interpreter().schedule(program()), "forward").kernels[0]
+    sizes = {"batches": 3, "heads": 5, "kv_heads": 1, "q_len": 130, "kv_len": 9, "splits": 2}
+    assert compile_triton(kernel, render_triton(kernel)).grid(sizes) == (3, 5, 3)
+    folded = replace(kernel, grid=("q", "split", "head", "batch"))
+    assert compile_triton(folded, render_triton(folded)).grid(sizes) == (3, 2, 15)
 
 
 def check(case: Case, element: Storage, generator: torch.Generator, tolerance: float) -> None:
@@ -189,7 +233,7 @@ def run(
     )
     attention = program(score, mask, case.rule(), element, *case.dims)
     backend = Interpreter()
-    schedule = Schedule(64, 64, 64, 64, case.edges, Gradients.TWO_KERNELS)
+    schedule = Schedule(64, 64, 64, 64, case.edges, case.gradients)
     compiled = CompiledAttention(attention, backend, schedule)
     numbers = {"scale": case.dims[0] ** -0.5, **case.scalars}
     out = torch.full((*q.shape[:3], case.dims[1]), float("nan"), dtype=q.dtype)

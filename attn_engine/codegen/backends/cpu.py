@@ -82,7 +82,7 @@ class CpuRenderer(NestRenderer):
         k = self.kernel
         blocks = ", ".join(f"{BLOCKS[axis]} = {n}" for axis, n in k.tile)
         return [
-            *(f"// {line}" for line in k.header),
+            *(self.remark(line) for line in k.header),
             *([f"#define {IN_DOUBLE} 1"] if self.in_double else []),
             '#include "tiles.h"',
             "",

@@ -48,6 +48,11 @@ class LaneRenderer(Renderer):
     def scratch_fields(self) -> list[str]:
         return [f"Real {declaration};" for declaration in self.scratch.values()]
 
+    @staticmethod
+    def remark(text: str) -> str:
+        """A comment of one line, whatever the text: a backslash at its end would swallow the next line."""
+        return f"// {' '.join(text.replace('??/', '? ?/').split())}".rstrip("\\ ")
+
     def scalar_type(self, kind: DType) -> str:
         return SCALARS[kind]
 

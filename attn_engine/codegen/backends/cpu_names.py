@@ -36,7 +36,7 @@ def header_names() -> frozenset[str]:
     text = "\n".join(path.read_text() for path in sorted(INCLUDE.glob("*.h")))
     code = re.sub(r"//.*", "", text)
     found = set(re.findall(r"(?:INLINE|OUTLINE|constexpr)\s[^;{(=]*?\b(\w+)\s*[({=]", code))
-    found |= set(re.findall(r"\b(?:struct|using|#define|namespace)\s+(\w+)", code))
+    found |= set(re.findall(r"(?:\b(?:struct|using|namespace)|#define)\s+(\w+)", code))
     found |= set(re.findall(r"\b(?:BY_LIBRARY|OF_NUMBER)\((\w+)\)", code))
     found |= set(re.findall(r"\b([A-Z][A-Z_]+)\s*=", code))
     return frozenset(found)

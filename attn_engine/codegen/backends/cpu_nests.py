@@ -45,7 +45,7 @@ class NestRenderer(LaneRenderer):
         for item in items:
             match item:
                 case Section(title):
-                    lines += ["", f"// -- {title}"]
+                    lines += ["", self.remark(f"-- {title}")]
                 case Nest():
                     lines += self.nest(item)
                 case Sweep(loop) if item.innermost and loop.axis:
@@ -213,7 +213,7 @@ class NestRenderer(LaneRenderer):
                 raise AssertionError(f"{s} inside a row loop")
 
     def made(self, n: Nest, s: Let, value: str, later: set[str]) -> list[str]:
-        note = [f"// {s.source}"] if s.source else []
+        note = [self.remark(s.source)] if s.source else []
         if s.name not in n.stored:
             return [*note, f"const auto {s.name} = {value};"]
         element = self.element(s.name, "row")
@@ -239,7 +239,7 @@ class NestRenderer(LaneRenderer):
                 columns, matrix = BLOCKS[indices[-1].axes[0]], self.matrix(tensor, indices)
                 return [f"unpack_lanes<{columns}>({matrix}, q_start, q_rows, {self.array_of(name)});"]
             case Let(name, value, source):
-                return [f"// {source}", *self.variable(name, value)] if source else self.variable(name, value)
+                return [*([self.remark(source)] if source else []), *self.variable(name, value)]
             case StoreTile() | Accumulate():
                 return [self.write(s)]
             case Product():

@@ -75,7 +75,7 @@ def derive_rule(
 def _final_values(
     states: tuple[RowState, ...], new_states: tuple[Expr, ...]
 ) -> tuple[dict[Expr, Expr], dict[Expr, Expr]]:
-    """New value -> the state's variable; and the variable -> its value, for states that are functions of other states."""
+    """New value -> the state's variable; and the variable -> its value, for states that follow from other states."""
     final: dict[Expr, Expr] = {new: s.var for s, new in zip(states, new_states, strict=True) if new.axes}
     aliases: dict[Expr, Expr] = {}
     for state, new in zip(states, new_states, strict=True):
@@ -157,7 +157,7 @@ def _through_sum(item: _Sum, numerator: Expr, factor: Expr) -> Expr:
 def _check_stabiliser(
     state: RowState, new: Expr, sums: tuple[_Sum, ...], numerator: Expr, factor: Expr, out_scale: Expr
 ) -> None:
-    """The maximum may be any number: moving it, with the sums and the output rescaled, leaves the weights as they are."""
+    """The maximum may be any number: moving it, with sums and output rescaled, leaves the weights as they are."""
     old, moved = Var("before", DType.FLOAT, ("q",)), Var("after", DType.FLOAT, ("q",))
     step: dict[Expr, Expr] = {new: moved, state.var: old}
     sums_moved: dict[Expr, Expr] = {s.state.var: s.state.var * substitute(s.rescale, step) for s in sums}

@@ -1,0 +1,484 @@
+"""The engine as its users meet it: what it computes, what it reads anew, what it compiles and what it does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_engine import AttentionEngine, CustomIO, OnlineFunc, SymbolScalar, Var, meta_tensor
+from attn_engine.runtime.backends import CpuBackend
+
+D = 16
+
+
+def engine(dim_v: int = D, dtype: torch.dtype = torch.float32, **options: Any) -> AttentionEngine:
+    return AttentionEngine([meta_tensor(None, None, None, d, dtype=dtype) for d in (D, D, dim_v)], **options)
+
+
+def qkv(
+    q_len: int = 50, kv_len: int | None = None, heads: int = 4, kv_heads: int = 2, dim_v: int = D, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    kv_len = q_len if kv_len is None else kv_len
+    shapes = ((2, q_len, heads, D), (2, kv_len, kv_heads, D), (2, kv_len, kv_heads, dim_v))
+    q, k, v = (torch.randn(s, **options) for s in shapes)
+    return q, k, v
+
+
+def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return kv_idx <= q_idx
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, modify: Callable[[Tensor], Tensor], visible: Tensor | None = None
+) -> Tensor:
+    """Plain torch, (batch, length, heads, dim) like the engine."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    s = modify(q @ k.mT * scale)
+    if visible is not None:
+        s = s.masked_fill(~visible, float("-inf"))
+    return (torch.softmax(s, -1) @ v).transpose(1, 2)
+
+
+def assert_same_gradients(built: Tensor, wanted: Tensor, wrt: list[Tensor], tolerance: float = 2e-5) -> None:
+    weights = torch.randn_like(built)
+    torch.testing.assert_close(built, wanted, rtol=tolerance, atol=tolerance)
+    got = torch.autograd.grad(built, wrt, weights)
+    want = torch.autograd.grad(wanted, wrt, weights)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance * max(1.0, w.abs().max().item()))
+
+
+# -- derivatives
+
+
+SHARED = {
+    "squared relu": (lambda s: torch.relu(s) ** 2, lambda s: torch.relu(s) ** 2),
+    "square of a double": (lambda s: (2 * s) ** 2, lambda s: (2 * s) ** 2),
+    "square of tanh": (lambda s: torch.tanh(s) ** 2, lambda s: torch.tanh(s) ** 2),
+    "product with itself": (lambda s: (s + 1) * torch.sigmoid(s + 1), lambda s: (s + 1) * torch.sigmoid(s + 1)),
+    "abs and max": (lambda s: torch.maximum(abs(s), 0.3 * s + 1), lambda s: torch.maximum(abs(s), 0.3 * s + 1)),
+    "exp log sqrt": (
+        lambda s: torch.log(1 + torch.exp(s)) * torch.sqrt(s * s + 1),
+        lambda s: torch.log(1 + torch.exp(s)) * torch.sqrt(s * s + 1),
+    ),
+    "waves": (lambda s: torch.sin(s) * torch.cos(2 * s), lambda s: torch.sin(s) * torch.cos(2 * s)),
+    "where": (lambda s: torch.where(s > 0, s * s, -s), lambda s: torch.where(s > 0, s * s, -s)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_score_functions_with_shared_values(name: str) -> None:
+    traced, dense = SHARED[name]
+    q, k, v = qkv(requires_grad=True)
+    built = engine(score_mod=lambda score, b, h, q_idx, kv_idx: traced(score), scale=0.3)
+    assert_same_gradients(built(q, k, v), softmax_attention(q, k, v, 0.3, dense), [q, k, v])
+
+
+def test_one_tensor_read_twice() -> None:
+    bias = torch.randn(50, requires_grad=True)
+    built = engine(score_mod=lambda s, b, h, q_idx, kv_idx: s + bias[q_idx] * bias[kv_idx], scale=0.3)
+    q, k, v = qkv(requires_grad=True)
+    wanted = softmax_attention(q, k, v, 0.3, lambda s: s + bias[:, None] * bias[None, :])
+    assert_same_gradients(built(q, k, v), wanted, [q, k, v, bias])
+
+
+def test_indices_through_an_index_tensor() -> None:
+    bucket = torch.randint(0, 7, (50,))
+    table = torch.randn(4, 7, requires_grad=True)
+    built = engine(score_mod=lambda s, b, h, q_idx, kv_idx: s + table[h, bucket[kv_idx]], scale=0.3)
+    q, k, v = qkv(requires_grad=True)
+    wanted = softmax_attention(q, k, v, 0.3, lambda s: s + table[:, bucket][:, None, :])
+    assert_same_gradients(built(q, k, v), wanted, [q, k, v, table])
+
+
+def test_indices_as_values() -> None:
+    built = engine(score_mod=lambda s, b, h, q_idx, kv_idx: s * 0.5 + (h + 1) * 0.01 * (kv_idx - q_idx) % 3 - b // 2)
+    q, k, v = qkv(requires_grad=True)
+    q_idx, kv_idx, h = torch.arange(50)[:, None], torch.arange(50)[None, :], torch.arange(4)[:, None, None]
+    wanted = softmax_attention(q, k, v, 1.0, lambda s: s * 0.5 + (h + 1) * 0.01 * (kv_idx - q_idx) % 3)
+    assert_same_gradients(built(q, k, v), wanted, [q, k, v])
+
+
+def test_floor_division_of_negative_numbers() -> None:
+    built = engine(mask_mod=lambda b, h, q_idx, kv_idx: ((q_idx - kv_idx) // 7 == -2) | ((kv_idx - 30) % 5 == 3))
+    q, k, v = qkv(heads=2)
+    q_idx, kv_idx = torch.arange(50)[:, None], torch.arange(50)[None, :]
+    visible = ((q_idx - kv_idx) // 7 == -2) | ((kv_idx - 30) % 5 == 3)
+    torch.testing.assert_close(built(q, k, v), softmax_attention(q, k, v, D**-0.5, lambda s: s, visible))
+
+
+def test_gradcheck() -> None:
+    slopes = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(9, 11, dtype=torch.float64, requires_grad=True)
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return 3 * torch.tanh(score / 3) + slopes[h] * (kv_idx - q_idx) + bias[q_idx, kv_idx]
+
+    built = engine(score_mod=score_mod, mask_mod=causal, dtype=torch.float64, scale=0.4)
+    q, k, v = qkv(9, 11, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda q, k, v, *_: built(q, k, v), (q, k, v, slopes, bias))
+
+
+# -- rows, lengths, layouts
+
+
+def test_rows_without_a_key_are_zero_and_have_zero_gradients() -> None:
+    built = engine(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx < q_idx - 20) & (kv_idx > 3))
+    q, k, v = qkv(requires_grad=True)
+    o, rows = built(q, k, v, return_final_rowscales=True)
+    assert (o[:, :25] == 0).all()
+    assert (rows["lse"][:, :, :25] == float("-inf")).all()
+    assert not rows["lse"][:, :, 26:].isinf().any()
+    dq, dk, dv = torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+    assert (dq[:, :25] == 0).all()
+    assert (dk[:, :4] == 0).all() and (dv[:, :4] == 0).all()
+    assert not any(x.isnan().any() for x in (o, dq, dk, dv))
+
+
+def test_scores_of_minus_infinity_count_as_hidden() -> None:
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return torch.where(kv_idx < q_idx, score, -float("inf"))
+
+    built = engine(score_mod=score_mod, scale=0.3)
+    q, k, v = qkv(requires_grad=True)
+    o = built(q, k, v)
+    assert (o[:, 0] == 0).all()
+    gradients = torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+    assert not any(x.isnan().any() for x in gradients)
+    visible = torch.arange(50)[None, :] < torch.arange(50)[:, None]
+    wanted = softmax_attention(q, k, v, 0.3, lambda s: s, visible)
+    torch.testing.assert_close(o[:, 1:], wanted[:, 1:], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("hostile", ["log", "reciprocal", "overflow"])
+def test_functions_that_explode_at_hidden_pairs(hostile: str) -> None:
+    """A hidden pair is never NaN's way in, whatever the function or its derivative is there."""
+    functions: dict[str, Callable[[Any], Any]] = {
+        "log": lambda x: torch.log(x),
+        "reciprocal": lambda x: 1 / x,
+        "overflow": lambda x: torch.exp(x * 1000),
+    }
+    compute = functions[hostile]
+    mod = lambda s, b, h, q_idx, kv_idx: s + compute((q_idx - kv_idx + 0.0) if hostile != "overflow" else (kv_idx - q_idx + 0.0))
+    built = engine(score_mod=mod, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx < q_idx, scale=0.3)
+    q, k, v = qkv(requires_grad=True)
+    o = built(q, k, v)
+    gradients = torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+    assert not any(x.isnan().any() for x in (o, *gradients))
+    torch.testing.assert_close(o.double(), built.reference(q, k, v), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (7, 0), (0, 5), (33, 64), (64, 33), (65, 129), (300, 1)])
+def test_lengths(q_len: int, kv_len: int) -> None:
+    built = engine(dim_v=24)
+    q, k, v = qkv(q_len, kv_len, dim_v=24, requires_grad=True)
+    o = built(q, k, v)
+    assert o.shape == (2, q_len, 4, 24)
+    gradients = torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+    if kv_len == 0:
+        assert (o == 0).all()
+    else:
+        torch.testing.assert_close(o, softmax_attention(q, k, v, D**-0.5, lambda s: s), rtol=2e-5, atol=2e-5)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = (x * 40 for x in qkv())
+    built = engine(mask_mod=causal)
+    o = built(q, k, v)
+    assert o.isfinite().all()
+    torch.testing.assert_close(o.double(), built.reference(q, k, v), rtol=1e-3, atol=1e-2)
+
+
+def test_layouts_and_strides_agree() -> None:
+    q, k, v = qkv()
+    wanted = engine(mask_mod=causal)(q, k, v)
+    other = engine(mask_mod=causal, layout="bhsd")(*(x.transpose(1, 2) for x in (q, k, v)))
+    assert torch.equal(other.transpose(1, 2), wanted)
+    spread = [torch.empty(*x.shape[:3], 2 * x.shape[3])[..., ::2].copy_(x) for x in (q, k, v)]
+    assert all(x.stride(3) == 2 for x in spread)
+    torch.testing.assert_close(engine(mask_mod=causal)(*spread), wanted, rtol=1e-6, atol=1e-6)
+    backwards = [x.flip(1).contiguous().flip(1) for x in (q, k, v)]
+    assert torch.equal(engine(mask_mod=causal)(*backwards), wanted)
+
+
+def test_expanded_inputs() -> None:
+    q, k, v = qkv()
+    k, v = (x[:1].expand(2, -1, -1, -1) for x in (k, v))
+    torch.testing.assert_close(engine()(q, k, v), engine()(q, k.contiguous(), v.contiguous()))
+
+
+def test_row_values() -> None:
+    q, k, v = qkv()
+    _, rows = engine()(q, k, v, return_final_rowscales=True)
+    s = q.transpose(1, 2) @ k.transpose(1, 2).repeat_interleave(2, 1).mT * D**-0.5
+    assert rows["lse"].dtype is torch.float32
+    torch.testing.assert_close(rows["lse"], torch.logsumexp(s, -1))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    q, k, v = qkv(300, requires_grad=True)
+    slopes = torch.rand(4, requires_grad=True)
+    built = engine(score_mod=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx), mask_mod=causal)
+    weights = torch.randn(2, 300, 4, D)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            o = built(q, k, v)
+            results.append((o, *torch.autograd.grad(o, (q, k, v), weights)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# -- what is read anew at each call
+
+
+def test_captured_numbers_and_tensors_are_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    window, slopes = 5, torch.rand(4)
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score + slopes[h] * (kv_idx - q_idx)
+
+    def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (kv_idx <= q_idx) & (q_idx - kv_idx < window)
+
+    built = engine(score_mod=score_mod, mask_mod=mask_mod, scale=0.3)
+    q, k, v = qkv()
+    built(q, k, v)
+    compiled = count_compilations(monkeypatch)
+    distance = torch.arange(50)[:, None] - torch.arange(50)[None, :]
+    for new_window in (1, 17, 100):
+        window, slopes = new_window, torch.rand(4)
+        visible = (distance >= 0) & (distance < window)
+        wanted = softmax_attention(q, k, v, 0.3, lambda s: s - slopes[:, None, None] * distance, visible)
+        torch.testing.assert_close(built(q, k, v), wanted, rtol=2e-5, atol=2e-5)
+    slopes.mul_(2)  # in place
+    wanted = softmax_attention(q, k, v, 0.3, lambda s: s - slopes[:, None, None] * distance, visible)
+    torch.testing.assert_close(built(q, k, v), wanted, rtol=2e-5, atol=2e-5)
+    assert compiled == []
+
+
+def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels compiled from here on."""
+    compiled: list[str] = []
+    compile_kernel = CpuBackend.compile
+
+    def counting(self: CpuBackend, kernel: Any, schedule: Any) -> Any:
+        compiled.append(kernel.name)
+        return compile_kernel(self, kernel, schedule)
+
+    monkeypatch.setattr(CpuBackend, "compile", counting)
+    return compiled
+
+
+def test_a_new_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = count_compilations(monkeypatch)
+    built = engine(mask_mod=causal)
+    for length in (3, 64, 65, 200):
+        q, k, v = qkv(length, requires_grad=length != 65)
+        o = built(q, k, v)
+        if length != 65:
+            o.sum().backward()
+    assert sorted(compiled) == ["backward", "delta", "forward"], "the backward is compiled at the first backward"
+
+
+def test_engines_do_not_disturb_each_other() -> None:
+    io = CustomIO({"bias": ("heads",)})
+    add = engine(score_mod=lambda s, c, b, h, q, kv: s + c.input_tensors["bias"] * kv, custom_fwd_inputs=io)
+    multiply = engine(score_mod=lambda s, c, b, h, q, kv: s * c.input_tensors["bias"][h], custom_fwd_inputs=io)
+    q, k, v = qkv()
+    bias = torch.rand(4)
+    kv = torch.arange(50)
+    for _ in range(2):
+        wanted = softmax_attention(q, k, v, 1.0, lambda s: s + bias[:, None, None] * kv)
+        torch.testing.assert_close(add(q, k, v, bias), wanted, rtol=2e-5, atol=2e-5)
+        wanted = softmax_attention(q, k, v, 1.0, lambda s: s * bias[:, None, None])
+        torch.testing.assert_close(multiply(q, k, v, bias=bias), wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_custom_inputs_get_gradients() -> None:
+    io = CustomIO({"gate": (1,), "bias": ("batch", "heads", "seq_len", "seq_len_kv")})
+
+    def score_mod(score: Any, custom: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score * custom.input_tensors["gate"] + custom.input_tensors["bias"]
+
+    built = engine(score_mod=score_mod, custom_fwd_inputs=io, scale=0.3)
+    q, k, v = qkv(20, 30, requires_grad=True)
+    gate, bias = torch.rand(1, requires_grad=True), torch.randn(2, 4, 20, 30, requires_grad=True)
+    wanted = softmax_attention(q, k, v, 0.3, lambda s: s * gate + bias)
+    assert_same_gradients(built(q, k, v, gate, bias), wanted, [q, k, v, gate, bias])
+
+
+def test_mask_with_custom_inputs() -> None:
+    """Seed: the offset of q is passed by custom_fwd_inputs."""
+    io = CustomIO({"offset": (1,)})
+    built = engine(mask_mod=lambda b, h, q, kv, custom: kv <= q + custom.input_tensors["offset"], custom_fwd_inputs=io)
+    q, k, v = qkv(10, 30)
+    for offset in (0, 20):
+        visible = torch.arange(30)[None, :] <= torch.arange(10)[:, None] + offset
+        wanted = softmax_attention(q, k, v, D**-0.5, lambda s: s, visible)
+        got = built(q, k, v, torch.tensor([offset], dtype=torch.int32))
+        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+# -- normalisers
+
+
+class SeedSoftmax(OnlineFunc):
+    """A class body as the seed's scripts write it: symbols, static methods, natural logarithm."""
+
+    def __init__(self) -> None:
+        online_rowscales = {"m": SymbolScalar("m", Var("-inf")), "r": SymbolScalar("r", Var("0.0"))}
+        final_rowscales = {"lse": SymbolScalar("lse", Var("0.0"))}
+        super().__init__(online_rowscales, final_rowscales, CustomIO())
+
+    @staticmethod
+    def online_fwd(scores: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        m, r = online_rowscales["m"], online_rowscales["r"]
+        m_new = m.max(scores.get_reduce("max"))
+        scale_tmp = (m - m_new).exp()
+        r = r * scale_tmp
+        scores = (scores - m_new).exp()
+        r = r + scores.get_reduce("sum")
+        return scores, {"m": m_new, "r": r}, scale_tmp
+
+    @staticmethod
+    def online_fwd_epilogue(o: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        o_new = o / online_rowscales["r"]
+        lse = online_rowscales["r"].log() + online_rowscales["m"]
+        return o_new, {"lse": lse}
+
+    @staticmethod
+    def forward(scores: Any, final_rowscales: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (scores - final_rowscales["lse"]).exp()
+
+    @staticmethod
+    def backward(dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (dp - doosum) * scores
+
+
+class DerivedSoftmax(OnlineFunc):
+    """The same without forward and backward: both are derived."""
+
+    def __init__(self) -> None:
+        super().__init__({"m": float("-inf"), "r": 0.0}, {"lse": 0.0})
+
+    online_fwd = staticmethod(SeedSoftmax.online_fwd)
+    online_fwd_epilogue = staticmethod(SeedSoftmax.online_fwd_epilogue)
+
+
+@pytest.mark.parametrize("rule", [SeedSoftmax, DerivedSoftmax])
+def test_user_normalisers(rule: type[OnlineFunc]) -> None:
+    q, k, v = qkv(requires_grad=True)
+    built = engine(online_func=rule(), mask_mod=causal)
+    visible = torch.arange(50)[None, :] <= torch.arange(50)[:, None]
+    o, rows = built(q, k, v, return_final_rowscales=True)
+    assert_same_gradients(o, softmax_attention(q, k, v, D**-0.5, lambda s: s, visible), [q, k, v])
+    assert set(rows) >= {"lse"}
+
+
+# -- torch around it
+
+
+def test_torch_compile_and_checkpoint() -> None:
+    slopes = torch.rand(4, requires_grad=True)
+    built = engine(score_mod=lambda s, b, h, q, kv: s + slopes[h] * (kv - q), mask_mod=causal, scale=0.3)
+    q, k, v = qkv(requires_grad=True)
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return built(q * 1.5, k, v).relu()
+
+    wanted = block(q, k, v)
+    gradients = torch.autograd.grad(wanted.sum(), (q, k, v, slopes))
+    compiled = torch.compile(block, fullgraph=True)
+    got = compiled(q, k, v)
+    torch.testing.assert_close(got, wanted)
+    for g, w in zip(torch.autograd.grad(got.sum(), (q, k, v, slopes)), gradients, strict=True):
+        torch.testing.assert_close(g, w)
+    again = torch.utils.checkpoint.checkpoint(block, q, k, v, use_reentrant=False)
+    for g, w in zip(torch.autograd.grad(again.sum(), (q, k, v, slopes)), gradients, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_operator_is_registered_correctly() -> None:
+    built = engine(mask_mod=causal)
+    q, k, v = qkv(20, requires_grad=True)
+    built(q, k, v)
+    _, key = built._call(built._traced, "cpu")
+    arguments = (q, k, v, [], [built.scale], key)
+    torch.library.opcheck(torch.ops.attn_engine.forward.default, arguments)
+
+
+SECOND_PROCESS = """
+import torch
+from attn_engine import AttentionEngine, meta_tensor
+engine = AttentionEngine([meta_tensor(None, None, None, 16, dtype=torch.float32)] * 3)
+q = torch.randn(1, 9, 2, 16, requires_grad=True)
+engine(q, q, q).sum().backward()
+print("done")
+"""
+
+
+def test_a_second_process_reuses_the_cache(tmp_path: Path) -> None:
+    environment = {**os.environ, "ATTN_ENGINE_CACHE": str(tmp_path / "cache")}
+    libraries: list[dict[str, int]] = []
+    for _ in range(2):
+        run = [sys.executable, "-c", SECOND_PROCESS]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+        assert done.stdout == "done\n", done.stderr
+        libraries.append({p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*.so")})
+    assert len(libraries[0]) >= 3
+    assert libraries[0] == libraries[1]
+
+
+def test_check_reports_and_finds_a_wrong_gradient() -> None:
+    q, k, v = qkv(40)
+    report = engine(mask_mod=causal).check(q, k, v)
+    assert report.ok, str(report)
+    assert "dq" in str(report)
+
+    class Wrong(DerivedSoftmax):
+        forward = staticmethod(SeedSoftmax.forward)
+
+        @staticmethod
+        def backward(dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            return dp * scores
+
+    assert not engine(online_func=Wrong()).check(q, k, v).ok
+
+
+def test_sources_of_every_backend() -> None:
+    built = engine(mask_mod=causal)
+    assert "@triton.jit" in built.source(backend="triton")
+    assert "multiply_add" in built.source(backend="cpu", kernel="backward")
+    assert "Delta" in built.source(backend="triton", kernel="delta")
+
+
+def test_different_functions_never_share_a_kernel() -> None:
+    sources = {
+        engine(score_mod=mod).source(backend="cpu").partition("#include")[2]
+        for mod in (lambda s, b, h, q, kv: s * 2.0, lambda s, b, h, q, kv: s * 3.0, lambda s, b, h, q, kv: s + 2.0)
+    }
+    assert len(sources) == 3
+
+
+def test_graph_and_explanation() -> None:
+    built = engine(mask_mod=causal, score_mod=lambda s, b, h, q, kv: torch.tanh(s) * 4)
+    graph = built.graph()
+    assert graph.number_of_nodes() > 5
+    text = str(built.explain())
+    for word in ("kv_idx <= q_idx", "tanh", "lse", "q_last"):
+        assert word in text
