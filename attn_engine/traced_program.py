@@ -44,9 +44,9 @@ class Description:
         return TracedProgram(self.program(score, mask, rule), score, mask, dict(storages))
 
     def program(self, score: Trace | None, mask: Trace | None, rule: OnlineRule) -> Attention:
-        names = [t.fn.name for t in (score, mask) if t is not None]
+        names = [t.fn.name for t in (score, mask) if t is not None and not t.fn.name.startswith("lambda")]
         return Attention(
-            name="_".join([*names, rule.name]) if names else rule.name,
+            name="_".join([*names, rule.name]),
             score=score.fn if score else None,
             mask=mask.fn if mask else None,
             rule=rule,

@@ -448,7 +448,7 @@ def test_check_reports_and_finds_a_wrong_gradient() -> None:
     q, k, v = qkv(40)
     report = engine(mask_mod=causal).check(q, k, v)
     assert report.ok, str(report)
-    assert "dq" in str(report)
+    assert "d q" in str(report)
 
     class Wrong(DerivedSoftmax):
         forward = staticmethod(SeedSoftmax.forward)

@@ -34,7 +34,8 @@ _ALIGNED = [["tt.divisibility", 16]]
 class AotReport:
     """What a compiled kernel asks of the target.
 
-    registers: per thread (on AMD: vector and accumulation registers). spill_bytes: of stack per thread. shared_bytes of shared_limit: per block. products: instructions of the matrix unit by name.
+    registers: per thread (on AMD: vector and accumulation registers). spill_bytes: of stack per thread.
+    shared_bytes of shared_limit: per block. products: instructions of the matrix unit by name.
     """
 
     kernel: str

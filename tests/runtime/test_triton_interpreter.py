@@ -111,7 +111,7 @@ def test_everything_is_put_back_after_an_error() -> None:
     before = language()
     kernel = function(ELEMENTWISE.format(expression="tl.dot(a, b)"))
     x = torch.zeros(256)
-    with pytest.raises(Exception, match="2D|dot|rank|dimension"):
+    with pytest.raises(Exception, match=r"2D|dot|rank|dimension"):
         interpret(kernel, (1,), x, x, x, 256, BLOCK=256)
     assert language() == before
     compile_it(function(ELEMENTWISE.format(expression="a + b")))

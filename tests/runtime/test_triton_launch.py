@@ -119,9 +119,10 @@ CASES = {
     ),
     "one kernel": Case(
         score=SCORE - BY_HEAD * IJ, captures=(SLOPES,), heads=(2, 1),
-        modify=lambda s, x, b, h, i, j: s - x["slopes"][:, None, None] * (i - j), lengths=(70, 150), gradients=Gradients.ONE_KERNEL,
+        modify=lambda s, x, b, h, i, j: s - x["slopes"][:, None, None] * (i - j),
+        lengths=(70, 150), gradients=Gradients.ONE_KERNEL,
     ),
-    "sigmoid": Case(rule=sigmoid, mask=KV_IDX <= Q_IDX, visible=lambda x, b, h, i, j: j <= i,
+    "sigmoid": Case(rule=sigmoid, mask=KV_IDX <= Q_IDX, visible=lambda x, b, h, i, j: j <= i, lengths=(64, 64),
                     weigh=lambda s, keep: torch.where(keep, torch.sigmoid(s), 0.0)),
     "relu": Case(rule=relu, weigh=lambda s, keep: torch.relu(s)),
     "retention": Case(rule=retention, mask=KV_IDX <= Q_IDX, visible=lambda x, b, h, i, j: j <= i,
@@ -167,7 +168,7 @@ def test_a_failing_kernel_names_itself() -> None:
     source = render_triton(kernel).replace("tl.dot(", "tl.no_such_function(")
     broken = compile_triton(kernel, source, interpret=True)
     tensors = {p.name: torch.zeros(1, 1, 2, 8) for p in kernel.params}
-    with pytest.raises(LaunchFailed, match=r'forward failed on backend "triton-interpreter".*no_such_function'):
+    with pytest.raises(LaunchFailed, match=r'(?s)forward failed on backend "triton-interpreter".*no_such_function'):
         broken.launch(tensors, {"scale": 1.0}, {"batches": 1, "heads": 1, "kv_heads": 1, "q_len": 2, "kv_len": 2})
 
 

@@ -1,0 +1,101 @@
+# attn_engine golden | score_mod_OnlineSoftmax: forward | triton | block_q=128 block_kv=64
+# regenerate: engine.source(backend="triton", kernel="forward")
+# launch with num_warps=4, num_stages=2
+import triton
+import triton.language as tl
+
+BLOCK_Q = tl.constexpr(128)
+BLOCK_KV = tl.constexpr(64)
+BLOCK_D = tl.constexpr(64)
+BLOCK_DV = tl.constexpr(64)
+
+
+@triton.jit(do_not_specialize=[
+    "saved_lse_batch_stride", "saved_lse_head_stride", "scale", "heads", "kv_heads", "kv_len",
+    "bias_size_0"
+])  # fmt: skip
+def forward(
+    Q, K, V, bias, O, saved_lse,
+    Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
+    K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
+    V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
+    bias_stride_0, bias_stride_1, bias_stride_2,
+    O_batch_stride, O_head_stride, O_row_stride, O_d_stride,
+    saved_lse_batch_stride, saved_lse_head_stride, saved_lse_row_stride,
+    scale, heads, kv_heads, kv_len,
+    bias_size_0,
+):  # fmt: skip
+    q_tile = tl.arange(0, BLOCK_Q)
+    kv_tile = tl.arange(0, BLOCK_KV)
+    d_idx = tl.arange(0, BLOCK_D)
+    dv_idx = tl.arange(0, BLOCK_DV)
+    q_start = tl.program_id(0) * BLOCK_Q
+    q_row = tl.cast(q_start, tl.int64)
+    q_idx = q_start + q_tile
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+
+    # -- query tile of this program
+    kv_head = head // (heads // kv_heads)
+    Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
+    query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+
+    # -- row state of OnlineSoftmax
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    row_sum = tl.full([BLOCK_Q], 0.0, tl.float32)
+    out = tl.full([BLOCK_Q, BLOCK_DV], 0.0, tl.float32)
+
+    # -- kv tiles this tile can see
+    kv_begin = 0
+    kv_end = tl.maximum((kv_len + 63) // 64 * 64, kv_begin)
+    kv_full_end = tl.maximum(tl.minimum(kv_len // 64 * 64, kv_end), kv_begin)
+
+    # -- kv tiles in sight, masked where seen in part
+    for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
+        kv_row = tl.cast(kv_start, tl.int64)
+        kv_idx = kv_start + kv_tile
+        K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
+        key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+        V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
+        value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+        score = tl.dot(query, key.T) * scale
+        # test_golden.py:62: return score + bias[h, q_idx, kv_idx]
+        bias_base = (
+            bias
+            + tl.minimum(head, bias_size_0 - 1) * bias_stride_0
+            + q_row * bias_stride_1
+            + kv_row * bias_stride_2
+        )
+        bias_value = tl.load(
+            bias_base + (q_tile[:, None] * bias_stride_1 + kv_tile[None, :] * bias_stride_2)
+        )
+        logit = score + bias_value
+        if kv_full_end <= kv_start:
+            visible = kv_idx < kv_len
+            logit = tl.where(visible[None, :], logit, float("-inf"))
+        # normalisers.py:21: new_max = old_max.max(scores.get_reduce("max"))
+        new_max = tl.maximum(row_max, tl.max(logit, axis=1))
+        safe_row_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        # normalisers.py:22: rescale = torch.exp(old_max - new_max)
+        rescale = tl.exp2((row_max - safe_row_max) * 1.4426950408889634)
+        probs = tl.exp2(logit * 1.4426950408889634 - safe_row_max[:, None] * 1.4426950408889634)
+        # normalisers.py:24: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduc ...
+        new_sum = row_sum * rescale + tl.sum(probs, axis=1)
+        out = out * rescale[:, None] + tl.dot(probs.to(V.dtype.element_ty), value)
+        row_max = new_max
+        row_sum = new_sum
+
+    # -- normalise and store
+    row_is_empty = row_max == float("-inf")
+    O_base = O + batch * O_batch_stride + head * O_head_stride + q_row * O_row_stride
+    tl.store(
+        O_base + (q_tile[:, None] * O_row_stride + dv_idx[None, :] * O_d_stride),
+        tl.where(row_is_empty[:, None], 0.0, out / row_sum[:, None]),
+    )
+    saved_lse_base = (
+        saved_lse
+        + batch * saved_lse_batch_stride
+        + head * saved_lse_head_stride
+        + q_row * saved_lse_row_stride
+    )
+    tl.store(saved_lse_base + q_tile * saved_lse_row_stride, row_max + tl.log(row_sum))

@@ -1,0 +1,178 @@
+// attn_engine golden | mask_mod_OnlineRetention: backward | cpu | block_q=32 block_kv=64
+// regenerate: engine.source(backend="cpu", kernel="backward")
+#include "tiles.h"
+
+namespace attention {
+
+constexpr int BLOCK_Q = 32, BLOCK_KV = 64, D = 64, DV = 64;
+static_assert(BLOCK_Q == LANES, "one query row per lane");
+
+struct Arguments {  // 8 bytes each: the launcher fills them in this order
+  int64_t next_task;  // shared by the threads
+  Tensor<const float, 4> Q;
+  Tensor<const float, 4> K;
+  Tensor<const float, 4> V;
+  Tensor<const float, 4> dO;
+  Tensor<const float, 3> saved_abs_sum;
+  Tensor<const float, 3> Delta;
+  Tensor<const int32_t, 1> documents;
+  Tensor<float, 4> dK;
+  Tensor<float, 4> dV;
+  Tensor<float, 5> dQ_parts;
+  int64_t batches, heads, kv_heads, q_len, kv_len;
+  double scale;
+  int64_t splits;
+};
+static_assert(sizeof(Arguments) == 8 * 90);
+
+struct Scratch {  // of one thread
+  alignas(64) Real d_value_tile[BLOCK_KV][round_up(DV, LANES)];
+  alignas(64) Real d_key_tile[BLOCK_KV][round_up(D, LANES)];
+  alignas(64) Real key_spare[BLOCK_KV][round_up(D, LANES)];
+  alignas(64) Real value_spare[BLOCK_KV][DV];
+  alignas(64) Real query_packed[D][LANES];
+  alignas(64) Real query_spare[BLOCK_Q][round_up(D, LANES)];
+  alignas(64) Real d_out_packed[DV][LANES];
+  alignas(64) Real d_out_spare[BLOCK_Q][round_up(DV, LANES)];
+  alignas(64) Real d_probs_tile[BLOCK_KV][LANES];
+  alignas(64) Real probs_tile[BLOCK_KV][LANES];
+};
+
+static void tile_task(const Arguments& arguments, Scratch& scratch, int split, int kv_head, int batch) {
+  const auto& Q = arguments.Q;
+  const auto& K = arguments.K;
+  const auto& V = arguments.V;
+  const auto& dO = arguments.dO;
+  const auto& saved_abs_sum = arguments.saved_abs_sum;
+  const auto& Delta = arguments.Delta;
+  const auto& documents = arguments.documents;
+  const auto& dK = arguments.dK;
+  const auto& dV = arguments.dV;
+  const auto& dQ_parts = arguments.dQ_parts;
+  const int heads = arguments.heads, kv_heads = arguments.kv_heads, q_len = arguments.q_len, kv_len = arguments.kv_len;
+  const Real scale = arguments.scale;
+  const int splits = arguments.splits;
+  auto& d_value_tile = scratch.d_value_tile;
+  auto& d_key_tile = scratch.d_key_tile;
+  auto& key_spare = scratch.key_spare;
+  auto& value_spare = scratch.value_spare;
+  auto& query_packed = scratch.query_packed;
+  auto& query_spare = scratch.query_spare;
+  auto& d_out_packed = scratch.d_out_packed;
+  auto& d_out_spare = scratch.d_out_spare;
+  auto& d_probs_tile = scratch.d_probs_tile;
+  auto& probs_tile = scratch.probs_tile;
+
+  // -- kv tiles of this split
+  const int kv_tiles = floor_div(kv_len + 63, 64);
+  const int tiles_per_split = floor_div(kv_tiles + splits - 1, splits);
+  const int split_begin = split * tiles_per_split * 64;
+  const int split_end = min(split_begin + tiles_per_split * 64, kv_tiles * 64);
+  for (int kv_start = split_begin; kv_start < split_end; kv_start += BLOCK_KV) {
+    const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
+
+    // -- kv tile of this program
+    for (int column = 0; column < DV; column += LANES)
+      for (int row = 0; row < kv_rows; ++row) store(d_value_tile[row] + column, fill(0.0f));
+    for (int column = 0; column < D; column += LANES)
+      for (int row = 0; row < kv_rows; ++row) store(d_key_tile[row] + column, fill(0.0f));
+    const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
+    const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+
+    // -- query heads that read this kv head
+    for (int head = kv_head * floor_div(heads, kv_heads); head < kv_head * floor_div(heads, kv_heads) + floor_div(heads, kv_heads); ++head) {
+      const int q_begin = max(floor_div(kv_start, 32) * 32, 0);
+      const int q_end = max(floor_div(q_len + 31, 32) * 32, q_begin);
+
+      // -- q tiles that may hold visible pairs, masked
+      const auto partial_step = [&](int q_start) __attribute__((noinline)) {
+        const int q_rows = min(BLOCK_Q, q_len - q_start);
+        const Positions q_idx = positions(q_start);
+        pack_lanes<D>(query_packed, matrix(Q, batch, head), q_start, q_rows, scale);
+        const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
+        pack_lanes<DV>(d_out_packed, matrix(dO, batch, head), q_start, q_rows, 1.0f);
+        const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
+        const auto abs_sum = saved_abs_sum(batch, head, q_idx);
+        const auto delta = Delta(batch, head, q_idx);
+        for (int block = 0; block < kv_rows; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+          multiply_add(sums, DV, value[block], value.stride, 1, d_out_packed[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
+        }
+        for (int block = 0; block < kv_rows; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+          multiply_add(sums, D, key[block], key.stride, 1, query_packed[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) {
+            const int row = block + r;
+            const int kv_idx = kv_start + row;
+            const Floats score = sums[r];
+            const auto documents_row = documents(kv_idx);
+            // test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
+            const auto same_document = documents(q_idx) == documents_row;
+            const auto visible = same_document & (kv_idx <= q_idx) & ((q_idx < q_len) & (kv_idx < kv_len));
+            const auto probs = where(visible, score / where(abs_sum < 1.0f, 1.0f, abs_sum), 0.0f);
+            store(probs_tile[row], probs);
+            // normalisers.py:115: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
+            const auto through_sum = where(1.0f < abs_sum, delta * (to_float(0.0f < probs) - to_float(probs < 0.0f)), 0.0f);
+            store(d_probs_tile[row], where(visible, (load(d_probs_tile[row]) - through_sum) / where(abs_sum < 1.0f, 1.0f, abs_sum), 0.0f));
+          }
+        }
+        const auto dQ_parts_matrix = matrix(dQ_parts, split, batch, head);
+        for (int column = 0; column < D; column += LANES) {
+          for (int block = 0; block < q_rows; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+            multiply_add(sums, kv_rows, d_probs_tile[0] + block, 1, LANES, key[0] + column, key.stride);
+            UNROLL for (int r = 0; r < ROWS; ++r) {
+              const int row = block + r;
+              const Floats dQ_parts_tile = sums[r];
+              if (row < q_rows) add_row<D>(dQ_parts_matrix, q_start + row, column, dQ_parts_tile);
+            }
+          }
+        }
+        for (int column = 0; column < D; column += LANES) {
+          for (int block = 0; block < kv_rows; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r] + column);
+            multiply_add(sums, q_rows, d_probs_tile[block], LANES, 1, query[0] + column, query.stride);
+            UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r] + column, sums[r]);
+          }
+        }
+        for (int column = 0; column < DV; column += LANES) {
+          for (int block = 0; block < kv_rows; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r] + column);
+            multiply_add(sums, q_rows, probs_tile[block], LANES, 1, d_out[0] + column, d_out.stride);
+            UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r] + column, sums[r]);
+          }
+        }
+      };
+      for (int q_start = q_begin; q_start < q_end; q_start += BLOCK_Q)
+        partial_step(q_start);
+    }
+
+    // -- store
+    const auto dV_matrix = matrix(dV, batch, kv_head);
+    for (int column = 0; column < DV; column += LANES)
+      for (int row = 0; row < kv_rows; ++row) write_row<DV>(dV_matrix, kv_start + row, column, load(d_value_tile[row] + column));
+    const auto dK_matrix = matrix(dK, batch, kv_head);
+    for (int column = 0; column < D; column += LANES)
+      for (int row = 0; row < kv_rows; ++row) write_row<D>(dK_matrix, kv_start + row, column, load(d_key_tile[row] + column) * scale);
+  }
+}
+
+// Any number of threads may run this on the same arguments; each takes the next task.
+extern "C" void attn_engine_backward(Arguments* arguments) {
+  const int64_t tasks = arguments->splits * arguments->kv_heads * arguments->batches;
+  Scratch* scratch = (Scratch*)aligned_alloc(64, (sizeof(Scratch) + 63) / 64 * 64);
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(&arguments->next_task, 1, __ATOMIC_RELAXED);
+    if (task >= tasks) break;
+    tile_task(*arguments, *scratch, task % arguments->splits, task / arguments->splits % arguments->kv_heads, task / (arguments->splits * arguments->kv_heads));
+  }
+  free(scratch);
+}
+
+}  // namespace attention

@@ -1,0 +1,109 @@
+# attn_engine golden | mask_mod_OnlineRetention: backward, dkdv | triton | block_q=64 block_kv=64
+# regenerate: engine.source(backend="triton", kernel="dkdv")
+# launch with num_warps=4, num_stages=2
+import triton
+import triton.language as tl
+
+BLOCK_Q = tl.constexpr(64)
+BLOCK_KV = tl.constexpr(64)
+BLOCK_D = tl.constexpr(64)
+BLOCK_DV = tl.constexpr(64)
+
+
+@triton.jit(do_not_specialize=[
+    "saved_abs_sum_batch_stride", "saved_abs_sum_head_stride", "Delta_batch_stride",
+    "Delta_head_stride", "scale", "heads", "kv_heads", "q_len"
+])  # fmt: skip
+def dkdv(
+    Q, K, V, dO, saved_abs_sum, Delta, documents, dK, dV,
+    Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
+    K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
+    V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
+    dO_batch_stride, dO_head_stride, dO_row_stride, dO_d_stride,
+    saved_abs_sum_batch_stride, saved_abs_sum_head_stride, saved_abs_sum_row_stride,
+    Delta_batch_stride, Delta_head_stride, Delta_row_stride,
+    documents_stride_0,
+    dK_batch_stride, dK_head_stride, dK_row_stride, dK_d_stride,
+    dV_batch_stride, dV_head_stride, dV_row_stride, dV_d_stride,
+    scale, heads, kv_heads, q_len,
+):  # fmt: skip
+    q_tile = tl.arange(0, BLOCK_Q)
+    kv_tile = tl.arange(0, BLOCK_KV)
+    d_idx = tl.arange(0, BLOCK_D)
+    dv_idx = tl.arange(0, BLOCK_DV)
+    kv_start = tl.program_id(0) * BLOCK_KV
+    kv_row = tl.cast(kv_start, tl.int64)
+    kv_idx = kv_start + kv_tile
+    kv_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+
+    # -- kv tile of this program
+    K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
+    key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+    V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
+    value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+    d_key = tl.full([BLOCK_KV, BLOCK_D], 0.0, tl.float32)
+    d_value = tl.full([BLOCK_KV, BLOCK_DV], 0.0, tl.float32)
+
+    # -- query heads that read this kv head
+    for head in tl.range(
+        kv_head * (heads // kv_heads), kv_head * (heads // kv_heads) + heads // kv_heads
+    ):
+        documents_row = tl.load(documents + kv_idx * documents_stride_0)
+        q_begin = tl.maximum(kv_start // 64 * 64, 0)
+        q_end = tl.maximum((q_len + 63) // 64 * 64, q_begin)
+
+        # -- q tiles that may hold visible pairs, masked
+        for q_start in tl.range(q_begin, q_end, BLOCK_Q):
+            q_row = tl.cast(q_start, tl.int64)
+            q_idx = q_start + q_tile
+            Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
+            query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+            dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
+            d_out = tl.load(
+                dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride)
+            )
+            saved_abs_sum_base = (
+                saved_abs_sum
+                + batch * saved_abs_sum_batch_stride
+                + head * saved_abs_sum_head_stride
+                + q_row * saved_abs_sum_row_stride
+            )
+            abs_sum = tl.load(saved_abs_sum_base + q_tile * saved_abs_sum_row_stride)
+            Delta_base = (
+                Delta
+                + batch * Delta_batch_stride
+                + head * Delta_head_stride
+                + q_row * Delta_row_stride
+            )
+            delta = tl.load(Delta_base + q_tile * Delta_row_stride)
+            score = tl.dot(key, query.T) * scale
+            # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
+            documents_value = tl.load(documents + q_idx * documents_stride_0)
+            same_document = documents_value[None, :] == documents_row[:, None]
+            visible = same_document & (kv_idx[:, None] <= q_idx[None, :]) & (q_idx[None, :] < q_len)
+            probs = tl.where(
+                visible, score / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]), 0.0
+            )
+            d_probs = tl.dot(value, d_out.T)
+            # normalisers.py:115: through_sum = torch.where(total > 1, doosum * torch.sign(score ...
+            through_sum = tl.where(
+                1.0 < abs_sum[None, :],
+                delta[None, :] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),
+                0.0,
+            )
+            d_score = tl.where(
+                visible,
+                (d_probs - through_sum) / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]),
+                0.0,
+            )
+            d_value = d_value + tl.dot(probs.to(V.dtype.element_ty), d_out)
+            d_key = d_key + tl.dot(d_score.to(K.dtype.element_ty), query)
+
+    # -- store
+    dK_base = dK + batch * dK_batch_stride + kv_head * dK_head_stride + kv_row * dK_row_stride
+    tl.store(
+        dK_base + (kv_tile[:, None] * dK_row_stride + d_idx[None, :] * dK_d_stride), d_key * scale
+    )
+    dV_base = dV + batch * dV_batch_stride + kv_head * dV_head_stride + kv_row * dV_row_stride
+    tl.store(dV_base + (kv_tile[:, None] * dV_row_stride + dv_idx[None, :] * dV_d_stride), d_value)

@@ -1,0 +1,98 @@
+# attn_engine golden | mask_mod_OnlineRetention: backward, dq | triton | block_q=128 block_kv=64
+# regenerate: engine.source(backend="triton", kernel="dq")
+# launch with num_warps=4, num_stages=2
+import triton
+import triton.language as tl
+
+BLOCK_Q = tl.constexpr(128)
+BLOCK_KV = tl.constexpr(64)
+BLOCK_D = tl.constexpr(64)
+BLOCK_DV = tl.constexpr(64)
+
+
+@triton.jit(do_not_specialize=[
+    "saved_abs_sum_batch_stride", "saved_abs_sum_head_stride", "Delta_batch_stride",
+    "Delta_head_stride", "scale", "heads", "kv_heads", "q_len", "kv_len"
+])  # fmt: skip
+def dq(
+    Q, K, V, dO, saved_abs_sum, Delta, documents, dQ,
+    Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
+    K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
+    V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
+    dO_batch_stride, dO_head_stride, dO_row_stride, dO_d_stride,
+    saved_abs_sum_batch_stride, saved_abs_sum_head_stride, saved_abs_sum_row_stride,
+    Delta_batch_stride, Delta_head_stride, Delta_row_stride,
+    documents_stride_0,
+    dQ_batch_stride, dQ_head_stride, dQ_row_stride, dQ_d_stride,
+    scale, heads, kv_heads, q_len, kv_len,
+):  # fmt: skip
+    q_tile = tl.arange(0, BLOCK_Q)
+    kv_tile = tl.arange(0, BLOCK_KV)
+    d_idx = tl.arange(0, BLOCK_D)
+    dv_idx = tl.arange(0, BLOCK_DV)
+    q_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    q_row = tl.cast(q_start, tl.int64)
+    q_idx = q_start + q_tile
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+
+    # -- query tile of this program
+    kv_head = head // (heads // kv_heads)
+    Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
+    query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+    dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
+    d_out = tl.load(dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride))
+    saved_abs_sum_base = (
+        saved_abs_sum
+        + batch * saved_abs_sum_batch_stride
+        + head * saved_abs_sum_head_stride
+        + q_row * saved_abs_sum_row_stride
+    )
+    abs_sum = tl.load(saved_abs_sum_base + q_tile * saved_abs_sum_row_stride)
+    Delta_base = (
+        Delta + batch * Delta_batch_stride + head * Delta_head_stride + q_row * Delta_row_stride
+    )
+    delta = tl.load(Delta_base + q_tile * Delta_row_stride)
+    documents_row = tl.load(documents + q_idx * documents_stride_0)
+    d_query = tl.full([BLOCK_Q, BLOCK_D], 0.0, tl.float32)
+
+    # -- kv tiles this tile meets
+    q_last = tl.minimum(q_start + 127, q_len - 1)
+    kv_begin = 0
+    kv_end = tl.maximum((tl.minimum(q_last + 1, kv_len) + 63) // 64 * 64, kv_begin)
+
+    # -- kv tiles that may hold visible pairs, masked
+    for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
+        kv_row = tl.cast(kv_start, tl.int64)
+        kv_idx = kv_start + kv_tile
+        K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
+        key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+        V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
+        value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+        score = tl.dot(query, key.T) * scale
+        # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
+        documents_value = tl.load(documents + kv_idx * documents_stride_0)
+        same_document = documents_row[:, None] == documents_value[None, :]
+        visible = same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
+        probs = tl.where(
+            visible, score / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]), 0.0
+        )
+        d_probs = tl.dot(d_out, value.T)
+        # normalisers.py:115: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
+        through_sum = tl.where(
+            1.0 < abs_sum[:, None],
+            delta[:, None] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),
+            0.0,
+        )
+        d_score = tl.where(
+            visible,
+            (d_probs - through_sum) / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]),
+            0.0,
+        )
+        d_query = d_query + tl.dot(d_score.to(K.dtype.element_ty), key)
+
+    # -- store
+    dQ_base = dQ + batch * dQ_batch_stride + head * dQ_head_stride + q_row * dQ_row_stride
+    tl.store(
+        dQ_base + (q_tile[:, None] * dQ_row_stride + d_idx[None, :] * dQ_d_stride), d_query * scale
+    )

@@ -1,0 +1,83 @@
+# attn_engine golden | mask_mod_OnlineRetention: forward | triton | block_q=128 block_kv=64
+# regenerate: engine.source(backend="triton", kernel="forward")
+# launch with num_warps=4, num_stages=2
+import triton
+import triton.language as tl
+
+BLOCK_Q = tl.constexpr(128)
+BLOCK_KV = tl.constexpr(64)
+BLOCK_D = tl.constexpr(64)
+BLOCK_DV = tl.constexpr(64)
+
+
+@triton.jit(do_not_specialize=[
+    "saved_abs_sum_batch_stride", "saved_abs_sum_head_stride", "scale", "heads", "kv_heads",
+    "q_len", "kv_len"
+])  # fmt: skip
+def forward(
+    Q, K, V, documents, O, saved_abs_sum,
+    Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
+    K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
+    V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
+    documents_stride_0,
+    O_batch_stride, O_head_stride, O_row_stride, O_d_stride,
+    saved_abs_sum_batch_stride, saved_abs_sum_head_stride, saved_abs_sum_row_stride,
+    scale, heads, kv_heads, q_len, kv_len,
+):  # fmt: skip
+    q_tile = tl.arange(0, BLOCK_Q)
+    kv_tile = tl.arange(0, BLOCK_KV)
+    d_idx = tl.arange(0, BLOCK_D)
+    dv_idx = tl.arange(0, BLOCK_DV)
+    q_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    q_row = tl.cast(q_start, tl.int64)
+    q_idx = q_start + q_tile
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+
+    # -- query tile of this program
+    kv_head = head // (heads // kv_heads)
+    Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
+    query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+    documents_row = tl.load(documents + q_idx * documents_stride_0)
+
+    # -- row state of OnlineRetention
+    row_abs_sum = tl.full([BLOCK_Q], 0.0, tl.float32)
+    out = tl.full([BLOCK_Q, BLOCK_DV], 0.0, tl.float32)
+
+    # -- kv tiles this tile can see
+    q_last = tl.minimum(q_start + 127, q_len - 1)
+    kv_begin = 0
+    kv_end = tl.maximum((tl.minimum(q_last + 1, kv_len) + 63) // 64 * 64, kv_begin)
+
+    # -- kv tiles that may hold visible pairs, masked
+    for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
+        kv_row = tl.cast(kv_start, tl.int64)
+        kv_idx = kv_start + kv_tile
+        K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
+        key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+        V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
+        value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+        score = tl.dot(query, key.T) * scale
+        # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
+        documents_value = tl.load(documents + kv_idx * documents_stride_0)
+        same_document = documents_row[:, None] == documents_value[None, :]
+        visible = same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
+        probs = tl.where(visible, score, 0.0)
+        # normalisers.py:98: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
+        new_sum = row_abs_sum + tl.sum(tl.where(visible, tl.abs(probs), 0.0), axis=1)
+        out = out + tl.dot(probs.to(V.dtype.element_ty), value)
+        row_abs_sum = new_sum
+
+    # -- normalise and store
+    O_base = O + batch * O_batch_stride + head * O_head_stride + q_row * O_row_stride
+    tl.store(
+        O_base + (q_tile[:, None] * O_row_stride + dv_idx[None, :] * O_d_stride),
+        out / tl.where(row_abs_sum[:, None] < 1.0, 1.0, row_abs_sum[:, None]),
+    )
+    saved_abs_sum_base = (
+        saved_abs_sum
+        + batch * saved_abs_sum_batch_stride
+        + head * saved_abs_sum_head_stride
+        + q_row * saved_abs_sum_row_stride
+    )
+    tl.store(saved_abs_sum_base + q_tile * saved_abs_sum_row_stride, row_abs_sum)
