@@ -72,7 +72,7 @@ def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
     return F.normalize((hidden * real).sum(1) / real.sum(1), dim=-1)
 
 
-def median_milliseconds(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+def median_milliseconds(runs: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
     """The median time of each, taken in turns so that all meet the same machine."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):

@@ -219,9 +219,7 @@ def _is_plain(fn: object) -> bool:
 
 def _call_method(value: Any) -> FunctionType | None:
     """The Python function behind calling an object; torch modules are called at their forward."""
-    method = getattr(
-        cast(type, type(value)), "forward" if isinstance(value, torch.nn.Module) else "__call__", None
-    )
+    method = getattr(value.__class__, "forward" if isinstance(value, torch.nn.Module) else "__call__", None)
     return method if isinstance(method, FunctionType) and not isinstance(value, type) else None
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 from attn_engine.ir.ops import INFO, DType, Number, Op, result_dtype
@@ -25,7 +25,7 @@ AXES = ("q", "kv", "d", "dv")
 class _Interned(type):
     """Metaclass that returns the live equal node instead of building a second one."""
 
-    _live: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
+    _live: ClassVar[WeakValueDictionary[tuple[Any, ...], Any]] = WeakValueDictionary()
 
     if not TYPE_CHECKING:  # pyright checks __init__ signatures as usual
 

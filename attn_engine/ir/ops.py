@@ -119,6 +119,10 @@ class OpInfo:
     evaluate: Callable[..., Number]
 
 
+Unary = Callable[[float], Number]
+Binary = Callable[[float, float], Number]
+
+
 def _divide(a: float, b: float) -> float:
     if b == 0:
         return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
@@ -155,39 +159,59 @@ def _smaller(a: float, b: float) -> float:
     return math.nan if math.isnan(a) or math.isnan(b) else min(a, b)
 
 
+def _floor(x: float) -> float:
+    return float(math.floor(x)) if math.isfinite(x) else x
+
+
+def _rsqrt(x: float) -> float:
+    return math.inf if x == 0 else _guarded(lambda y: 1.0 / math.sqrt(y))(x)
+
+
+def _choose(condition: Number, a: Number, b: Number) -> Number:
+    return a if condition else b
+
+
+def _unary(signature: Signature, evaluate: Unary) -> OpInfo:
+    return OpInfo(1, signature, evaluate)
+
+
+def _binary(signature: Signature, evaluate: Binary) -> OpInfo:
+    return OpInfo(2, signature, evaluate)
+
+
 _A, _S = Signature.ARITHMETIC, Signature
 INFO: dict[Op, OpInfo] = {
-    Op.ADD: OpInfo(2, _A, lambda a, b: a + b),
-    Op.SUB: OpInfo(2, _A, lambda a, b: a - b),
-    Op.MUL: OpInfo(2, _A, lambda a, b: a * b),
-    Op.DIV: OpInfo(2, _S.DIVISION, _divide),
-    Op.FLOORDIV: OpInfo(2, _S.INTEGER, lambda a, b: a // b),  # rounds toward minus infinity, as Python
-    Op.MOD: OpInfo(2, _S.INTEGER, lambda a, b: a % b),  # takes the sign of the divisor, as Python
-    Op.NEG: OpInfo(1, _A, lambda a: -a),
-    Op.ABS: OpInfo(1, _A, abs),
-    Op.MAX: OpInfo(2, _A, _larger),
-    Op.MIN: OpInfo(2, _A, _smaller),
-    Op.LE: OpInfo(2, _S.COMPARISON, lambda a, b: a <= b),
-    Op.LT: OpInfo(2, _S.COMPARISON, lambda a, b: a < b),
-    Op.EQ: OpInfo(2, _S.COMPARISON, lambda a, b: a == b),
-    Op.NE: OpInfo(2, _S.COMPARISON, lambda a, b: a != b),
-    Op.AND: OpInfo(2, _S.LOGICAL, lambda a, b: a and b),
-    Op.OR: OpInfo(2, _S.LOGICAL, lambda a, b: a or b),
-    Op.NOT: OpInfo(1, _S.LOGICAL, lambda a: not a),
-    Op.WHERE: OpInfo(3, _S.SELECT, lambda c, a, b: a if c else b),
-    Op.TO_FLOAT: OpInfo(1, _S.TO_FLOAT, float),
-    Op.TO_INT: OpInfo(1, _S.TO_INT, int),
-    Op.FLOOR: OpInfo(1, _S.FUNCTION, lambda x: float(math.floor(x)) if math.isfinite(x) else x),
-    Op.EXP: OpInfo(1, _S.FUNCTION, _guarded(math.exp)),
-    Op.EXP2: OpInfo(1, _S.FUNCTION, _guarded(lambda x: math.pow(2.0, x))),
-    Op.LOG: OpInfo(1, _S.FUNCTION, _log(math.log)),
-    Op.LOG2: OpInfo(1, _S.FUNCTION, _log(math.log2)),
-    Op.TANH: OpInfo(1, _S.FUNCTION, math.tanh),
-    Op.SIGMOID: OpInfo(1, _S.FUNCTION, _sigmoid),
-    Op.SQRT: OpInfo(1, _S.FUNCTION, _guarded(math.sqrt)),
-    Op.RSQRT: OpInfo(1, _S.FUNCTION, lambda x: math.inf if x == 0 else _guarded(lambda y: 1.0 / math.sqrt(y))(x)),
-    Op.SIN: OpInfo(1, _S.FUNCTION, _guarded(math.sin)),
-    Op.COS: OpInfo(1, _S.FUNCTION, _guarded(math.cos)),
+    Op.ADD: _binary(_A, lambda a, b: a + b),
+    Op.SUB: _binary(_A, lambda a, b: a - b),
+    Op.MUL: _binary(_A, lambda a, b: a * b),
+    Op.DIV: _binary(_S.DIVISION, _divide),
+    Op.FLOORDIV: _binary(_S.INTEGER, lambda a, b: a // b),  # rounds toward minus infinity, as Python
+    Op.MOD: _binary(_S.INTEGER, lambda a, b: a % b),  # takes the sign of the divisor, as Python
+    Op.NEG: _unary(_A, lambda a: -a),
+    Op.ABS: _unary(_A, abs),
+    Op.MAX: _binary(_A, _larger),
+    Op.MIN: _binary(_A, _smaller),
+    Op.LE: _binary(_S.COMPARISON, lambda a, b: a <= b),
+    Op.LT: _binary(_S.COMPARISON, lambda a, b: a < b),
+    Op.EQ: _binary(_S.COMPARISON, lambda a, b: a == b),
+    Op.NE: _binary(_S.COMPARISON, lambda a, b: a != b),
+    Op.AND: _binary(_S.LOGICAL, lambda a, b: a and b),
+    Op.OR: _binary(_S.LOGICAL, lambda a, b: a or b),
+    Op.NOT: _unary(_S.LOGICAL, lambda a: not a),
+    Op.WHERE: OpInfo(3, _S.SELECT, _choose),
+    Op.TO_FLOAT: _unary(_S.TO_FLOAT, float),
+    Op.TO_INT: _unary(_S.TO_INT, int),
+    Op.FLOOR: _unary(_S.FUNCTION, _floor),
+    Op.EXP: _unary(_S.FUNCTION, _guarded(math.exp)),
+    Op.EXP2: _unary(_S.FUNCTION, _guarded(lambda x: math.pow(2.0, x))),
+    Op.LOG: _unary(_S.FUNCTION, _log(math.log)),
+    Op.LOG2: _unary(_S.FUNCTION, _log(math.log2)),
+    Op.TANH: _unary(_S.FUNCTION, math.tanh),
+    Op.SIGMOID: _unary(_S.FUNCTION, _sigmoid),
+    Op.SQRT: _unary(_S.FUNCTION, _guarded(math.sqrt)),
+    Op.RSQRT: _unary(_S.FUNCTION, _rsqrt),
+    Op.SIN: _unary(_S.FUNCTION, _guarded(math.sin)),
+    Op.COS: _unary(_S.FUNCTION, _guarded(math.cos)),
 }
 
 

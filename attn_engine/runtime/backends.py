@@ -6,7 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 from torch import Tensor
 
@@ -134,7 +134,7 @@ def interpreter_schedule(schedule: Schedule) -> Schedule:
     return replace(schedule, block_q=64, block_kv=64, backward_q=64, backward_kv=64)
 
 
-@lru_cache(maxsize=None)
+@cache
 def backend_named(name: str) -> Backend:
     """The backend of that name; raises UnknownBackend.
 

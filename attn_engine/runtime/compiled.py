@@ -40,7 +40,8 @@ class Launchable(Protocol):
 class Backend(Protocol):
     """What turns tile kernels into something that runs."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def schedule(self, program: Attention) -> Schedule: ...
 

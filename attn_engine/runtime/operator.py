@@ -121,7 +121,7 @@ def apply(
     call: Call, key: int, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], scalars: Sequence[Number]
 ) -> Sequence[Tensor]:
     """[o, saved rows...], recorded for autograd where an input requires it."""
-    if torch.compiler.is_compiling() or type(q) is not Tensor and not isinstance(q, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not (type(q) is Tensor or isinstance(q, torch.nn.Parameter)):
         return torch.ops.attn_engine.forward(q, k, v, list(captured), [float(s) for s in scalars], key)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *captured)):
         return _Function.apply(call, scalars, q, k, v, *captured)
@@ -139,7 +139,7 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(q, k, v, captured, scalars, key):  # noqa: ANN001, ANN202
+def _(q, k, v, captured, scalars, key):
     call = _calls[key]
     rows = compute_dtype(call.compiled.program.element)
     logical = call.logical(q)
@@ -161,7 +161,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(d_out, tensors, captured, scalars, learned, key):  # noqa: ANN001, ANN202
+def _(d_out, tensors, captured, scalars, learned, key):
     call = _calls[key]
     named = call.named(captured)
     wanted = learned.split() if learned else []

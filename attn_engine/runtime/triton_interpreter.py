@@ -80,7 +80,7 @@ def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     """Set an attribute until the stack unwinds."""
     before = getattr(owner, name)
     setattr(owner, name, value)
-    pass
+    stack.callback(setattr, owner, name, before)
 
 
 def _call_patched(self: Any, *args: Any, **kwargs: Any) -> Any:

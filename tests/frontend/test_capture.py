@@ -11,7 +11,7 @@ import torch
 
 from attn_engine.frontend import CustomIO, KernelNames, trace_mask_mod, trace_score_mod
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import Load, loads
+from attn_engine.ir.expr import Const, Load, loads
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
 
@@ -152,6 +152,9 @@ def test_scalar_tensor_and_negative_index():
     trace = trace_score_mod(lambda s, b, h, q, k: scale * s + slopes[-1])
     assert [(c.name, c.rank) for c in trace.fn.captures] == [("scale_1", 0), ("slopes", 1)]
     assert score_at(trace, 2.0, 0, 0, 0, 0) == 9.0
+    assert Load("slopes", DType.FLOAT, (Const(3),)) in loads(
+        trace.fn.result
+    )  # kernels know no negative index
     slopes = torch.arange(6.0)
     assert trace.stale()
 

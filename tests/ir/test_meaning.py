@@ -13,7 +13,7 @@ from attn_engine import ir
 from attn_engine.ir import expr as expr_module
 from attn_engine.ir import tile as tile_module
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import Const, Expr, Var, call, where
+from attn_engine.ir.expr import Const, Expr, Var, call, postorder, where
 from attn_engine.ir.ops import INFO, DType, Op
 from attn_engine.ir.passes.autodiff import GRADIENTS, NOT_DIFFERENTIABLE, derivative
 from attn_engine.ir.passes.mask_range import Interval, NoneKnown, plan_mask
@@ -34,8 +34,16 @@ ints = st.recursive(
     ),
     max_leaves=6,
 )
+factors = st.sampled_from([-2, -1, 0, 1, 1, 2, 3])
+linear = st.builds(lambda a, b, c: Q_IDX * a + KV_IDX * b + c, factors, factors, st.integers(-9, 9))
+comparisons = st.sampled_from([Op.LE, Op.LT, Op.EQ, Op.NE])
 masks = st.recursive(
-    st.builds(call, st.sampled_from([Op.LE, Op.LT, Op.EQ, Op.NE]), ints, ints) | st.booleans().map(Const),
+    st.one_of(
+        st.builds(call, comparisons, linear, st.just(Const(0))),
+        st.builds(call, comparisons, linear, linear),
+        st.builds(call, comparisons, ints, ints),
+        st.booleans().map(Const),
+    ),
     lambda inner: st.one_of(
         st.builds(lambda a, b: a & b, inner, inner), st.builds(lambda a, b: a | b, inner, inner),
         st.builds(lambda a: ~a, inner),
@@ -45,7 +53,8 @@ masks = st.recursive(
 floats = st.recursive(
     st.sampled_from([X, Y]) | st.sampled_from([0.5, -1.5, 2.0, 1.0, 0.0, -1.0]).map(Const),
     lambda inner: st.one_of(
-        st.builds(call, st.sampled_from([Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAX, Op.MIN]), inner, inner),
+        st.builds(call, st.sampled_from([Op.ADD, Op.SUB, Op.MUL, Op.MAX, Op.MIN]), inner, inner),
+        st.builds(lambda a, b: a / (b * b + 0.5), inner, inner),
         st.builds(call, st.sampled_from([Op.NEG, Op.TANH, Op.SIGMOID, Op.SIN, Op.COS, Op.EXP, Op.ABS]), inner),
         st.builds(lambda a, b, c: where(a < 0.3, b, c), inner, inner, inner),
     ),
@@ -103,7 +112,10 @@ def test_derivative_is_the_finite_difference(e: Expr, x: float, y: float) -> Non
     def f(at: float) -> float:
         return float(evaluate(e, {X: at, Y: y}))
 
-    slopes = []
+    at_x = (float(evaluate(node, {X: x, Y: y})) for node in postorder(e))
+    if any(abs(value) > 1e6 for value in at_x):
+        return  # 0 * infinity on the way
+    slopes: list[float] = []
     for h in (1e-4, 1e-5):
         left, here, right = f(x - h), f(x), f(x + h)
         if not all(math.isfinite(v) and abs(v) < 1e3 for v in (left, here, right)):
@@ -115,7 +127,7 @@ def test_derivative_is_the_finite_difference(e: Expr, x: float, y: float) -> Non
     assert found == pytest.approx(sum(slopes[2:]) / 2, rel=5e-3, abs=5e-3)
 
 
-@QUICK
+@settings(QUICK, max_examples=400)
 @given(masks, st.sampled_from(["kv", "q"]), st.integers(0, 12), st.integers(1, 5), st.integers(0, 14))
 def test_mask_plan_is_sound(mask: Expr, loop: str, start: int, block: int, length: int) -> None:
     plan = plan_mask(mask, loop)

@@ -28,7 +28,7 @@ from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
 from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, LOGIT, PROBS, SCORE, Attention, saved_var
+from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, PROBS, SCORE, Attention, saved_var
 from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
 
 ORDER_KV = ("kv", "q", "dv", "d")  # tiles are [kv, q]: both accumulating products read their left operand as it lies
