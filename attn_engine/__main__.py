@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print a generated kernel")
     show.add_argument("--kernel", default="forward", choices=("forward", "backward", "delta"))
     show.set_defaults(run=_show)
-    explanation = commands.add_parser("explain", help="what was understood and decided: plans, saved values, tiles")
+    explanation = commands.add_parser(
+        "explain", help="what was understood and decided: plans, saved values, tiles"
+    )
     explanation.set_defaults(run=_explain)
     for command in (show, explanation):
         _add_engine_options(command)
@@ -49,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_engine_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("attention", help="a name from `list`, or file.py:name of an AttentionEngine in your file")
+    command.add_argument(
+        "attention", help="a name from `list`, or file.py:name of an AttentionEngine in your file"
+    )
     command.add_argument("--backend", default="cpu", choices=[n for n in NAMES if n != "auto"])
     command.add_argument("--dim", type=int, default=64, help="head dimension of q and k (default 64)")
     command.add_argument("--dim-v", type=int, default=None, help="head dimension of v (default: the same)")

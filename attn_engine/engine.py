@@ -13,7 +13,13 @@ from torch import Tensor
 
 from attn_engine.dump import dump_stages
 from attn_engine.errors import (
-    BackendDeviceMismatch, ExtraCustomInput, MissingCustomInput, NotATensor, UnknownLayout, UnknownOption, UnsupportedOnBackend,
+    BackendDeviceMismatch,
+    ExtraCustomInput,
+    MissingCustomInput,
+    NotATensor,
+    UnknownLayout,
+    UnknownOption,
+    UnsupportedOnBackend,
     WrongMeta,
 )
 from attn_engine.explain import Explanation, explain
@@ -22,7 +28,12 @@ from attn_engine.ir.ops import Number, Storage
 from attn_engine.library.normalisers import OnlineSoftmax
 from attn_engine.runtime.backends import DEVICES, backend_named
 from attn_engine.runtime.bind import (
-    LAYOUTS, Expected, check_captured, check_custom_input, check_inputs, check_int64,
+    LAYOUTS,
+    Expected,
+    check_captured,
+    check_custom_input,
+    check_inputs,
+    check_int64,
 )
 from attn_engine.runtime.compiled import CompiledAttention, sizes_of
 from attn_engine.runtime.operator import Call, apply, register
@@ -36,14 +47,14 @@ Kernel = Literal["forward", "backward", "delta"]
 class AttentionEngine:
     """A compiled attention: softmax(mask(score_mod(q k^T * scale))) v, with any of its parts replaced by yours.
 
-    qkv_meta: three `meta_tensor`s for q (B, H, S, D), k (B, Hkv, Skv, D) and v (B, Hkv, Skv, Dv), always in this order of
-        dimensions. H is a multiple of Hkv. D, Dv and the dtype (float32, bfloat16, float16, float64) are compiled in;
+    qkv_meta: three `meta_tensor`s for q (B, H, S, D), k (B, Hkv, Skv, D) and v (B, Hkv, Skv, Dv), always in this
+        order of dimensions. H is a multiple of Hkv. D, Dv and the dtype (float32, bfloat16, float16, float64) are compiled in;
         sizes that are None or names may change from call to call without compiling anything again.
     score_mod: (score, b, h, q_idx, kv_idx) or (score, custom_fwd_inputs, b, h, q_idx, kv_idx) -> score.
     custom_fwd_inputs: `CustomIO`, the names and shapes of tensors passed to each call after v.
     online_func: an `OnlineFunc`, the normaliser; softmax when None.
-    mask_mod: (b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx, custom_fwd_inputs) -> bool; True keeps the pair. It acts after
-        score_mod; a row that keeps nothing gives 0.
+    mask_mod: (b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx, custom_fwd_inputs) -> bool; True keeps the pair. It acts
+        after score_mod; a row that keeps nothing gives 0.
     layout: how tensors lie, "bshd" (batch, length, heads, dim) or "bhsd"; strides are free.
     backend: "auto" (by the tensors' device), "cpu", "torch", "triton" or "triton-interpreter".
     scale: multiplies q k^T before score_mod. None: 1 where a score_mod is given (it scales itself), else 1/sqrt(D).
@@ -97,7 +108,9 @@ class AttentionEngine:
     # -- calls
 
     @overload
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> Tensor: ...
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor
+    ) -> Tensor: ...
     @overload
     def __call__(
         self,
@@ -143,7 +156,7 @@ class AttentionEngine:
         return_final_rowscales: bool = False,
         **named: Tensor,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The same attention evaluated densely in `dtype`: the definition, slow and O(S^2) in memory, differentiable."""
+        """The same attention evaluated densely in `dtype`: the definition; O(S^2) in memory, differentiable."""
         traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
         names = [c.name for c in traced.program.captures]
         numbers = self._numbers(traced, scalars)
@@ -304,8 +317,12 @@ class AttentionEngine:
     def _sources(self, backend: str | None, kernel: str) -> list[str]:
         compiled = self._compiled(self._traced, self._own_backend() if backend is None else backend)
         learned = tuple(c.name for c in compiled.program.differentiable_captures)
-        module = compiled.module("forward" if kernel == "forward" else "backward", compiled.supported(learned))
-        wanted = [k for k in module.kernels if kernel == "forward" or (k.name == "delta") is (kernel == "delta")]
+        module = compiled.module(
+            "forward" if kernel == "forward" else "backward", compiled.supported(learned)
+        )
+        wanted = [
+            k for k in module.kernels if kernel == "forward" or (k.name == "delta") is (kernel == "delta")
+        ]
         return [compiled.backend.source(k, compiled.schedule) for k in wanted]
 
 
@@ -322,7 +339,9 @@ def _key_of(number: int, device: str) -> int:
     return key
 
 
-def _check_options(layout: str, backend: str, block_mask: object, tune: bool, unknown: dict[str, Any]) -> None:
+def _check_options(
+    layout: str, backend: str, block_mask: object, tune: bool, unknown: dict[str, Any]
+) -> None:
     known = "layout, backend, scale, block_mask, tune"
     for option, value in unknown.items():
         raise UnknownOption(option=option, value=value, where="AttentionEngine", known=known)
@@ -342,7 +361,9 @@ def _three(qkv_meta: Sequence[MetaTensor]) -> tuple[MetaTensor, MetaTensor, Meta
         raise WrongMeta(argument="qkv_meta", got=qkv_meta, expected="three meta_tensors, for q, k and v")
     q, k, v = metas
     if not q.dtype == k.dtype == v.dtype:
-        raise WrongMeta(argument="dtype", got=(q.dtype, k.dtype, v.dtype), expected="one dtype for q, k and v")
+        raise WrongMeta(
+            argument="dtype", got=(q.dtype, k.dtype, v.dtype), expected="one dtype for q, k and v"
+        )
     if q.dim != k.dim:
         raise WrongMeta(argument="D", got=(q.dim, k.dim), expected="one head dimension for q and k")
     return q, k, v

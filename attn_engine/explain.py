@@ -50,7 +50,9 @@ def plan_text(plan: MaskPlan) -> str:
     if isinstance(plan.full, NoneKnown):
         lines.append("visible entirely: none known, so every visited tile is masked")
     else:
-        lines.append(f"visible entirely: [{_bound(plan.full.lo, '0')}, {_bound(plan.full.hi, f'{axis}_len')})")
+        lines.append(
+            f"visible entirely: [{_bound(plan.full.lo, '0')}, {_bound(plan.full.hi, f'{axis}_len')})"
+        )
     return "\n".join([*lines, *(f"because {reason}" for reason in plan.reasons)])
 
 

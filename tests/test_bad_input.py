@@ -142,7 +142,9 @@ def test_backend_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a)
+    )
     run = lambda: engine(backend="triton-interpreter")(*qkv())
     expect(errors.BackendNotInstalled, "triton", "pip install", run=run)
 
@@ -178,7 +180,9 @@ def test_custom_io_declaration() -> None:
 def test_unknown_custom_input() -> None:
     mod = lambda score, custom, b, h, q_idx, kv_idx: score + custom.input_tensors["bias"]
     io = CustomIO({"slopes": ("heads",)})
-    expect(errors.UnknownCustomInput, "bias", "slopes", run=lambda: engine(score_mod=mod, custom_fwd_inputs=io))
+    expect(
+        errors.UnknownCustomInput, "bias", "slopes", run=lambda: engine(score_mod=mod, custom_fwd_inputs=io)
+    )
 
 
 # -- functions
@@ -191,7 +195,9 @@ def branches(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
 
 
 def test_if_on_a_traced_value() -> None:
-    error = expect(errors.ControlFlowOnTraced, "torch.where", "test_bad_input.py", run=lambda: engine(score_mod=branches))
+    error = expect(
+        errors.ControlFlowOnTraced, "torch.where", "test_bad_input.py", run=lambda: engine(score_mod=branches)
+    )
     assert "if score > 0:" in str(error)
 
 
@@ -218,8 +224,16 @@ def test_score_that_returns_a_bool() -> None:
 
 def test_score_that_returns_a_tensor() -> None:
     bias = torch.zeros(5, 5)
-    expect(errors.AttnEngineError, r"bias\[|5, 5|index", run=lambda: engine(score_mod=lambda s, b, h, q, kv: s + bias))
-    expect(errors.AttnEngineError, "tensor|traced|computed", run=lambda: engine(score_mod=lambda s, b, h, q, kv: bias))
+    expect(
+        errors.AttnEngineError,
+        r"bias\[|5, 5|index",
+        run=lambda: engine(score_mod=lambda s, b, h, q, kv: s + bias),
+    )
+    expect(
+        errors.AttnEngineError,
+        "tensor|traced|computed",
+        run=lambda: engine(score_mod=lambda s, b, h, q, kv: bias),
+    )
 
 
 def test_score_that_returns_nothing() -> None:
@@ -245,7 +259,9 @@ def test_wrong_number_of_indices() -> None:
 
 def test_index_that_is_not_an_int() -> None:
     bias = torch.zeros(5)
-    expect(errors.IndexNotInteger, "bias", run=lambda: engine(score_mod=lambda s, b, h, q, kv: s + bias[q / 2]))
+    expect(
+        errors.IndexNotInteger, "bias", run=lambda: engine(score_mod=lambda s, b, h, q, kv: s + bias[q / 2])
+    )
 
 
 def test_index_out_of_range() -> None:

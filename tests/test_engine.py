@@ -24,7 +24,12 @@ def engine(dim_v: int = D, dtype: torch.dtype = torch.float32, **options: Any) -
 
 
 def qkv(
-    q_len: int = 50, kv_len: int | None = None, heads: int = 4, kv_heads: int = 2, dim_v: int = D, **options: Any
+    q_len: int = 50,
+    kv_len: int | None = None,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim_v: int = D,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv_len = q_len if kv_len is None else kv_len
     shapes = ((2, q_len, heads, D), (2, kv_len, kv_heads, D), (2, kv_len, kv_heads, dim_v))
@@ -37,7 +42,12 @@ def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, modify: Callable[[Tensor], Tensor], visible: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    modify: Callable[[Tensor], Tensor],
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Plain torch, (batch, length, heads, dim) like the engine."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -64,8 +74,14 @@ SHARED = {
     "squared relu": (lambda s: torch.relu(s) ** 2, lambda s: torch.relu(s) ** 2),
     "square of a double": (lambda s: (2 * s) ** 2, lambda s: (2 * s) ** 2),
     "square of tanh": (lambda s: torch.tanh(s) ** 2, lambda s: torch.tanh(s) ** 2),
-    "product with itself": (lambda s: (s + 1) * torch.sigmoid(s + 1), lambda s: (s + 1) * torch.sigmoid(s + 1)),
-    "abs and max": (lambda s: torch.maximum(abs(s), 0.3 * s + 1), lambda s: torch.maximum(abs(s), 0.3 * s + 1)),
+    "product with itself": (
+        lambda s: (s + 1) * torch.sigmoid(s + 1),
+        lambda s: (s + 1) * torch.sigmoid(s + 1),
+    ),
+    "abs and max": (
+        lambda s: torch.maximum(abs(s), 0.3 * s + 1),
+        lambda s: torch.maximum(abs(s), 0.3 * s + 1),
+    ),
     "exp log sqrt": (
         lambda s: torch.log(1 + torch.exp(s)) * torch.sqrt(s * s + 1),
         lambda s: torch.log(1 + torch.exp(s)) * torch.sqrt(s * s + 1),
@@ -101,7 +117,9 @@ def test_indices_through_an_index_tensor() -> None:
 
 
 def test_indices_as_values() -> None:
-    built = engine(score_mod=lambda s, b, h, q_idx, kv_idx: s * 0.5 + (h + 1) * 0.01 * (kv_idx - q_idx) % 3 - b // 2)
+    built = engine(
+        score_mod=lambda s, b, h, q_idx, kv_idx: s * 0.5 + (h + 1) * 0.01 * (kv_idx - q_idx) % 3 - b // 2
+    )
     q, k, v = qkv(requires_grad=True)
     q_idx, kv_idx, h = torch.arange(50)[:, None], torch.arange(50)[None, :], torch.arange(4)[:, None, None]
     wanted = softmax_attention(q, k, v, 1.0, lambda s: s * 0.5 + (h + 1) * 0.01 * (kv_idx - q_idx) % 3)
@@ -109,7 +127,9 @@ def test_indices_as_values() -> None:
 
 
 def test_floor_division_of_negative_numbers() -> None:
-    built = engine(mask_mod=lambda b, h, q_idx, kv_idx: ((q_idx - kv_idx) // 7 == -2) | ((kv_idx - 30) % 5 == 3))
+    built = engine(
+        mask_mod=lambda b, h, q_idx, kv_idx: ((q_idx - kv_idx) // 7 == -2) | ((kv_idx - 30) % 5 == 3)
+    )
     q, k, v = qkv(heads=2)
     q_idx, kv_idx = torch.arange(50)[:, None], torch.arange(50)[None, :]
     visible = ((q_idx - kv_idx) // 7 == -2) | ((kv_idx - 30) % 5 == 3)
@@ -168,7 +188,9 @@ def test_functions_that_explode_at_hidden_pairs(hostile: str) -> None:
         "overflow": lambda x: torch.exp(x * 1000),
     }
     compute = functions[hostile]
-    mod = lambda s, b, h, q_idx, kv_idx: s + compute((q_idx - kv_idx + 0.0) if hostile != "overflow" else (kv_idx - q_idx + 0.0))
+    mod = lambda s, b, h, q_idx, kv_idx: (
+        s + compute((q_idx - kv_idx + 0.0) if hostile != "overflow" else (kv_idx - q_idx + 0.0))
+    )
     built = engine(score_mod=mod, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx < q_idx, scale=0.3)
     q, k, v = qkv(requires_grad=True)
     o = built(q, k, v)
@@ -177,7 +199,9 @@ def test_functions_that_explode_at_hidden_pairs(hostile: str) -> None:
     torch.testing.assert_close(o.double(), built.reference(q, k, v), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (7, 0), (0, 5), (33, 64), (64, 33), (65, 129), (300, 1)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len"), [(1, 1), (7, 0), (0, 5), (33, 64), (64, 33), (65, 129), (300, 1)]
+)
 def test_lengths(q_len: int, kv_len: int) -> None:
     built = engine(dim_v=24)
     q, k, v = qkv(q_len, kv_len, dim_v=24, requires_grad=True)
@@ -292,13 +316,17 @@ def test_a_new_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         o = built(q, k, v)
         if length != 65:
             o.sum().backward()
-    assert sorted(compiled) == ["backward", "delta", "forward"], "the backward is compiled at the first backward"
+    assert sorted(compiled) == ["backward", "delta", "forward"], (
+        "the backward is compiled at the first backward"
+    )
 
 
 def test_engines_do_not_disturb_each_other() -> None:
     io = CustomIO({"bias": ("heads",)})
     add = engine(score_mod=lambda s, c, b, h, q, kv: s + c.input_tensors["bias"] * kv, custom_fwd_inputs=io)
-    multiply = engine(score_mod=lambda s, c, b, h, q, kv: s * c.input_tensors["bias"][h], custom_fwd_inputs=io)
+    multiply = engine(
+        score_mod=lambda s, c, b, h, q, kv: s * c.input_tensors["bias"][h], custom_fwd_inputs=io
+    )
     q, k, v = qkv()
     bias = torch.rand(4)
     kv = torch.arange(50)
@@ -325,7 +353,9 @@ def test_custom_inputs_get_gradients() -> None:
 def test_mask_with_custom_inputs() -> None:
     """Seed: the offset of q is passed by custom_fwd_inputs."""
     io = CustomIO({"offset": (1,)})
-    built = engine(mask_mod=lambda b, h, q, kv, custom: kv <= q + custom.input_tensors["offset"], custom_fwd_inputs=io)
+    built = engine(
+        mask_mod=lambda b, h, q, kv, custom: kv <= q + custom.input_tensors["offset"], custom_fwd_inputs=io
+    )
     q, k, v = qkv(10, 30)
     for offset in (0, 20):
         visible = torch.arange(30)[None, :] <= torch.arange(10)[:, None] + offset
@@ -366,7 +396,9 @@ class SeedSoftmax(OnlineFunc):
         return (scores - final_rowscales["lse"]).exp()
 
     @staticmethod
-    def backward(dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    def backward(
+        dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any
+    ) -> Any:
         return (dp - doosum) * scores
 
 
@@ -454,7 +486,9 @@ def test_check_reports_and_finds_a_wrong_gradient() -> None:
         forward = staticmethod(SeedSoftmax.forward)
 
         @staticmethod
-        def backward(dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        def backward(
+            dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any
+        ) -> Any:
             return dp * scores
 
     assert not engine(online_func=Wrong()).check(q, k, v).ok
@@ -470,7 +504,11 @@ def test_sources_of_every_backend() -> None:
 def test_different_functions_never_share_a_kernel() -> None:
     sources = {
         engine(score_mod=mod).source(backend="cpu").partition("#include")[2]
-        for mod in (lambda s, b, h, q, kv: s * 2.0, lambda s, b, h, q, kv: s * 3.0, lambda s, b, h, q, kv: s + 2.0)
+        for mod in (
+            lambda s, b, h, q, kv: s * 2.0,
+            lambda s, b, h, q, kv: s * 3.0,
+            lambda s, b, h, q, kv: s + 2.0,
+        )
     }
     assert len(sources) == 3
 

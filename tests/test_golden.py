@@ -74,7 +74,9 @@ def _cpp(kernel: Kernel, _: Schedule) -> str:
 
 
 def _triton(kernel: Kernel, schedule: Schedule) -> str:
-    return render_triton(with_header(kernel, "triton", "golden"), TritonOptions(schedule.num_warps, schedule.num_stages))
+    return render_triton(
+        with_header(kernel, "triton", "golden"), TritonOptions(schedule.num_warps, schedule.num_stages)
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -82,9 +84,13 @@ def _triton(kernel: Kernel, schedule: Schedule) -> str:
 @pytest.mark.parametrize("name", SHOWCASE)
 def test_showcase(name: str, backend: str, direction: str, golden: Callable[[str, str], None]) -> None:
     dtype = torch.float32 if backend == "cpu" else torch.bfloat16
-    engine = AttentionEngine([meta_tensor(None, None, None, 64, dtype=dtype)] * 3, **SHOWCASE[name](), backend="torch")
+    engine = AttentionEngine(
+        [meta_tensor(None, None, None, 64, dtype=dtype)] * 3, **SHOWCASE[name](), backend="torch"
+    )
     program = engine.program
-    schedule = cpu_schedule(CpuTarget().lanes(program.element)) if backend == "cpu" else gpu_schedule(64, 64, 2)
+    schedule = (
+        cpu_schedule(CpuTarget().lanes(program.element)) if backend == "cpu" else gpu_schedule(64, 64, 2)
+    )
     learned = tuple(c.name for c in program.differentiable_captures)
     render, ending = (_cpp, "cpp") if backend == "cpu" else (_triton, "py")
     for kernel in lower(program, schedule, direction, learned).kernels:

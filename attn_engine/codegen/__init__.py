@@ -1,1 +1,1 @@
-"""From programs to kernel text: scheduling, lowering to tile kernels, rendering. Pure: no torch, no compiler, no device."""
+"""From programs to kernel text: scheduling, lowering to tile kernels, rendering. Pure: no torch, no device."""

@@ -1,6 +1,6 @@
 """The ordered list of stages from a program to kernel text, nothing else.
 
-    program, schedule -> lower_forward / lower_backward -> Kernel -> (backend's renderer) -> source
+program, schedule -> lower_forward / lower_backward -> Kernel -> (backend's renderer) -> source
 """
 
 from __future__ import annotations

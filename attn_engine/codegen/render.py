@@ -12,10 +12,18 @@ from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt
 
 # operator, precedence: higher binds tighter, as in Python
 INFIX: Mapping[Op, tuple[str, int]] = {
-    Op.LE: ("<=", 2), Op.LT: ("<", 2), Op.EQ: ("==", 2), Op.NE: ("!=", 2),
-    Op.OR: ("|", 3), Op.AND: ("&", 4),
-    Op.ADD: ("+", 5), Op.SUB: ("-", 5),
-    Op.MUL: ("*", 6), Op.DIV: ("/", 6), Op.FLOORDIV: ("//", 6), Op.MOD: ("%", 6),
+    Op.LE: ("<=", 2),
+    Op.LT: ("<", 2),
+    Op.EQ: ("==", 2),
+    Op.NE: ("!=", 2),
+    Op.OR: ("|", 3),
+    Op.AND: ("&", 4),
+    Op.ADD: ("+", 5),
+    Op.SUB: ("-", 5),
+    Op.MUL: ("*", 6),
+    Op.DIV: ("/", 6),
+    Op.FLOORDIV: ("//", 6),
+    Op.MOD: ("%", 6),
 }
 PREFIX: Mapping[Op, str] = {Op.NEG: "-", Op.NOT: "~"}
 UNARY = 7

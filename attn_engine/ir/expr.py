@@ -132,7 +132,13 @@ class Const(Expr):
     value: Number
 
     def _type(self) -> tuple[DType, tuple[str, ...]]:
-        kind = DType.BOOL if isinstance(self.value, bool) else DType.INT if isinstance(self.value, int) else DType.FLOAT
+        kind = (
+            DType.BOOL
+            if isinstance(self.value, bool)
+            else DType.INT
+            if isinstance(self.value, int)
+            else DType.FLOAT
+        )
         return kind, ()
 
 

@@ -13,7 +13,7 @@ _INFIX = {
 }  # fmt: skip
 
 
-def format_expr(e: Expr, outer: int = 0) -> str:
+def format_expr(e: Expr, outer: int = 0) -> str:  # noqa: C901  one line per kind of node
     """The expression in Python's notation, with brackets where precedence `outer` needs them.
 
     >>> from attn_engine.ir.program import KV_IDX, Q_IDX
@@ -65,7 +65,8 @@ def format_rule(rule: OnlineRule) -> str:
     lines += [f"    state {s.name}, at first {s.initial}" for s in rule.states]
     lines.append(f"    weights = {format_expr(rule.weights)}")
     lines += [
-        f"    new {s.name} = {format_expr(value)}" for s, value in zip(rule.states, rule.new_states, strict=True)
+        f"    new {s.name} = {format_expr(value)}"
+        for s, value in zip(rule.states, rule.new_states, strict=True)
     ]
     lines.append(f"    out = out * ({format_expr(rule.out_scale)}) + weights @ v")
     lines.append(f"    at the end: out = {format_expr(rule.output)}")
@@ -114,5 +115,7 @@ def _block(body: tuple[Stmt, ...], depth: int) -> list[str]:
             case StoreTile(tensor, indices, value):
                 lines.append(f"{tensor}[{', '.join(format_expr(i) for i in indices)}] = {format_expr(value)}")
             case Accumulate(tensor, indices, value):
-                lines.append(f"{tensor}[{', '.join(format_expr(i) for i in indices)}] += {format_expr(value)}")
+                lines.append(
+                    f"{tensor}[{', '.join(format_expr(i) for i in indices)}] += {format_expr(value)}"
+                )
     return [("  " * depth + line).rstrip() for line in lines]

@@ -92,7 +92,7 @@ Stmt = Section | Let | Loop | If | StoreTile | Accumulate
 class Param:
     """A tensor argument: its storage and the names of its sizes, outermost first.
 
-    Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v" and, for captured tensors, "<name>_size_<i>".
+    Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v"; "<name>_size_<i>" for captured tensors.
     Strides are arguments too, one per dimension, in elements.
     """
 
@@ -106,7 +106,7 @@ class Param:
 class Kernel:
     """One kernel: parameters, what its program ids are, and what a program instance does.
 
-    grid: axes of the launch, fastest first, such as ("q", "head", "batch"); a tile axis counts tiles, others count one by one.
+    grid: axes of the launch, fastest first, such as ("q", "head", "batch"); a tile axis counts tiles, others ones.
     """
 
     name: str

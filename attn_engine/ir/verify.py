@@ -78,7 +78,9 @@ class _Verifier:
                 self.require(self.params[tensor].output, f"{tensor!r} is written, but is not an output")
                 if isinstance(s, StoreTile):
                     extra = set(value.axes) - {a for i in indices for a in i.axes}
-                    self.require(not extra, f"the value stored to {tensor!r} has axes {sorted(extra)} that it lacks")
+                    self.require(
+                        not extra, f"the value stored to {tensor!r} has axes {sorted(extra)} that it lacks"
+                    )
 
     def assign(self, s: Let) -> None:
         before = self.known.get(s.name)

@@ -17,7 +17,11 @@ from attn_engine.codegen.lower.capture import CaptureGradient
 from attn_engine.codegen.pipeline import with_header
 from attn_engine.codegen.schedule import Schedule, cpu_schedule, gpu_schedule, torch_schedule
 from attn_engine.errors import (
-    BackendNotInstalled, CompilerMissing, GradientNotSupported, UnknownBackend, UnsupportedOnBackend,
+    BackendNotInstalled,
+    CompilerMissing,
+    GradientNotSupported,
+    UnknownBackend,
+    UnsupportedOnBackend,
 )
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.printer import format_kernel
@@ -121,7 +125,9 @@ class TritonBackend:
     def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable:
         if importlib.util.find_spec("triton") is None:
             raise BackendNotInstalled(
-                backend=self.name, needs="the package triton", instead="Install it: pip install 'triton>=3.6,<3.8'."
+                backend=self.name,
+                needs="the package triton",
+                instead="Install it: pip install 'triton>=3.6,<3.8'.",
             )
         from attn_engine.runtime.triton_launch import compile_triton
 

@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 
 from attn_engine.errors import (
-    CapturedOnOtherDevice, CustomInputShape, DeviceMismatch, DtypeMismatch, HeadDimMismatch, HeadsNotDivisible,
-    IndexOutOfRange, MetaMismatch, NotATensor, ShapeMismatch, UnsupportedDtype, WrongLayout, WrongRank,
+    CapturedOnOtherDevice,
+    CustomInputShape,
+    DeviceMismatch,
+    DtypeMismatch,
+    HeadDimMismatch,
+    HeadsNotDivisible,
+    IndexOutOfRange,
+    MetaMismatch,
+    NotATensor,
+    ShapeMismatch,
+    UnsupportedDtype,
+    WrongLayout,
+    WrongRank,
 )
 from attn_engine.ir.expr import Expr, Load, loads
 from attn_engine.ir.ops import Number
@@ -39,14 +50,19 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, expected: Expected) -> None:
         if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise NotATensor(argument=name, got=type(x).__name__)
         if x.ndim != 4:
-            raise WrongRank(argument=name, got=x.ndim, shape=tuple(x.shape), expected=4, layout=LAYOUTS[expected.layout])
+            raise WrongRank(
+                argument=name, got=x.ndim, shape=tuple(x.shape), expected=4, layout=LAYOUTS[expected.layout]
+            )
     _check_kinds(named, expected)
     problem = _shape_problem(named, expected, expected.layout)
     if problem is not None:
         other = OTHER_LAYOUT[expected.layout]
         if _plausible(q, expected.layout, problem) and _shape_problem(named, expected, other) is None:
             raise WrongLayout(
-                argument=problem.details.get("argument", "q"), shape=tuple(q.shape), layout=expected.layout, other=other
+                argument=problem.details.get("argument", "q"),
+                shape=tuple(q.shape),
+                layout=expected.layout,
+                other=other,
             )
         raise problem
 
@@ -91,7 +107,9 @@ def _shape_problem(
             full = list(shapes[name])
             full[position] = wanted
             full = full if layout == "bhsd" else [full[0], full[2], full[1], full[3]]
-            return ShapeMismatch(argument=name, got=tuple(named[name].shape), expected=tuple(full), reason=reason)
+            return ShapeMismatch(
+                argument=name, got=tuple(named[name].shape), expected=tuple(full), reason=reason
+            )
     if kv_heads == 0 or heads % max(kv_heads, 1):
         return HeadsNotDivisible(heads=heads, kv_heads=kv_heads)
     for (name, shape), sizes in zip(shapes.items(), expected.sizes, strict=True):
@@ -162,7 +180,7 @@ def check_int64(name: str, x: Tensor) -> None:
         low, high = torch.aminmax(x)
         if int(low) < limits.min or int(high) > limits.max:
             raise UnsupportedDtype(
-                argument=f"captured tensor {name!r}", got=f"int64 with values up to {int(high)}", supported="32-bit integers"
+                argument=f"captured tensor {name!r}",
+                got=f"int64 with values up to {int(high)}",
+                supported="32-bit integers",
             )
-
-

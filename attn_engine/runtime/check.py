@@ -56,7 +56,10 @@ class CheckReport:
 
     def __str__(self) -> str:
         width = max(8, *(len(t.name) for t in self.tensors))
-        lines = [self.title, f"{'tensor':<{width}}  {'max error':>10}  {'relative':>10}  {'eager':>10}  {'limit':>10}"]
+        lines = [
+            self.title,
+            f"{'tensor':<{width}}  {'max error':>10}  {'relative':>10}  {'eager':>10}  {'limit':>10}",
+        ]
         lines += [
             f"{t.name:<{width}}  {t.error:>10.2e}  {t.relative:>10.2e}  {t.eager_error:>10.2e}  {t.limit:>10.2e}  "
             f"{'ok' if t.ok else 'WRONG'}"
@@ -67,7 +70,9 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def compare(engine: Any, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> CheckReport:
+def compare(
+    engine: Any, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor
+) -> CheckReport:
     """Output, row values and gradients of `engine(q, k, v, ...)` against the reference.
 
     The gradients are those of sum(o * r) for a fixed random r, with respect to q, k, v and each floating tensor that
@@ -87,7 +92,9 @@ def compare(engine: Any, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor
 
     def dense(dtype: torch.dtype) -> Run:
         def run(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
-            return reference(program, call.logical(q), call.logical(k), call.logical(v), tensors, numbers, dtype)
+            return reference(
+                program, call.logical(q), call.logical(k), call.logical(v), tensors, numbers, dtype
+            )
 
         return run
 
@@ -138,11 +145,15 @@ def _report(name: str, found: Tensor, eager: Tensor, exact: Tensor, computed: to
     finite = exact[torch.isfinite(exact)].abs()
     scale = finite.max().item() if finite.numel() else 0.0
     error, eager_error = _largest_error(found, exact), _largest_error(eager, exact)
-    dtype = max(computed, found.dtype, key=lambda d: torch.finfo(d).eps)  # a float32 bias beside float64 q, say
+    dtype = max(
+        computed, found.dtype, key=lambda d: torch.finfo(d).eps
+    )  # a float32 bias beside float64 q, say
     # Where eager PyTorch is itself in float64 or happens to be exact, rounding of our own kind must still pass.
     floor = 1e-10 * scale + 1e-12 if dtype is torch.float64 else _relative_floor(dtype) * scale + 1e-7
     limit = max(2 * eager_error, floor) if eager_error < float("inf") else floor
-    return TensorReport(name, tuple(exact.shape), error, error / scale if scale else error, eager_error, limit)
+    return TensorReport(
+        name, tuple(exact.shape), error, error / scale if scale else error, eager_error, limit
+    )
 
 
 def _relative_floor(dtype: torch.dtype) -> float:

@@ -34,7 +34,9 @@ WANTED_BACKWARD_TASKS = 8
 class Launchable(Protocol):
     """A compiled kernel."""
 
-    def launch(self, tensors: dict[str, Tensor], scalars: dict[str, Number], sizes: dict[str, int]) -> None: ...
+    def launch(
+        self, tensors: dict[str, Tensor], scalars: dict[str, Number], sizes: dict[str, int]
+    ) -> None: ...
 
 
 class Backend(Protocol):
@@ -107,14 +109,23 @@ class CompiledAttention:
         gradients: tuple[Tensor, Tensor, Tensor],
         learned: tuple[str, ...],
     ) -> dict[str, Tensor]:
-        """Fill dq, dk, dv; returns the gradients of the captured tensors in `learned`, in their own shapes and dtypes."""
+        """Fill dq, dk, dv; returns the gradients of the tensors in `learned`, in their own shapes and dtypes."""
         q, k, v = inputs
         dq, dk, dv = gradients
         module, kernels = self.kernels("backward", learned)
         captures = capture_gradients(self.program, learned)
         sizes = sizes_of(q, k)
         numbers = dict(scalars)
-        tensors: dict[str, Tensor] = {"Q": q, "K": k, "V": v, "O": out, "dO": d_out, "dK": dk, "dV": dv, **captured}
+        tensors: dict[str, Tensor] = {
+            "Q": q,
+            "K": k,
+            "V": v,
+            "O": out,
+            "dO": d_out,
+            "dK": dk,
+            "dV": dv,
+            **captured,
+        }
         names = [saved_param(name) for name, _ in self.program.rule.saved]
         tensors.update(zip(names, saved, strict=True))
         tensors["Delta"] = self._rows(q)

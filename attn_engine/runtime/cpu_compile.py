@@ -135,7 +135,9 @@ def _include_folder(compiler: Compiler, definition: tuple[str, ...]) -> Path:
         shutil.copytree(INCLUDE, folder)
         header = folder / "tiles.h"
         flags = [flag for flag in compiler.flags if flag != "-shared"]
-        _output([*compiler.command, *flags, *definition, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
+        _output(
+            [*compiler.command, *flags, *definition, "-x", "c++-header", str(header), "-o", f"{header}.gch"]
+        )
 
     try:
         return stored(f"headers_{key_of(_headers(), *_made_by(compiler), *definition)}", build)
@@ -150,7 +152,9 @@ def _build(library: Path, source: str, compiler: Compiler) -> None:
     include = _include_folder(compiler, definition)
     command = [*compiler.command, *compiler.flags, f"-I{include}", str(text), "-o", str(library)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE, check=False
+        )
         output, failed = done.stderr, done.returncode != 0
     except subprocess.TimeoutExpired:
         output, failed = f"The compiler took more than {SECONDS_TO_COMPILE} seconds and was stopped.", True

@@ -45,7 +45,9 @@ class CpuKernel:
         self._function.restype = None
         self._tensors = [p.name for p in kernel.params]
         self._scalars = [v.name for v in kernel.scalars]
-        self._grid = [(COUNTS.get(a) or LENGTHS[a], kernel.block(a) if a in LENGTHS else 1) for a in kernel.grid]
+        self._grid = [
+            (COUNTS.get(a) or LENGTHS[a], kernel.block(a) if a in LENGTHS else 1) for a in kernel.grid
+        ]
         self._loops = [LENGTHS[a] for a, _ in kernel.tile if a in LENGTHS and a not in kernel.grid]
         self._width = max((n for a, n in kernel.tile if a not in LENGTHS), default=1)
         slots = "".join("q" * (1 + 2 * max(len(p.shape), 1)) for p in kernel.params)

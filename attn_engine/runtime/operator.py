@@ -97,7 +97,9 @@ def run_backward(
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, scalars: Sequence[Number], q: Tensor, k: Tensor, v: Tensor, *captured: Tensor):
+    def forward(
+        ctx: Any, call: Call, scalars: Sequence[Number], q: Tensor, k: Tensor, v: Tensor, *captured: Tensor
+    ):
         out, *saved = run_forward(call, q, k, v, captured, scalars)
         ctx.save_for_backward(q, k, v, out, *saved, *captured)
         ctx.call, ctx.scalars, ctx.learned, ctx.rows = call, scalars, call.learned(captured), len(saved)
@@ -118,7 +120,13 @@ class _Function(torch.autograd.Function):
 
 
 def apply(
-    call: Call, key: int, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], scalars: Sequence[Number]
+    call: Call,
+    key: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    scalars: Sequence[Number],
 ) -> Sequence[Tensor]:
     """[o, saved rows...], recorded for autograd where an input requires it."""
     if torch.compiler.is_compiling() or not (type(q) is Tensor or isinstance(q, torch.nn.Parameter)):
@@ -133,7 +141,12 @@ def apply(
 
 @torch.library.custom_op("attn_engine::forward", mutates_args=())
 def _forward_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: list[torch.Tensor], scalars: list[float], key: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captured: list[torch.Tensor],
+    scalars: list[float],
+    key: int,
 ) -> list[torch.Tensor]:
     return run_forward(_calls[key], q, k, v, captured, scalars)
 
@@ -189,4 +202,3 @@ def _backward(ctx: Any, d_outputs: list[Tensor]) -> tuple[Any, ...]:
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-

@@ -89,7 +89,11 @@ def _positions(score: Tensor) -> Environment:
 
 
 def _visible(
-    mask: ScalarFn | None, environment: Environment, tensors: Mapping[str, Tensor], score: Tensor, nothing: bool
+    mask: ScalarFn | None,
+    environment: Environment,
+    tensors: Mapping[str, Tensor],
+    score: Tensor,
+    nothing: bool,
 ) -> Tensor:
     """Which pairs count: bool, of the full shape of the scores."""
     if nothing:
@@ -198,5 +202,3 @@ def guarded(rule: OnlineRule) -> tuple[Expr, tuple[Expr, ...]]:
         substitute(new, {node: s for node, s in safe.items() if node is not new}) for new in rule.new_states
     )
     return substitute(rule.weights, dict(safe)), states
-
-

@@ -51,7 +51,9 @@ def run_kernel(
     scalars: the kernel's run-time numbers by name. sizes: "batches", "heads", "kv_heads", "q_len", "kv_len"; those
     that are dimensions of a parameter may be left out. Raises KeyError for anything missing.
     """
-    known = {name: size for p in kernel.params for name, size in zip(p.shape, tensors[p.name].shape, strict=True)}
+    known = {
+        name: size for p in kernel.params for name, size in zip(p.shape, tensors[p.name].shape, strict=True)
+    }
     numbers: dict[str, Number] = {**known, **(sizes or {}), **scalars}
     with torch.no_grad():
         for place in _instances(kernel, numbers):
@@ -84,7 +86,11 @@ class _Instance:
     """One program instance: the values of its names and the positions of its tiles."""
 
     def __init__(
-        self, kernel: Kernel, tensors: Mapping[str, Tensor], numbers: Mapping[str, Number], place: Mapping[str, int]
+        self,
+        kernel: Kernel,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Number],
+        place: Mapping[str, int],
     ) -> None:
         self.kernel = kernel
         self.params: dict[str, Param] = {p.name: p for p in kernel.params}
@@ -269,7 +275,9 @@ class _Instance:
             inside = [i.clamp(0, size - 1) for i, size in zip(indices, tensor.shape, strict=True)]
             result = tensor[tuple(inside)]
             if not clamped:
-                legal = torch.stack(torch.broadcast_tensors(*[i == j for i, j in zip(indices, inside, strict=True)]))
+                legal = torch.stack(
+                    torch.broadcast_tensors(*[i == j for i, j in zip(indices, inside, strict=True)])
+                )
                 result = torch.where(legal.all(0), result, torch.zeros((), dtype=result.dtype))
         result = result.to(torch_kind(node.dtype, self.compute))
         return result if node.axes else result.item()

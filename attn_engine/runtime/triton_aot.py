@@ -60,7 +60,9 @@ class AotReport:
         )
 
 
-def compile_ahead(kernel: Kernel, source: str, target: str, options: TritonOptions | None = None) -> AotReport:
+def compile_ahead(
+    kernel: Kernel, source: str, target: str, options: TritonOptions | None = None
+) -> AotReport:
     """Compile `source` for "sm_80", "sm_90", "sm_100" or "gfx942". Needs no GPU and no toolkit besides triton.
 
     Assumes what a usual launch has: aligned tensors whose last dimension is contiguous. Raises BackendNotInstalled
@@ -72,7 +74,9 @@ def compile_ahead(kernel: Kernel, source: str, target: str, options: TritonOptio
         from triton.compiler import ASTSource
     except ImportError as error:
         raise BackendNotInstalled(
-            backend="triton", needs="the package triton", instead="Install it: pip install 'triton>=3.6,<3.8'."
+            backend="triton",
+            needs="the package triton",
+            instead="Install it: pip install 'triton>=3.6,<3.8'.",
         ) from error
     options, limit = options or TritonOptions(), SHARED_LIMITS[target]
     function = getattr(load_source(source, kernel.name), kernel.name)

@@ -31,7 +31,9 @@ class TritonKernel:
         self._function = getattr(load_source(source, kernel.name), kernel.name)
         known = _arguments(kernel)
         self._values = [known[name] for name in argument_names(kernel)]
-        self._grid = [(_LENGTHS.get(a) or GRID_SIZES[a], kernel.block(a) if a in _LENGTHS else 1) for a in kernel.grid]
+        self._grid = [
+            (_LENGTHS.get(a) or GRID_SIZES[a], kernel.block(a) if a in _LENGTHS else 1) for a in kernel.grid
+        ]
 
     def launch(
         self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Number], sizes: Mapping[str, int]
@@ -50,7 +52,9 @@ class TritonKernel:
         try:
             self._run(grid, args)
         except Exception as error:
-            raise LaunchFailed(kernel=self.name, backend=self._backend, reason=str(error) or repr(error)) from error
+            raise LaunchFailed(
+                kernel=self.name, backend=self._backend, reason=str(error) or repr(error)
+            ) from error
 
     def grid(self, sizes: Mapping[str, Number]) -> tuple[int, int, int]:
         """How many program instances there are along each of the launch's three dimensions."""
@@ -73,7 +77,9 @@ class TritonKernel:
             return
         for count, most in zip(grid, _MOST_PROGRAMS, strict=True):
             if count > most:
-                raise ValueError(f"a grid of {grid} program instances; the device takes at most {_MOST_PROGRAMS}")
+                raise ValueError(
+                    f"a grid of {grid} program instances; the device takes at most {_MOST_PROGRAMS}"
+                )
         device = next(x.device for x in args if isinstance(x, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self._function[grid](*args, num_warps=self.options.num_warps, num_stages=self.options.num_stages)
@@ -87,7 +93,9 @@ def compile_triton(
         import triton  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise BackendNotInstalled(
-            backend="triton", needs="the package triton", instead="Install it: pip install 'triton>=3.6,<3.8'."
+            backend="triton",
+            needs="the package triton",
+            instead="Install it: pip install 'triton>=3.6,<3.8'.",
         ) from error
     return TritonKernel(kernel, source, options or TritonOptions(), interpret)
 
@@ -110,7 +118,9 @@ def _arguments(kernel: Kernel) -> dict[str, Callable[[_Call], Any]]:
     def size(name: str) -> Callable[[_Call], Any]:
         return lambda call: call[2][name]
 
-    found: dict[str, Callable[[_Call], Any]] = {n: size(n) for n in (*GRID_SIZES.values(), *_LENGTHS.values())}
+    found: dict[str, Callable[[_Call], Any]] = {
+        n: size(n) for n in (*GRID_SIZES.values(), *_LENGTHS.values())
+    }
     found |= {s.name: number(s.name, float if s.dtype is DType.FLOAT else int) for s in kernel.scalars}
     for p in kernel.params:
         found[p.name] = tensor(p.name)

@@ -58,7 +58,9 @@ def library(target: str, folder: Path) -> ctypes.CDLL:
     source.write_text(BODY + " ".join(f"LANES_OF({f})" for f in FUNCTIONS) + INTEGERS)
     double = ["-DCOMPUTE_IN_DOUBLE=1"] if "double" in target else []
     made = source.with_suffix(".so")
-    subprocess.run([*compiler.command, *compiler.flags, *double, f"-I{INCLUDE}", source, "-o", made], check=True)
+    subprocess.run(
+        [*compiler.command, *compiler.flags, *double, f"-I{INCLUDE}", source, "-o", made], check=True
+    )
     return ctypes.CDLL(str(made))
 
 
@@ -79,7 +81,9 @@ def arguments(name: str, dtype: torch.dtype) -> torch.Tensor:
     x = torch.cat([small, large, tiny, -tiny]).to(dtype)
     if name in ("log", "log2", "sqrt", "rsqrt"):
         return x.abs() + torch.finfo(dtype).tiny
-    return x.clamp(-80, 80) if name in ("exp", "exp2", "sigmoid") else x  # far ends are looked at by themselves
+    return (
+        x.clamp(-80, 80) if name in ("exp", "exp2", "sigmoid") else x
+    )  # far ends are looked at by themselves
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -93,7 +97,9 @@ def test_functions_are_accurate(target: str, folder: Path):
         for kind in ("lanes", "number"):
             got = apply(library(target, folder)[f"{kind}_{name}"], x, dtype).double()
             worst = ((got - want).abs() / spacing).max().item()
-            assert worst <= UNITS.get(name, 1) + (4 if dtype is torch.float64 else 0), f"{kind} {name}: {worst} units"
+            assert worst <= UNITS.get(name, 1) + (4 if dtype is torch.float64 else 0), (
+                f"{kind} {name}: {worst} units"
+            )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -102,7 +108,9 @@ def test_functions_at_the_ends(target: str, folder: Path):
     inf, nan = math.inf, math.nan
     ends = torch.tensor([-inf, inf, nan, 0.0, -1000.0, 1000.0, *[1.0] * 58], dtype=dtype)
     expected = {
-        "exp2": [0, inf, nan, 1, 0, inf], "exp": [0, inf, nan, 1, 0, inf], "tanh": [-1, 1, nan, 0, -1, 1],
+        "exp2": [0, inf, nan, 1, 0, inf],
+        "exp": [0, inf, nan, 1, 0, inf],
+        "tanh": [-1, 1, nan, 0, -1, 1],
         "sigmoid": [0, 1, nan, 0.5, 0, 1],
     }
     for name, values in expected.items():
@@ -110,7 +118,9 @@ def test_functions_at_the_ends(target: str, folder: Path):
         want = torch.tensor(values, dtype=dtype)
         if dtype is torch.float64 and name.startswith("exp"):
             want[4:] = got[4:]  # in range or not, by the library
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_division_of_integers_rounds_down(folder: Path):
@@ -130,8 +140,13 @@ def test_half_types_convert_as_torch_does(target: str, dtype: torch.dtype, folde
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
     exact = every.view(dtype).float()
     for kind in ("from", "vector_from"):
-        torch.testing.assert_close(apply(library(target, folder)[f"{kind}_{name}"], every, torch.float32), exact,
-                                   rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            apply(library(target, folder)[f"{kind}_{name}"], every, torch.float32),
+            exact,
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+        )
     finite = exact[exact.isfinite()]
     ends = torch.tensor([math.inf, -math.inf, 1e38, 65520.0])
     x = torch.cat([ends, *(finite * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13))])

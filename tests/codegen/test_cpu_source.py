@@ -53,7 +53,9 @@ def test_forward_has_a_loop_per_product_and_one_for_the_powers(score: ScalarFn |
         loops = row_loops(nests)
         assert [n.shape.rows for n in loops] == ["kv", "kv", "dv"]
         assert [isinstance(n.steps[0], Product) for n in loops] == [True, False, True]
-        assert [len(n.stored) for n in loops] == [1, 1, 1], "nothing but scores, weights and the output is stored"
+        assert [len(n.stored) for n in loops] == [1, 1, 1], (
+            "nothing but scores, weights and the output is stored"
+        )
         assert set(loops[1].places) == {"probs"}, "weights overwrite the scores"
 
 
@@ -100,7 +102,9 @@ def test_slots_name_every_argument():
 def test_numbers_survive_the_text():
     for element, suffix in ((Storage.FLOAT32, "f"), (Storage.FLOAT64, "")):
         lanes = CpuTarget().lanes(element)
-        text = render_cpu(kernel(program(function(SCORE + 0.1), element=element), "forward", lanes=lanes), CpuTarget())
+        text = render_cpu(
+            kernel(program(function(SCORE + 0.1), element=element), "forward", lanes=lanes), CpuTarget()
+        )
         assert f"+ 0.1{suffix};" in text or f"+ 0.1{suffix} " in text
 
 
@@ -108,7 +112,9 @@ def test_a_remark_never_swallows_code():
     squared = SCORE * SCORE
     source = 'file.py:3: x = a + \\ \\ \n#error "no"'
     text = render_cpu(
-        kernel(program(ScalarFn("f", squared + 1.0, names={squared: "x"}, sources={squared: source})), "forward"),
+        kernel(
+            program(ScalarFn("f", squared + 1.0, names={squared: "x"}, sources={squared: source})), "forward"
+        ),
         CpuTarget(),
     )
     lines = text.splitlines()
@@ -123,11 +129,15 @@ def awkward_program() -> Attention:
     """A user whose local variables, tensor and number are called like the generated code's own names."""
     nodes = [SCORE]
     for i in range(len(AWKWARD)):
-        nodes.append(nodes[-1] * (1.0 + i) + Load("register", DType.FLOAT, (HEAD,)) * Var("scratch", DType.FLOAT))
+        nodes.append(
+            nodes[-1] * (1.0 + i) + Load("register", DType.FLOAT, (HEAD,)) * Var("scratch", DType.FLOAT)
+        )
     names = dict(zip(nodes[1:], AWKWARD))
     names[nodes[-1]] = "unused"
     result = call(Op.EXP2, call(Op.MAX, nodes[-1], nodes[-2]))
-    mod = ScalarFn("mod", result, (Captured("register", Storage.FLOAT32, 1),), (Var("scratch", DType.FLOAT),), names)
+    mod = ScalarFn(
+        "mod", result, (Captured("register", Storage.FLOAT32, 1),), (Var("scratch", DType.FLOAT),), names
+    )
     return program(mod, CAUSAL, RULES["sigmoid"]())
 
 
@@ -151,4 +161,15 @@ def test_every_function_of_the_headers_is_taken():
     called = set(re.findall(r"^(?:INLINE|OUTLINE) [\w<>:, *&]+? (\w+)\(", code, re.MULTILINE))
     assert len(called) > 30
     assert called <= header_names()
-    assert {"Floats", "Rows", "Matrix", "LANES", "ROWS", "UNROLL", "exp2", "tanh", "where", "Real"} <= header_names()
+    assert {
+        "Floats",
+        "Rows",
+        "Matrix",
+        "LANES",
+        "ROWS",
+        "UNROLL",
+        "exp2",
+        "tanh",
+        "where",
+        "Real",
+    } <= header_names()

@@ -39,7 +39,9 @@ def showcase() -> list[Kernel]:
     return [k for m in modules for k in m.kernels]
 
 
-def small(*body: Stmt, scalars: tuple[Var, ...] = (), grid: tuple[str, ...] = ("q", "head", "batch")) -> Kernel:
+def small(
+    *body: Stmt, scalars: tuple[Var, ...] = (), grid: tuple[str, ...] = ("q", "head", "batch")
+) -> Kernel:
     params = (
         Param("X", Storage.FLOAT32, ("batches", "heads", "q_len"), True),
         Param("table", Storage.FLOAT32, ("table_size_0", "table_size_1"), True),
@@ -51,7 +53,9 @@ def small(*body: Stmt, scalars: tuple[Var, ...] = (), grid: tuple[str, ...] = ("
 def stored(value: Expr) -> str:
     """The text of a value as it is stored, one row of X."""
     text = render_triton(small(StoreTile("X", (BATCH, HEAD, Q_IDX), value)))
-    calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "tl.store"]
+    calls = [
+        n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "tl.store"
+    ]
     return ast.unparse(calls[0].args[1])
 
 
@@ -71,7 +75,9 @@ def test_showcase_is_formatted(kernel: Kernel, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kernel", showcase(), ids=lambda k: k.name)
 def test_arguments_are_those_of_the_text(kernel: Kernel) -> None:
     (definition,) = [
-        n for n in ast.parse(render_triton(kernel)).body if isinstance(n, ast.FunctionDef) and n.name == kernel.name
+        n
+        for n in ast.parse(render_triton(kernel)).body
+        if isinstance(n, ast.FunctionDef) and n.name == kernel.name
     ]
     assert tuple(a.arg for a in definition.args.args) == argument_names(kernel)
     read = {n.id for n in ast.walk(definition) if isinstance(n, ast.Name)}
@@ -121,8 +127,17 @@ def test_users_names_do_not_hide_the_files_own() -> None:
     lets = [Let(n, call(Op.TANH, Full(0.5, ("q",)))) for n in names]
     stores = [StoreTile("X", (BATCH, HEAD, Q_IDX), Var(n, DType.FLOAT, ("q",))) for n in names]
     text = render_triton(small(*lets, *stores))
-    assigned = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    assert {"tl_value", "X_value", "BLOCK_Q_value", "tanh_value", "q_tile_value", "table_stride_0_value"} <= assigned
+    assigned = {
+        n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+    assert {
+        "tl_value",
+        "X_value",
+        "BLOCK_Q_value",
+        "tanh_value",
+        "q_tile_value",
+        "table_stride_0_value",
+    } <= assigned
     assert not assigned & {"tl", "X", "tanh", "table_stride_0"}
 
 

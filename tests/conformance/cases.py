@@ -36,7 +36,12 @@ def retention(s: Tensor, visible: Tensor) -> Tensor:
     return s / s.abs().sum(-1, keepdim=True).clamp(min=1.0)
 
 
-NORMALISERS: dict[str, Normaliser] = {"softmax": softmax, "sigmoid": sigmoid, "relu": relu, "retention": retention}
+NORMALISERS: dict[str, Normaliser] = {
+    "softmax": softmax,
+    "sigmoid": sigmoid,
+    "relu": relu,
+    "retention": retention,
+}
 
 
 @dataclass(frozen=True)

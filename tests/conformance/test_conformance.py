@@ -1,4 +1,4 @@
-"""Normalisers x masks and score functions x dtypes x head ratios x lengths, output and every gradient, against formulas."""
+"""Normalisers x masks and score functions x dtypes x head ratios x lengths: output and gradients, against formulas."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ SCALE = 0.25
 
 
 def run_case(
-    backend: str, normaliser: str, variant: Variant, dtype: torch.dtype, heads: tuple[int, int], lengths: tuple[int, int]
+    backend: str,
+    normaliser: str,
+    variant: Variant,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    lengths: tuple[int, int],
 ) -> dict[str, tuple[float, float]]:
     """(error, budget) of the output and of each gradient."""
     (h, h_kv), (q_len, kv_len) = heads, lengths
@@ -50,11 +55,18 @@ def run_case(
 
 
 def dense(
-    normaliser: str, variant: Variant, inputs: list[Tensor], tensors: dict[str, Tensor], dtype: torch.dtype, like: Tensor
+    normaliser: str,
+    variant: Variant,
+    inputs: list[Tensor],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    like: Tensor,
 ) -> list[Tensor]:
     """The formulas in `dtype`, with gradients: the truth in float64, and what eager torch would give in another."""
     exact = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    captured = {n: t.detach().to(dtype).requires_grad_() if n in variant.learned else t for n, t in tensors.items()}
+    captured = {
+        n: t.detach().to(dtype).requires_grad_() if n in variant.learned else t for n, t in tensors.items()
+    }
     q, k, v = (x.transpose(1, 2) for x in exact)
     context = Context(q.shape[0], q.shape[1], q.shape[2], k.shape[2], captured)
     return outputs_and_gradients(
@@ -64,7 +76,9 @@ def dense(
     )
 
 
-def outputs_and_gradients(run: Callable[[], Tensor], wrt: list[Tensor], like: Tensor | None = None) -> list[Tensor]:
+def outputs_and_gradients(
+    run: Callable[[], Tensor], wrt: list[Tensor], like: Tensor | None = None
+) -> list[Tensor]:
     """The output, and its gradients under a weighting that both sides of a comparison share."""
     o = run()
     weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -125,8 +139,12 @@ def test_reference(normaliser: str, variant: str) -> None:
         online_func=RULES[normaliser](),
         scale=SCALE,
     )
-    context = Context(BATCHES, h, q_len, kv_len, {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()})
-    want = dense_attention(normaliser, v, *(x.double().transpose(1, 2) for x in (q, k, value)), SCALE, context)
+    context = Context(
+        BATCHES, h, q_len, kv_len, {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+    )
+    want = dense_attention(
+        normaliser, v, *(x.double().transpose(1, 2) for x in (q, k, value)), SCALE, context
+    )
     torch.testing.assert_close(engine.reference(q, k, value), want.transpose(1, 2), rtol=1e-10, atol=1e-10)
 
 
@@ -139,4 +157,6 @@ INTERPRETED = (
 @pytest.mark.parametrize(("normaliser", "variant"), INTERPRETED)
 def test_triton_interpreter(normaliser: str, variant: str) -> None:
     heads, lengths = HEADS["gqa"], (70, 130)
-    _assert_within(run_case("triton-interpreter", normaliser, VARIANTS[variant], torch.float32, heads, lengths))
+    _assert_within(
+        run_case("triton-interpreter", normaliser, VARIANTS[variant], torch.float32, heads, lengths)
+    )

@@ -28,8 +28,12 @@ ints = st.recursive(
     st.sampled_from([Q_IDX, KV_IDX]) | small.map(Const),
     lambda inner: st.one_of(
         st.builds(call, st.sampled_from([Op.ADD, Op.SUB, Op.MUL, Op.MAX, Op.MIN]), inner, inner),
-        st.builds(lambda op, a, n: call(op, a, n), st.sampled_from([Op.FLOORDIV, Op.MOD]), inner,
-                  st.sampled_from([-3, -2, 1, 2, 5])),
+        st.builds(
+            lambda op, a, n: call(op, a, n),
+            st.sampled_from([Op.FLOORDIV, Op.MOD]),
+            inner,
+            st.sampled_from([-3, -2, 1, 2, 5]),
+        ),
         st.builds(lambda a: -a, inner),
     ),
     max_leaves=6,
@@ -45,7 +49,8 @@ masks = st.recursive(
         st.booleans().map(Const),
     ),
     lambda inner: st.one_of(
-        st.builds(lambda a, b: a & b, inner, inner), st.builds(lambda a, b: a | b, inner, inner),
+        st.builds(lambda a, b: a & b, inner, inner),
+        st.builds(lambda a, b: a | b, inner, inner),
         st.builds(lambda a: ~a, inner),
     ),
     max_leaves=5,
@@ -55,7 +60,9 @@ floats = st.recursive(
     lambda inner: st.one_of(
         st.builds(call, st.sampled_from([Op.ADD, Op.SUB, Op.MUL, Op.MAX, Op.MIN]), inner, inner),
         st.builds(lambda a, b: a / (b * b + 0.5), inner, inner),
-        st.builds(call, st.sampled_from([Op.NEG, Op.TANH, Op.SIGMOID, Op.SIN, Op.COS, Op.EXP, Op.ABS]), inner),
+        st.builds(
+            call, st.sampled_from([Op.NEG, Op.TANH, Op.SIGMOID, Op.SIN, Op.COS, Op.EXP, Op.ABS]), inner
+        ),
         st.builds(lambda a, b, c: where(a < 0.3, b, c), inner, inner, inner),
     ),
     max_leaves=8,
@@ -64,7 +71,8 @@ floats = st.recursive(
 
 def test_the_grammar_in_the_docstrings_is_the_classes() -> None:
     for doc, rule, module, base in (
-        (expr_module.__doc__, "expr", expr_module, expr_module.Expr), (tile_module.__doc__, "stmt", tile_module, None),
+        (expr_module.__doc__, "expr", expr_module, expr_module.Expr),
+        (tile_module.__doc__, "stmt", tile_module, None),
     ):
         assert doc
         body = re.split(r"\n    \w+ +=|\n\n", doc.split(f"{rule} ", 1)[1].split("=", 1)[1])[0]
@@ -72,7 +80,9 @@ def test_the_grammar_in_the_docstrings_is_the_classes() -> None:
             cls = getattr(module, name)
             wanted = [f.strip() for f in fields.split(",")]
             own = [n for n, f in cls.__dataclass_fields__.items() if f.init]
-            own = [{"kind": "dtype", "spans": "axes"}.get(f, f) if base and name != "Reduce" else f for f in own]
+            own = [
+                {"kind": "dtype", "spans": "axes"}.get(f, f) if base and name != "Reduce" else f for f in own
+            ]
             assert own == wanted, name
         if base:
             assert {c.__name__ for c in base.__subclasses__()} == set(re.findall(r"(\w+)\(", body))

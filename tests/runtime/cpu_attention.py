@@ -96,12 +96,20 @@ def inputs(program: Attention, shapes: Shapes, generator: torch.Generator) -> li
 
 
 def expected(
-    rule: str, tensors: Sequence[Tensor], captured: dict[str, Tensor], learned: Sequence[str],
-    scale: float, score_mod: Formula | None, mask_mod: Formula | None,
+    rule: str,
+    tensors: Sequence[Tensor],
+    captured: dict[str, Tensor],
+    learned: Sequence[str],
+    scale: float,
+    score_mod: Formula | None,
+    mask_mod: Formula | None,
 ) -> list[Tensor]:
     """o and the gradients of q, k, v and the learned tensors, densely in float64."""
     q, k, v, d_out = (t.double() for t in tensors)
-    leaves = {n: t.double().requires_grad_(n in learned) if t.is_floating_point() else t for n, t in captured.items()}
+    leaves = {
+        n: t.double().requires_grad_(n in learned) if t.is_floating_point() else t
+        for n, t in captured.items()
+    }
     wanted = [t.requires_grad_() for t in (q, k, v)] + [leaves[n] for n in learned]
     group = q.shape[1] // k.shape[1]
     keys, values = (t.repeat_interleave(group, 1) for t in (k, v))
@@ -117,7 +125,10 @@ def expected(
 
 
 def measured(
-    attention: CompiledAttention, tensors: Sequence[Tensor], captured: dict[str, Tensor], learned: Sequence[str],
+    attention: CompiledAttention,
+    tensors: Sequence[Tensor],
+    captured: dict[str, Tensor],
+    learned: Sequence[str],
     scalars: dict[str, float],
 ) -> list[Tensor]:
     """The same from the kernels, with every output poisoned."""

@@ -29,17 +29,30 @@ def softmax() -> OnlineRule:
     rescale = call(Op.EXP, row_max.var - NEW_MAX)
     lse = saved_var("lse")
     return OnlineRule(
-        "softmax", (row_max, row_sum), weights,
-        (NEW_MAX, row_sum.var * rescale + Reduce("sum", weights, "kv")), rescale,
-        OUT / row_sum.var, (("lse", row_max.var + call(Op.LOG, row_sum.var)),),
-        call(Op.EXP, LOGIT - lse), PROBS * (D_PROBS - DELTA),
+        "softmax",
+        (row_max, row_sum),
+        weights,
+        (NEW_MAX, row_sum.var * rescale + Reduce("sum", weights, "kv")),
+        rescale,
+        OUT / row_sum.var,
+        (("lse", row_max.var + call(Op.LOG, row_sum.var)),),
+        call(Op.EXP, LOGIT - lse),
+        PROBS * (D_PROBS - DELTA),
     )
 
 
 def sigmoid() -> OnlineRule:
     weights = call(Op.SIGMOID, LOGIT)
     return OnlineRule(
-        "sigmoid", (), weights, (), Const(1.0), OUT, (), weights, D_PROBS * PROBS * (1.0 - PROBS),
+        "sigmoid",
+        (),
+        weights,
+        (),
+        Const(1.0),
+        OUT,
+        (),
+        weights,
+        D_PROBS * PROBS * (1.0 - PROBS),
     )
 
 
@@ -56,8 +69,15 @@ def retention() -> OnlineRule:
     saved = saved_var("row_abs_sum")
     kept = call(Op.MAX, saved, 1.0)
     return OnlineRule(
-        "retention", (total,), LOGIT, (new_total,), Const(1.0), OUT / clamped, (("row_abs_sum", total.var),),
-        LOGIT / kept, D_PROBS / kept - where(saved > 1.0, DELTA / saved, 0.0) * sign,
+        "retention",
+        (total,),
+        LOGIT,
+        (new_total,),
+        Const(1.0),
+        OUT / clamped,
+        (("row_abs_sum", total.var),),
+        LOGIT / kept,
+        D_PROBS / kept - where(saved > 1.0, DELTA / saved, 0.0) * sign,
     )
 
 
@@ -69,8 +89,12 @@ def function(result: Expr, *captures: Captured, scalars: tuple[Var, ...] = ()) -
 
 
 def program(
-    score: ScalarFn | None = None, mask: ScalarFn | None = None, rule: OnlineRule | None = None,
-    element: Storage = Storage.FLOAT32, dim_qk: int = 8, dim_v: int = 5,
+    score: ScalarFn | None = None,
+    mask: ScalarFn | None = None,
+    rule: OnlineRule | None = None,
+    element: Storage = Storage.FLOAT32,
+    dim_qk: int = 8,
+    dim_v: int = 5,
 ) -> Attention:
     return Attention("test", score, mask, rule or softmax(), element, dim_qk, dim_v)
 

@@ -75,7 +75,9 @@ def test_refuses_links(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("trouble", ["writable by others", "a link", "a file", "below a file"])
-def test_an_unusable_folder_is_replaced_by_a_private_one(trouble: str, folder: Path, tmp_path: Path, monkeypatch):
+def test_an_unusable_folder_is_replaced_by_a_private_one(
+    trouble: str, folder: Path, tmp_path: Path, monkeypatch
+):
     if trouble == "writable by others":
         folder.mkdir()
         folder.chmod(0o777)
@@ -106,5 +108,7 @@ def test_processes_build_side_by_side(folder: Path):
         "import sys, time; from pathlib import Path; from attn_engine.runtime.cache import stored\n"
         "print(stored('a.so', lambda p: (time.sleep(0.2), p.write_text('x' * 100000))).read_text() == 'x' * 100000)"
     )
-    running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     assert [p.communicate()[0].strip() for p in running] == ["True", "True"]

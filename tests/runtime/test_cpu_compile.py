@@ -66,7 +66,9 @@ def test_a_rejected_kernel_keeps_its_source(compiler: Compiler):
     assert str(caught.value.source) in caught.value.command
 
 
-def test_a_compiler_that_hangs_is_stopped(compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_compiler_that_hangs_is_stopped(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(cpu_compile, "SECONDS_TO_COMPILE", 0.2)
     slow = Compiler((script(tmp_path / "slow", "exec sleep 60"),), "slow", (), (), 64)
     with pytest.raises(CompilationFailed, match="stopped"):

@@ -18,7 +18,10 @@ from tests.runtime.rules import RULES, function, program
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
 TOLERANCE = {  # of o and of gradients, relative to the largest element
-    Storage.FLOAT64: 1e-12, Storage.FLOAT32: 1e-5, Storage.FLOAT16: 4e-3, Storage.BFLOAT16: 3e-2,
+    Storage.FLOAT64: 1e-12,
+    Storage.FLOAT32: 1e-5,
+    Storage.FLOAT16: 4e-3,
+    Storage.BFLOAT16: 3e-2,
 }
 ALPHA = Var("alpha", DType.FLOAT)
 
@@ -49,29 +52,40 @@ CAUSAL = KV_IDX <= Q_IDX
 CASES = {
     "plain": Case(shapes=Shapes(q_len=70, kv_len=200), dims=(64, 64)),
     "causal softcap": Case(
-        call(Op.TANH, SCORE / 5.0) * 5.0, lambda s, *_, **__: 5 * torch.tanh(s / 5), CAUSAL, causal_mod,
-        shapes=Shapes(q_len=200, kv_len=150), dims=(64, 96),
+        call(Op.TANH, SCORE / 5.0) * 5.0,
+        lambda s, *_, **__: 5 * torch.tanh(s / 5),
+        CAUSAL,
+        causal_mod,
+        shapes=Shapes(q_len=200, kv_len=150),
+        dims=(64, 96),
     ),
     "learned slopes, documents": Case(
-        SCORE + read("slopes", HEAD) * (KV_IDX - Q_IDX), lambda s, b, h, i, j, slopes, **_: s + slopes[h] * (j - i),
+        SCORE + read("slopes", HEAD) * (KV_IDX - Q_IDX),
+        lambda s, b, h, i, j, slopes, **_: s + slopes[h] * (j - i),
         read("doc", BATCH, Q_IDX, kind=DType.INT).equals(read("doc", BATCH, KV_IDX, kind=DType.INT)) & CAUSAL,
         lambda b, h, i, j, doc, **_: (doc[b, i] == doc[b, j]) & (j <= i),
-        {"slopes": ((4,), Storage.FLOAT32), "doc": ((2, 90), Storage.INT64)}, ("slopes",),
+        {"slopes": ((4,), Storage.FLOAT32), "doc": ((2, 90), Storage.INT64)},
+        ("slopes",),
     ),
     "learned bias of pairs": Case(
-        SCORE + read("bias", HEAD, Q_IDX, KV_IDX), lambda s, b, h, i, j, bias: s + bias[h, i, j],
-        captured={"bias": ((4, 75, 90), Storage.FLOAT32)}, learned=("bias",),
+        SCORE + read("bias", HEAD, Q_IDX, KV_IDX),
+        lambda s, b, h, i, j, bias: s + bias[h, i, j],
+        captured={"bias": ((4, 75, 90), Storage.FLOAT32)},
+        learned=("bias",),
     ),
     "learned relative table, kept pairs": Case(
-        SCORE + read("table", HEAD, Q_IDX - KV_IDX + 89), lambda s, b, h, i, j, table, **_: s + table[h, i - j + 89],
+        SCORE + read("table", HEAD, Q_IDX - KV_IDX + 89),
+        lambda s, b, h, i, j, table, **_: s + table[h, i - j + 89],
         read("keep", Q_IDX, KV_IDX, kind=DType.BOOL) | KV_IDX.equals(0),
         lambda b, h, i, j, keep, **_: keep[i, j] | (j == 0),
-        {"table": ((4, 165), Storage.FLOAT16), "keep": ((75, 90), Storage.BOOL)}, ("table",),
+        {"table": ((4, 165), Storage.FLOAT16), "keep": ((75, 90), Storage.BOOL)},
+        ("table",),
     ),
     "learned rows and columns": Case(
         SCORE * read("column", KV_IDX) + read("row", BATCH, Q_IDX) * ALPHA,
         lambda s, b, h, i, j, column, row: s * column[j] + row[b, i] * 0.75,
-        captured={"column": ((90,), Storage.FLOAT32), "row": ((2, 75), Storage.BFLOAT16)}, learned=("column", "row"),
+        captured={"column": ((90,), Storage.FLOAT32), "row": ((2, 75), Storage.BFLOAT16)},
+        learned=("column", "row"),
     ),
 }
 
@@ -104,7 +118,10 @@ def every_operation() -> Case:
 
 
 def check(
-    case: Case, generator: torch.Generator, rule: str = "softmax", element: Storage = Storage.FLOAT32,
+    case: Case,
+    generator: torch.Generator,
+    rule: str = "softmax",
+    element: Storage = Storage.FLOAT32,
     processor: str = "native",
 ) -> None:
     captures = tuple(Captured(n, storage, len(shape)) for n, (shape, storage) in case.captured.items())

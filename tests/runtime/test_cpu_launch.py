@@ -53,7 +53,9 @@ def test_results_do_not_depend_on_the_number_of_threads(attention: CompiledAtten
         assert same(run(attention, tensors), alone)
 
 
-def test_without_openmp_python_threads_do_it(attention: CompiledAttention, tensors: list[Tensor], monkeypatch):
+def test_without_openmp_python_threads_do_it(
+    attention: CompiledAttention, tensors: list[Tensor], monkeypatch
+):
     torch.set_num_threads(3)
     expected = run(attention, tensors)
     monkeypatch.setattr(cpu_launch, "openmp_parallel", lambda: None)

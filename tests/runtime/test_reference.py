@@ -62,8 +62,9 @@ def test_normalisers_are_their_formulas(name: str, masked: bool) -> None:
     wanted = by_formula(name, q, k, v, visible)
     torch.testing.assert_close(o, wanted)
     weight = torch.randn_like(o)
-    for a, b in zip(torch.autograd.grad(o, (q, k, v), weight), torch.autograd.grad(wanted, (q, k, v), weight),
-                    strict=True):
+    for a, b in zip(
+        torch.autograd.grad(o, (q, k, v), weight), torch.autograd.grad(wanted, (q, k, v), weight), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -105,16 +106,24 @@ def test_rows_of_minus_infinity_are_empty_rows() -> None:
 
 def test_every_operation_means_the_same_in_torch() -> None:
     assert set(TORCH_FUNCTION) == set(Op)
-    numbers = {DType.FLOAT: [0.4, -1.75, 2.5, 1.0], DType.INT: [-7, 3, 2, -2], DType.BOOL: [True, False, True, False]}
+    numbers = {
+        DType.FLOAT: [0.4, -1.75, 2.5, 1.0],
+        DType.INT: [-7, 3, 2, -2],
+        DType.BOOL: [True, False, True, False],
+    }
     kinds = {Signature.INTEGER: DType.INT, Signature.LOGICAL: DType.BOOL}
     for op, info in INFO.items():
         kind = kinds.get(info.signature, DType.FLOAT)
-        variables = [Var(f"x{n}", DType.BOOL if op is Op.WHERE and n == 0 else kind) for n in range(info.arity)]
+        variables = [
+            Var(f"x{n}", DType.BOOL if op is Op.WHERE and n == 0 else kind) for n in range(info.arity)
+        ]
         columns = [numbers[x.kind][n:] + numbers[x.kind][:n] for n, x in enumerate(variables)]
         e = call(op, *variables)
         found = evaluate_dense(e, {x: torch.tensor(c) for x, c in zip(variables, columns, strict=True)}, {})
         wanted = [evaluate(e, dict(zip(variables, row, strict=True))) for row in zip(*columns, strict=True)]
-        torch.testing.assert_close(found.double(), torch.tensor(wanted).double(), equal_nan=True, msg=op.value)
+        torch.testing.assert_close(
+            found.double(), torch.tensor(wanted).double(), equal_nan=True, msg=op.value
+        )
 
 
 @pytest.mark.parametrize("gradients", Gradients)

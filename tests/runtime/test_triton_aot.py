@@ -61,7 +61,9 @@ def test_showcase_fits_the_target(name: str, target: str) -> None:
 def test_other_elements_compile(element: Storage) -> None:
     report = compiled(showcase("forward", element, dims=24), "sm_90")
     assert report.shared_bytes <= SHARED_LIMITS["sm_90"], report
-    assert ("wgmma.mma_async" in dict(report.products)) == (element is Storage.FLOAT16), report  # float32 stays exact
+    assert ("wgmma.mma_async" in dict(report.products)) == (element is Storage.FLOAT16), (
+        report
+    )  # float32 stays exact
 
 
 def test_a_kernel_too_large_does_not_fit() -> None:

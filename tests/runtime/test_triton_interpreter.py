@@ -88,12 +88,16 @@ def test_tanh_is_accurate_near_zero() -> None:
 def language() -> dict[str, object]:
     owners = {"tl": tl, "core": tl.core, "standard": tl.standard, "math": tl.math, "tensor": tl.tensor,
               "builder": InterpreterBuilder, "function": InterpretedFunction}  # fmt: skip
-    return {f"{o}.{n}": v for o, owner in owners.items() for n, v in vars(owner).items() if not n.startswith("__")}
+    return {
+        f"{o}.{n}": v for o, owner in owners.items() for n, v in vars(owner).items() if not n.startswith("__")
+    }
 
 
 def compile_it(kernel: Any) -> None:
     signature = {"x": "*fp32", "y": "*fp32", "out": "*fp32", "n": "i32", "BLOCK": "constexpr"}
-    triton.compile(ASTSource(fn=kernel, signature=signature, constexprs={(4,): 256}), target=GPUTarget("cuda", 80, 32))
+    triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs={(4,): 256}), target=GPUTarget("cuda", 80, 32)
+    )
 
 
 def test_everything_is_put_back(generator: torch.Generator) -> None:

@@ -168,8 +168,12 @@ def test_a_failing_kernel_names_itself() -> None:
     source = render_triton(kernel).replace("tl.dot(", "tl.no_such_function(")
     broken = compile_triton(kernel, source, interpret=True)
     tensors = {p.name: torch.zeros(1, 1, 2, 8) for p in kernel.params}
-    with pytest.raises(LaunchFailed, match=r'(?s)forward failed on backend "triton-interpreter".*no_such_function'):
-        broken.launch(tensors, {"scale": 1.0}, {"batches": 1, "heads": 1, "kv_heads": 1, "q_len": 2, "kv_len": 2})
+    with pytest.raises(
+        LaunchFailed, match=r'(?s)forward failed on backend "triton-interpreter".*no_such_function'
+    ):
+        broken.launch(
+            tensors, {"scale": 1.0}, {"batches": 1, "heads": 1, "kv_heads": 1, "q_len": 2, "kv_len": 2}
+        )
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,9 +232,15 @@ def run(
 ) -> dict[str, Tensor]:
     q, k, v, d_out = inputs
     scalars = tuple(WINDOW for name in case.scalars if name == "window")
-    score = None if case.score is None else function(case.score, *(c for c in case.captures if c.storage.floating))
-    mask = None if case.mask is None else function(
-        case.mask, *(c for c in case.captures if not c.storage.floating), scalars=scalars
+    score = (
+        None
+        if case.score is None
+        else function(case.score, *(c for c in case.captures if c.storage.floating))
+    )
+    mask = (
+        None
+        if case.mask is None
+        else function(case.mask, *(c for c in case.captures if not c.storage.floating), scalars=scalars)
     )
     attention = program(score, mask, case.rule(), element, *case.dims)
     backend = Interpreter()
@@ -244,7 +254,9 @@ def run(
     return {"o": out, **dict(zip(("dq", "dk", "dv"), gradients)), **{f"d_{n}": x for n, x in extra.items()}}
 
 
-def reference(case: Case, inputs: list[Tensor], captured: dict, learned: tuple[str, ...]) -> dict[str, Tensor]:
+def reference(
+    case: Case, inputs: list[Tensor], captured: dict, learned: tuple[str, ...]
+) -> dict[str, Tensor]:
     """Dense float64 attention, written from the formulas, and its gradients by torch."""
     q, k, v, d_out = (x.detach().double().requires_grad_() for x in inputs)
     x = {n: t.double().requires_grad_() if t.is_floating_point() else t for n, t in captured.items()}

@@ -18,9 +18,16 @@ from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import Kernel, Param
 
 TYPES: Mapping[Storage, str] = {
-    Storage.FLOAT64: "double", Storage.FLOAT32: "float", Storage.FLOAT16: "Half", Storage.BFLOAT16: "BFloat16",
-    Storage.INT64: "int64_t", Storage.INT32: "int32_t", Storage.INT16: "int16_t", Storage.INT8: "int8_t",
-    Storage.UINT8: "uint8_t", Storage.BOOL: "bool",
+    Storage.FLOAT64: "double",
+    Storage.FLOAT32: "float",
+    Storage.FLOAT16: "Half",
+    Storage.BFLOAT16: "BFloat16",
+    Storage.INT64: "int64_t",
+    Storage.INT32: "int32_t",
+    Storage.INT16: "int16_t",
+    Storage.INT8: "int8_t",
+    Storage.UINT8: "uint8_t",
+    Storage.BOOL: "bool",
 }
 IN_DOUBLE = "COMPUTE_IN_DOUBLE"  # the headers then compute in double instead of float
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
@@ -126,7 +133,11 @@ class CpuRenderer(NestRenderer):
                 for v in k.scalars
                 if v.name in words
             ),
-            *(f"  const int {n} = arguments.{p.name}.sizes[{i}];" for n, p, i in self.captured_sizes() if n in words),
+            *(
+                f"  const int {n} = arguments.{p.name}.sizes[{i}];"
+                for n, p, i in self.captured_sizes()
+                if n in words
+            ),
             *(f"  auto& {name} = scratch.{name};" for name in self.scratch if name in words),
             *(f"  {line}" for axis in tiles for line in self.tile_positions(axis, words)),
             *(f"  {line}".rstrip() for line in body),
@@ -149,7 +160,11 @@ class CpuRenderer(NestRenderer):
             index = index if n == len(counts) - 1 else f"{index} % {count}"
             if axis in LENGTHS:
                 last_first = k.heavy_last and n == 0
-                index = f"({count} - 1 - {index}) * {BLOCKS[axis]}" if last_first else f"({index}) * {BLOCKS[axis]}"
+                index = (
+                    f"({count} - 1 - {index}) * {BLOCKS[axis]}"
+                    if last_first
+                    else f"({index}) * {BLOCKS[axis]}"
+                )
             indices.append(index)
             below.append(count)
         order = " Heavy tiles come first." if k.heavy_last else ""

@@ -23,15 +23,42 @@ class LaneRenderer(Renderer):
     indent: ClassVar[str] = "  "
     prefix: ClassVar[Mapping[Op, str]] = {Op.NEG: "-", Op.NOT: "!"}
     infix: ClassVar[Mapping[Op, tuple[str, int]]] = {
-        Op.OR: ("|", 1), Op.AND: ("&", 2), Op.EQ: ("==", 3), Op.NE: ("!=", 3), Op.LE: ("<=", 4), Op.LT: ("<", 4),
-        Op.ADD: ("+", 5), Op.SUB: ("-", 5), Op.MUL: ("*", 6), Op.DIV: ("/", 6),
+        Op.OR: ("|", 1),
+        Op.AND: ("&", 2),
+        Op.EQ: ("==", 3),
+        Op.NE: ("!=", 3),
+        Op.LE: ("<=", 4),
+        Op.LT: ("<", 4),
+        Op.ADD: ("+", 5),
+        Op.SUB: ("-", 5),
+        Op.MUL: ("*", 6),
+        Op.DIV: ("/", 6),
     }
     functions: ClassVar[Mapping[Op, str]] = {
-        Op.FLOORDIV: "floor_div", Op.MOD: "floor_mod",
-        **{op: op.value for op in (
-            Op.ABS, Op.MAX, Op.MIN, Op.WHERE, Op.TO_FLOAT, Op.TO_INT, Op.FLOOR, Op.EXP, Op.EXP2, Op.LOG, Op.LOG2,
-            Op.TANH, Op.SIGMOID, Op.SQRT, Op.RSQRT, Op.SIN, Op.COS,
-        )},
+        Op.FLOORDIV: "floor_div",
+        Op.MOD: "floor_mod",
+        **{
+            op: op.value
+            for op in (
+                Op.ABS,
+                Op.MAX,
+                Op.MIN,
+                Op.WHERE,
+                Op.TO_FLOAT,
+                Op.TO_INT,
+                Op.FLOOR,
+                Op.EXP,
+                Op.EXP2,
+                Op.LOG,
+                Op.LOG2,
+                Op.TANH,
+                Op.SIGMOID,
+                Op.SQRT,
+                Op.RSQRT,
+                Op.SIN,
+                Op.COS,
+            )
+        },
     }
     in_double: bool = False
 
@@ -64,7 +91,11 @@ class LaneRenderer(Renderer):
         if place not in self.arrays:
             return None
         shape, array = self.arrays[place], f"{place}_tile"
-        rows = f"round_up({BLOCKS[shape.rows or 'kv']}, ROWS)" if shape.rows in COLUMNS else BLOCKS[shape.rows or "kv"]
+        rows = (
+            f"round_up({BLOCKS[shape.rows or 'kv']}, ROWS)"
+            if shape.rows in COLUMNS
+            else BLOCKS[shape.rows or "kv"]
+        )
         columns = "" if shape.lanes is None else f"[{self.row_length(shape)}]"
         self.scratch[array] = f"{array}[{rows}]{columns}"
         return array
@@ -85,7 +116,11 @@ class LaneRenderer(Renderer):
         if isinstance(e, Var) and e.name not in self.at_hand and e.axes:
             if self.array_of(e.name) is not None:
                 wide = self.arrays[self.places.get(e.name, e.name)].lanes is not None
-                return f"load({self.element(e.name, self.row_name)})" if wide else self.element(e.name, self.row_name)
+                return (
+                    f"load({self.element(e.name, self.row_name)})"
+                    if wide
+                    else self.element(e.name, self.row_name)
+                )
             if e.name in self.packed and "q" in e.axes:
                 return f"load({e.name}_packed[{self.row_name}])"
             if e.name in self.views:

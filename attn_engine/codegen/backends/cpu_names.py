@@ -93,9 +93,13 @@ def _renamed(body: tuple[Stmt, ...], new: dict[str, str], change: Change) -> tup
             case If(condition, inner):
                 done.append(If(change(condition), _renamed(inner, new, change)))
             case StoreTile(tensor, indices, value):
-                done.append(StoreTile(new.get(tensor, tensor), tuple(change(i) for i in indices), change(value)))
+                done.append(
+                    StoreTile(new.get(tensor, tensor), tuple(change(i) for i in indices), change(value))
+                )
             case Accumulate(tensor, indices, value):
-                done.append(Accumulate(new.get(tensor, tensor), tuple(change(i) for i in indices), change(value)))
+                done.append(
+                    Accumulate(new.get(tensor, tensor), tuple(change(i) for i in indices), change(value))
+                )
             case Section():
                 done.append(s)
     return tuple(done)

@@ -34,7 +34,9 @@ class NestRenderer(LaneRenderer):
         self.start(schedule.arrays)
         self.states = schedule.states
         self._declared: set[str] = set()
-        self._checked_axis: str | None = "kv"  # rows of this axis beyond the end are masked by the kernel itself
+        self._checked_axis: str | None = (
+            "kv"  # rows of this axis beyond the end are masked by the kernel itself
+        )
         return self.items(schedule.body, {})
 
     # -- loops and branches
@@ -51,7 +53,9 @@ class NestRenderer(LaneRenderer):
                 case Sweep(loop) if item.innermost and loop.axis:
                     if loop.body not in steps:
                         title = loop.title or "step"
-                        steps[loop.body] = title if title not in steps.values() else f"{title}_{len(steps) + 1}"
+                        steps[loop.body] = (
+                            title if title not in steps.values() else f"{title}_{len(steps) + 1}"
+                        )
                         lines += self.step_function(item, steps[loop.body])
                     lines += [*self.opening(item)[:-1], f"  {steps[loop.body]}({loop.var});"]
                 case Sweep(loop):
@@ -113,7 +117,11 @@ class NestRenderer(LaneRenderer):
                     rows = [f"{rows[0].removesuffix(' {')} {body[0].strip()}"]
         if n.shape.lanes in COLUMNS:
             head = f"for (int column = 0; column < {BLOCKS[n.shape.lanes]}; column += LANES) {{"
-            rows = [head, *self.indented(rows), "}"] if len(rows) > 1 else [head.removesuffix(" {"), f"  {rows[0]}"]
+            rows = (
+                [head, *self.indented(rows), "}"]
+                if len(rows) > 1
+                else [head.removesuffix(" {"), f"  {rows[0]}"]
+            )
         return [*matrices, *totals, *rows]
 
     def total(self, s: Let) -> str:
@@ -131,7 +139,9 @@ class NestRenderer(LaneRenderer):
         call = f"multiply_add(sums, {TRIPS[product.depth]}, {self.numbers(product)}, {self.lanes(product)});"
         kept = product.name in n.stored and len(n.steps) == 1
         rest = (
-            [f"UNROLL for (int r = 0; r < ROWS; ++r) store({self.element(product.name, 'block + r')}, sums[r]);"]
+            [
+                f"UNROLL for (int r = 0; r < ROWS; ++r) store({self.element(product.name, 'block + r')}, sums[r]);"
+            ]
             if kept
             else [
                 "UNROLL for (int r = 0; r < ROWS; ++r) {",
@@ -183,7 +193,9 @@ class NestRenderer(LaneRenderer):
             lines.append(f"const Floats {product} = sums[r];")
             known = frozenset((product,))
         if product in n.stored:
-            lines.append(f"store({self.element(product, 'row')}, {product if product in known else 'sums[r]'});")
+            lines.append(
+                f"store({self.element(product, 'row')}, {product if product in known else 'sums[r]'});"
+            )
         for i, s in enumerate(steps):
             self.at_hand = known
             later = {r for x in steps[i + 1 :] for r in names_read(x)}
@@ -251,7 +263,9 @@ class NestRenderer(LaneRenderer):
         padded = f"round_up({columns}, {padding})" if padding else columns
         self.scratch[f"{name}_spare"] = f"{name}_spare[{BLOCKS[row_axis]}][{padded}]"
         self.views.add(name)
-        arguments = f"{self.matrix(load.tensor, load.indices)}, {row_axis}_start, {TRIPS[row_axis]}, {name}_spare"
+        arguments = (
+            f"{self.matrix(load.tensor, load.indices)}, {row_axis}_start, {TRIPS[row_axis]}, {name}_spare"
+        )
         return [f"const Rows {name} = tile_of<{columns}>({arguments});"]
 
     def matrix(self, tensor: str, indices: tuple[Expr, ...]) -> str:

@@ -96,10 +96,17 @@ class TritonRenderer(Addressing):
         text = "\n".join(body)
         self.arguments = self._arguments(text)
         used = {name for name in HELPERS if re.search(rf"\b{name}\(", text)}
-        return "\n".join([*self._top(text), *helper_lines(used, self.compute), *self._signature(), *body]) + "\n"
+        return (
+            "\n".join([*self._top(text), *helper_lines(used, self.compute), *self._signature(), *body]) + "\n"
+        )
 
     def _top(self, body: str) -> list[str]:
-        lines = [*(f"# {line}" for line in self.kernel.header), "import triton", "import triton.language as tl", ""]
+        lines = [
+            *(f"# {line}" for line in self.kernel.header),
+            "import triton",
+            "import triton.language as tl",
+            "",
+        ]
         for axis, size in self.kernel.tile:
             block = block_size(self.kernel, axis)
             if axis in ("d", "dv") and block != size:
@@ -124,7 +131,12 @@ class TritonRenderer(Addressing):
     def _signature(self) -> list[str]:
         """Lengths, counts and row vectors' strides change from call to call: no recompilation for their values."""
         numbers = {s.name for s in self.kernel.scalars}
-        rows = {s for p in self.kernel.params if len(p.shape) == 3 and not captured(p) for s in stride_names(p)[:-1]}
+        rows = {
+            s
+            for p in self.kernel.params
+            if len(p.shape) == 3 and not captured(p)
+            for s in stride_names(p)[:-1]
+        }
         changing = numbers | rows | set(SIZES)
         fixed = [n for group in self.arguments for n in group if n in changing or "_size_" in n]
         quoted = textwrap.wrap(", ".join(f'"{name}"' for name in fixed), WIDTH - 4)
@@ -267,7 +279,9 @@ class TritonRenderer(Addressing):
                 return self.function(e.op, [self.expr(a, axes) for a in e.args])
             case Op.TO_FLOAT | Op.TO_INT:
                 return self._converted(e, axes, parent)
-            case Op.NOT if not e.axes:  # `~` of a scalar that the interpreter holds as a Python bool is never false
+            case Op.NOT if (
+                not e.axes
+            ):  # `~` of a scalar that the interpreter holds as a Python bool is never false
                 text = f"{self.expr(e.args[0], axes, 3)} == 0"
                 return f"({text})" if parent > 1 else text
             case _:

@@ -95,7 +95,9 @@ class Addressing(Renderer):
             if any(self._is_wide(value) for value in assigned):
                 self.wide.add(name)
 
-    def address(self, tensor: str, indices: tuple[Expr, ...], axes: tuple[str, ...], *, clamp: bool) -> Address:
+    def address(
+        self, tensor: str, indices: tuple[Expr, ...], axes: tuple[str, ...], *, clamp: bool
+    ) -> Address:
         """Where tensor[indices] lies, as a tile over `axes`.
 
         Positions q_idx, kv_idx, d_idx, dv_idx past the end are masked. Any other index of a captured tensor is clamped
@@ -133,7 +135,10 @@ class Addressing(Renderer):
         """An index that is no plain position: its text, and the conditions of being inside."""
         if of_captured and clamp:
             text = self.expr(index, axes)
-            return f"tl.minimum({text if self.is_non_negative(index) else f'tl.maximum({text}, 0)'}, {size} - 1)", []
+            return (
+                f"tl.minimum({text if self.is_non_negative(index) else f'tl.maximum({text}, 0)'}, {size} - 1)",
+                [],
+            )
         text = self.expr(index, axes, INFIX[Op.MUL][1])
         if not of_captured and not index.axes:
             return text, []  # batch and head come from the grid

@@ -47,4 +47,6 @@ HELPERS: dict[str, str] = {"floor_divide": _FLOOR_DIVIDE, "floor_modulo": _FLOOR
 def helper_lines(names: set[str], compute: str) -> list[str]:
     """The definitions of these functions, each followed by the two empty lines of a top-level definition."""
     texts = {**HELPERS, "tanh": _TANH_DOUBLE} if compute == "float64" else HELPERS
-    return [line for name, text in texts.items() if name in names for line in [*text.strip().split("\n"), "", ""]]
+    return [
+        line for name, text in texts.items() if name in names for line in [*text.strip().split("\n"), "", ""]
+    ]

@@ -1,8 +1,8 @@
 """Backward: the row sums of dO * O, then dK, dV and dQ, without atomics: every run gives the same bits.
 
-One loop structure in two cuts (`Schedule.gradients`). ONE_KERNEL owns kv tiles and adds each tile's part of dQ to a buffer
-(one per split of the kv axis, so that no two instances share one). TWO_KERNELS computes dQ in a second kernel that owns q
-tiles. All of them share `recompute`: weights and score gradients of one (q, kv) pair of tiles.
+One loop structure in two cuts (`Schedule.gradients`). ONE_KERNEL owns kv tiles and adds each tile's part of dQ to a
+buffer (one per split of the kv axis, so that no two instances share one). TWO_KERNELS computes dQ in a second kernel
+that owns q tiles. All of them share `recompute`: weights and score gradients of one (q, kv) pair of tiles.
 """
 
 from __future__ import annotations
@@ -10,16 +10,44 @@ from __future__ import annotations
 import math
 
 from attn_engine.codegen.lower.capture import (
-    CaptureGradient, Route, buffer_param, capture_gradients, distinct_within_tile, parallel_axes,
+    CaptureGradient,
+    Route,
+    buffer_param,
+    capture_gradients,
+    distinct_within_tile,
+    parallel_axes,
 )
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
 from attn_engine.codegen.lower.ranges import Run, masking, phases
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
 from attn_engine.codegen.lower.values import (
-    BATCHES, D_IDX, D_OUT, FLOAT, GROUP_OF_HEADS, HEADS, KEY, KV_HEAD, KV_LEN, Q_LEN, Q_ROW, QUERY, SCALE, SPLIT,
-    SPLITS, VALUE, captured_params, compute_storage, indices, load_rows, load_tile, rows, saved_param, scalar,
-    tile, wide,
+    BATCHES,
+    D_IDX,
+    D_OUT,
+    FLOAT,
+    GROUP_OF_HEADS,
+    HEADS,
+    KEY,
+    KV_HEAD,
+    KV_LEN,
+    Q_LEN,
+    Q_ROW,
+    QUERY,
+    SCALE,
+    SPLIT,
+    SPLITS,
+    VALUE,
+    captured_params,
+    compute_storage,
+    indices,
+    load_rows,
+    load_tile,
+    rows,
+    saved_param,
+    scalar,
+    tile,
+    wide,
 )
 from attn_engine.codegen.schedule import Gradients, Schedule
 from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, call, postorder, where
@@ -31,7 +59,12 @@ from attn_engine.ir.passes.simplify import simplify
 from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, PROBS, SCORE, Attention, saved_var
 from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
 
-ORDER_KV = ("kv", "q", "dv", "d")  # tiles are [kv, q]: both accumulating products read their left operand as it lies
+ORDER_KV = (
+    "kv",
+    "q",
+    "dv",
+    "d",
+)  # tiles are [kv, q]: both accumulating products read their left operand as it lies
 D_LOGIT, D_SCORE = tile("d_logit", "q", "kv"), tile("d_score", "q", "kv")
 D_QUERY, D_KEY, D_VALUE = tile("d_query", "q", "d"), tile("d_key", "kv", "d"), tile("d_value", "kv", "dv")
 DQ_PARTS_SHAPE = ("splits", "batches", "heads", "q_len", "dim_qk")
@@ -99,24 +132,36 @@ def lower_d_query(program: Attention, schedule: Schedule, captures: tuple[Captur
 
 
 def lower_d_key_value(
-    program: Attention, schedule: Schedule, captures: tuple[CaptureGradient, ...], *, name: str, with_query: bool
+    program: Attention,
+    schedule: Schedule,
+    captures: tuple[CaptureGradient, ...],
+    *,
+    name: str,
+    with_query: bool,
 ) -> Kernel:
     """dK and dV of one kv tile, or of a split of the kv axis together with its part of dQ."""
     names = reserved_names(program)
     tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
     columns = [c for c in captures if c.route is Route.COLUMN]
     row_sums = [c for c in captures if c.route is Route.ROW] if with_query else []
-    body = [Section("kv tile of this program"), *kv_tile(program, schedule, names, tiles, columns, row_sums, with_query)]
+    body = [
+        Section("kv tile of this program"),
+        *kv_tile(program, schedule, names, tiles, columns, row_sums, with_query),
+    ]
     outputs = [wide(program, "dK", output=True), wide(program, "dV", output=True)]
     outputs += [buffer_param(program, c) for c in columns]
     if not with_query:
-        return backward_kernel(program, name, ("kv", "kv_head", "batch"), ORDER_KV, tiles, tuple(outputs), body)
+        return backward_kernel(
+            program, name, ("kv", "kv_head", "batch"), ORDER_KV, tiles, tuple(outputs), body
+        )
     outputs.append(Param("dQ_parts", compute_storage(program), DQ_PARTS_SHAPE, True))
     outputs += [buffer_param(program, c, parts=True) for c in row_sums]
     split = [Section("kv tiles of this split"), *split_bounds(tiles["kv"])]
     loop = Loop("kv_start", scalar("split_begin"), scalar("split_end"), "kv", tuple(body), "kv_tile")
     grid = ("split", "kv_head", "batch")
-    return backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), [*split, loop], (scalar("splits"),))
+    return backward_kernel(
+        program, name, grid, ORDER_KV, tiles, tuple(outputs), [*split, loop], (scalar("splits"),)
+    )
 
 
 def split_bounds(n: int) -> list[Stmt]:
@@ -231,7 +276,10 @@ class Sweep:
         body += self.phases.bounds
         for run in self.phases.runs:
             step = (*loads, *self.recompute(run, wanted), *update)
-            body += [Section(run.title), Loop(f"{self.loop}_start", run.lo, run.hi, self.loop, step, run.step)]
+            body += [
+                Section(run.title),
+                Loop(f"{self.loop}_start", run.lo, run.hi, self.loop, step, run.step),
+            ]
         return body
 
     def recompute(self, run: Run, wanted: list[CaptureGradient]) -> list[Stmt]:

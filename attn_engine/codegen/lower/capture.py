@@ -1,7 +1,7 @@
 """Gradients of captured tensors: where each read of a tensor sends its gradient.
 
-A read `bias[index]` contributes d_bias[index] += d(loss)/d(read) summed over every (batch, head, q, kv) with that index.
-How the index depends on the position decides the route, and none needs atomics:
+A read `bias[index]` contributes d_bias[index] += d(loss)/d(read), summed over every (batch, head, q, kv) with that
+index. How the index depends on the position decides the route, and none needs atomics:
 - not on kv: one sum per query row, made beside dQ; the runtime adds rows of equal index in order;
 - on kv but not on q: one sum per key, made beside dK;
 - on both: a kernel of its own that adds every pair in a fixed order, parallel only over axes that are themselves

@@ -37,7 +37,9 @@ class Names:
 class Emitter:
     """Collects the Lets of one straight-line block."""
 
-    def __init__(self, names: Names, known: Mapping[Expr, Expr] | None = None, adjust: Adjust | None = None) -> None:
+    def __init__(
+        self, names: Names, known: Mapping[Expr, Expr] | None = None, adjust: Adjust | None = None
+    ) -> None:
         self.names = names
         self.lets: list[Stmt] = []
         self._done: dict[Expr, Expr] = dict(known or {})
@@ -64,7 +66,11 @@ class Emitter:
         return self._done[root]
 
     def define(
-        self, name: str, root: Expr, names: Mapping[Expr, str] | None = None, sources: Mapping[Expr, str] | None = None
+        self,
+        name: str,
+        root: Expr,
+        names: Mapping[Expr, str] | None = None,
+        sources: Mapping[Expr, str] | None = None,
     ) -> Var:
         """`root` as a Let, of this name or one like it; the variable that holds it where there is one already."""
         names, sources = names or {}, sources or {}
@@ -94,5 +100,3 @@ def base_two(e: Expr) -> Expr:
 def rounded(x: Expr, tensor: str) -> Expr:
     """x in the element type of `tensor`, as a product of tiles reads it."""
     return Cast(x, tensor)
-
-

@@ -9,7 +9,15 @@ from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.ranges import masking, phases
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
 from attn_engine.codegen.lower.values import (
-    GROUP_OF_HEADS, Q_ROW, SCALE, VALUE, captured_params, indices, load_tile, rows, saved_param,
+    GROUP_OF_HEADS,
+    Q_ROW,
+    SCALE,
+    VALUE,
+    captured_params,
+    indices,
+    load_tile,
+    rows,
+    saved_param,
     wide,
 )
 from attn_engine.codegen.schedule import Schedule
@@ -146,7 +154,9 @@ def adjuster(visible: Expr | None) -> Callable[[Expr], Expr]:
 def in_dependency_order(rule: OnlineRule) -> list[tuple[RowState, Expr]]:
     """Each new state after those that its expression contains."""
     pairs = list(zip(rule.states, rule.new_states, strict=True))
-    return sorted(pairs, key=lambda p: sum(other is not p[1] and other in postorder(p[1]) for _, other in pairs))
+    return sorted(
+        pairs, key=lambda p: sum(other is not p[1] and other in postorder(p[1]) for _, other in pairs)
+    )
 
 
 def epilogue(program: Attention, names: Names) -> list[Stmt]:
@@ -164,7 +174,9 @@ def epilogue(program: Attention, names: Names) -> list[Stmt]:
     stores: list[Stmt] = [StoreTile("O", indices("O"), output)]
     for name, value in rule.saved:
         saved = emitter.value(value, rule.names, rule.sources)
-        saved = where(Var("row_is_empty", empty.dtype, empty.axes), -math.inf, saved) if name in lost else saved
+        saved = (
+            where(Var("row_is_empty", empty.dtype, empty.axes), -math.inf, saved) if name in lost else saved
+        )
         stores.append(StoreTile(saved_param(name), Q_ROW, saved))
     return [Section("normalise and store"), *emitter.lets, *stores]
 

@@ -254,7 +254,9 @@ def rewritten(drafts: list[Draft], outer: set[str]) -> Iterable[str]:
 
 def finish(drafts: list[Draft], outer: frozenset[str], arrays: dict[str, Shape]) -> tuple[Item, ...]:
     """Decide what each nest of a block stores; `outer` names what enclosing blocks keep in arrays."""
-    reads = outer | {name for run in all_blocks(drafts) for nest in run.nests for name in nest.outside_reads()}
+    reads = outer | {
+        name for run in all_blocks(drafts) for nest in run.nests for name in nest.outside_reads()
+    }
     items: list[Item] = []
     for d in drafts:
         match d:
@@ -265,7 +267,9 @@ def finish(drafts: list[Draft], outer: frozenset[str], arrays: dict[str, Shape])
             case (Loop() as loop, inner):
                 items.append(Sweep(loop, finish(inner, outer | arrays.keys() & made_in(drafts), arrays)))
             case (If() as branch, inner):
-                items.append(Branch(branch.condition, finish(inner, outer | arrays.keys() & made_in(drafts), arrays)))
+                items.append(
+                    Branch(branch.condition, finish(inner, outer | arrays.keys() & made_in(drafts), arrays))
+                )
     return tuple(items)
 
 

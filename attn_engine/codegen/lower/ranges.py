@@ -63,9 +63,13 @@ def phases(plan: MaskPlan, tiles: dict[str, int], edges: Edges, *, own_rows_coun
     if own_rows_count:
         last_full = where(scalar(f"{axis}_start") + tiles[axis] <= scalar(f"{axis}_len"), last_full, 0)
     # Clamped to the end as well: an empty full interval may lie beyond it.
-    bounds.append(_let(f"{loop}_full_end", call(Op.MAX, call(Op.MIN, floor_to(last_full, n), end), full_begin)))
-    runs = _branch(loop, begin, full_begin, full_end, end) if edges is Edges.BRANCH else _split(
-        loop, begin, full_begin, full_end, end
+    bounds.append(
+        _let(f"{loop}_full_end", call(Op.MAX, call(Op.MIN, floor_to(last_full, n), end), full_begin))
+    )
+    runs = (
+        _branch(loop, begin, full_begin, full_end, end)
+        if edges is Edges.BRANCH
+        else _split(loop, begin, full_begin, full_end, end)
     )
     return Phases(tuple(bounds), runs)
 

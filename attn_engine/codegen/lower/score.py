@@ -14,10 +14,13 @@ from attn_engine.ir.tile import Let, Stmt
 
 # Names of kernel variables that a user's local variable must not take.
 RESERVED = frozenset(
-    """Q K V O dO dQ dK dV Delta query key value out d_out score logit masked_score masked_logit probs d_probs d_logit d_score visible delta scale
-    d_query d_key d_value q_idx kv_idx d_idx dv_idx q_start kv_start q_last kv_last q_len kv_len heads kv_heads batches
-    batch head kv_head split splits q_begin q_end q_full_begin q_full_end kv_begin kv_end kv_full_begin kv_full_end
-    row_is_empty tl triton kernel args lanes rows row block tile""".split()
+    """
+    Q K V O dO dQ dK dV Delta dQ_parts query key value out d_out score logit masked_score masked_logit probs d_probs
+    d_logit d_score d_query d_key d_value visible delta product scale q_idx kv_idx d_idx dv_idx q_start kv_start q_last
+    kv_last q_len kv_len heads kv_heads batches batch head kv_head split splits q_begin q_end q_full_begin q_full_end
+    kv_begin kv_end kv_full_begin kv_full_end kv_tiles tiles_per_split split_begin split_end row_is_empty tl triton
+    kernel args lanes rows row block tile
+    """.split()
 )
 
 
@@ -82,5 +85,3 @@ def visibility(program: Attention, names: Names, known: dict[Expr, Expr], axes: 
 def captured_loads(program: Attention, tensor: str) -> list[Load]:
     """Every place where score_mod reads `tensor`."""
     return [] if program.score is None else [x for x in loads(program.score.result) if x.tensor == tensor]
-
-

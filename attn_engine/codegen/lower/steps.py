@@ -272,7 +272,9 @@ class Splitter:
                     self.steps.append(View(name, value, self._uses.paddings[name]))
             case Dot():
                 self.product(name, Full(0.0, value.axes), value, source)
-            case Call(Op.ADD, (init, Dot() as dot)) | Call(Op.ADD, (Dot() as dot, init)) if init.axes == dot.axes:
+            case Call(Op.ADD, (init, Dot() as dot)) | Call(Op.ADD, (Dot() as dot, init)) if (
+                init.axes == dot.axes
+            ):
                 self.product(name, self.split(init), dot, source)
             case Reduce(kind, x, axis):
                 self.steps.append(Let(name, Reduce(kind, self.split(x), axis), source))

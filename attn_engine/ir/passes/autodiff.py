@@ -97,4 +97,3 @@ def derivative(result: Expr, wrt: Expr) -> Expr:
 
 def depends_on(result: Expr, inputs: Sequence[Expr]) -> bool:
     return bool(_reaching(postorder(result), set(inputs)) & {result})
-

@@ -11,9 +11,7 @@ Bounds = tuple[int, int]
 _POSITIONS = {"batch": "batches", "head": "heads", "q_idx": "q_len", "kv_idx": "kv_len"}
 
 
-def index_bounds(
-    index: Expr, sizes: Mapping[str, int], scalars: Mapping[str, Number]
-) -> Bounds | None:
+def index_bounds(index: Expr, sizes: Mapping[str, int], scalars: Mapping[str, Number]) -> Bounds | None:
     """(lowest, highest) value over all positions; None where it is not linear in them. lowest > highest: no position.
 
     >>> from attn_engine.ir.program import KV_IDX, Q_IDX

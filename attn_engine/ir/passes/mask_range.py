@@ -99,13 +99,25 @@ class _Analysis:
                 x, y = self.formula(a, negated=negated), self.formula(b, negated=negated)
                 return self.both(x, y) if (op is Op.AND) is not negated else self.either(x, y)
             case Call(Op.LE, (a, b)):  # a <= b: b - a >= 0; its negation: a - b - 1 >= 0
-                return self.at_least_zero(e, a, b, strict=True) if negated else self.at_least_zero(e, b, a, strict=False)
+                return (
+                    self.at_least_zero(e, a, b, strict=True)
+                    if negated
+                    else self.at_least_zero(e, b, a, strict=False)
+                )
             case Call(Op.LT, (a, b)):
-                return self.at_least_zero(e, a, b, strict=False) if negated else self.at_least_zero(e, b, a, strict=True)
+                return (
+                    self.at_least_zero(e, a, b, strict=False)
+                    if negated
+                    else self.at_least_zero(e, b, a, strict=True)
+                )
             case Call(Op.EQ | Op.NE as op, (a, b)) if (op is Op.EQ) is not negated and a.dtype is DType.INT:
-                return self.both(self.at_least_zero(e, a, b, strict=False), self.at_least_zero(e, b, a, strict=False))
+                return self.both(
+                    self.at_least_zero(e, a, b, strict=False), self.at_least_zero(e, b, a, strict=False)
+                )
             case _ if not e.axes:
-                return self.condition(~e if negated else e, ~e if negated else e, "does not depend on the position")
+                return self.condition(
+                    ~e if negated else e, ~e if negated else e, "does not depend on the position"
+                )
             case _:
                 return _Seen(Interval(), NoneKnown(), (f"unknown: {_describe(e)}",))
 
@@ -131,7 +143,9 @@ class _Analysis:
         slack = _Linear(x.tile - y.tile, x.loop - y.loop, simplify(x.rest - y.rest - (1 if strict else 0)))
         if slack.loop == 0:
             lowest, highest = self.at(slack, lowest=True), self.at(slack, lowest=False)
-            return self.condition(highest >= 0, lowest >= 0, f"{_describe(atom)}: bounds the {self.tile} tile")
+            return self.condition(
+                highest >= 0, lowest >= 0, f"{_describe(atom)}: bounds the {self.tile} tile"
+            )
         return self.bound(slack, f"{_describe(atom)}: linear")
 
     def bound(self, slack: _Linear, reason: str) -> _Seen:
@@ -148,10 +162,16 @@ class _Analysis:
         if slack.tile == 0:
             return slack.rest
         end = self.start if (slack.tile > 0) == lowest else self.last
-        return simplify(sum_of(end if slack.tile == 1 else -end if slack.tile == -1 else end * slack.tile, slack.rest))
+        return simplify(
+            sum_of(end if slack.tile == 1 else -end if slack.tile == -1 else end * slack.tile, slack.rest)
+        )
 
     def both(self, x: _Seen, y: _Seen) -> _Seen:
-        full = NoneKnown() if isinstance(x.full, NoneKnown) or isinstance(y.full, NoneKnown) else _meet(x.full, y.full)
+        full = (
+            NoneKnown()
+            if isinstance(x.full, NoneKnown) or isinstance(y.full, NoneKnown)
+            else _meet(x.full, y.full)
+        )
         return _Seen(_meet(x.hull, y.hull), full, x.reasons + y.reasons)
 
     def either(self, x: _Seen, y: _Seen) -> _Seen:
@@ -171,7 +191,9 @@ class _Analysis:
                 if x is None or y is None:
                     return None
                 sign = 1 if op is Op.ADD else -1
-                return _Linear(x.tile + sign * y.tile, x.loop + sign * y.loop, simplify(call(op, x.rest, y.rest)))
+                return _Linear(
+                    x.tile + sign * y.tile, x.loop + sign * y.loop, simplify(call(op, x.rest, y.rest))
+                )
             case Call(Op.NEG, (a,)):
                 return self.scaled(a, -1)
             case Call(Op.MUL, (a, Const(int() as c))) | Call(Op.MUL, (Const(int() as c), a)):
@@ -232,7 +254,11 @@ def _describe(e: Expr) -> str:
         case Call(op, args):
             symbol = _SYMBOLS.get(op)
             parts = [_describe(a) for a in args]
-            return f"({f' {symbol} '.join(parts)})" if symbol and len(parts) == 2 else f"{op.value}({', '.join(parts)})"
+            return (
+                f"({f' {symbol} '.join(parts)})"
+                if symbol and len(parts) == 2
+                else f"{op.value}({', '.join(parts)})"
+            )
         case _:
             return f"{getattr(e, 'tensor', type(e).__name__)}[{', '.join(_describe(o) for o in e.operands)}]"
 
@@ -241,4 +267,3 @@ _SYMBOLS = {
     Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.FLOORDIV: "//", Op.MOD: "%", Op.LE: "<=", Op.LT: "<", Op.EQ: "==",
     Op.NE: "!=", Op.AND: "&", Op.OR: "|",
 }  # fmt: skip
-

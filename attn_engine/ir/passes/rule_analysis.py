@@ -1,6 +1,6 @@
 """What a row rule does at its edges: with a masked score of -inf, and in a row that has seen no key.
 
-Decided by evaluating the rule's expressions at several points, so that any user's rule gets exactly the guards it needs.
+Decided by evaluating the rule's expressions at several points, so that any user's rule gets the guards it needs.
 """
 
 from __future__ import annotations

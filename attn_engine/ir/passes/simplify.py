@@ -79,7 +79,10 @@ def gather_offsets(e: Expr) -> Expr | None:
     if e.dtype is not DType.INT:
         return None
     match e:
-        case Call(Op.ADD | Op.SUB as outer, (Call(Op.ADD | Op.SUB as inner, (x, Const(int() as a))), Const(int() as b))):
+        case Call(
+            Op.ADD | Op.SUB as outer,
+            (Call(Op.ADD | Op.SUB as inner, (x, Const(int() as a))), Const(int() as b)),
+        ):
             total = (a if inner is Op.ADD else -a) + (b if outer is Op.ADD else -b)
             return x if total == 0 else x + total if total > 0 else x - -total
         case Call(Op.ADD, (x, Const(int() as a))) if a < 0:
@@ -157,7 +160,12 @@ def simplify(root: Expr, on_match: OnMatch | None = None) -> Expr:
 def _first_match(node: Expr, on_match: OnMatch | None) -> Expr | None:
     for rule in RULES:
         better = rule(node)
-        if better is not None and better is not node and better.dtype is node.dtype and better.axes == node.axes:
+        if (
+            better is not None
+            and better is not node
+            and better.dtype is node.dtype
+            and better.axes == node.axes
+        ):
             if on_match is not None:
                 on_match(rule.__name__, node, better)
             return better

@@ -74,12 +74,15 @@ template <class T> INLINE FloatVector load_vector(const T* x) {
   }
 }
 
+/// The first `count` of WIDTH elements. Copied from a local array: a compiler may turn a loop of conditional stores into
+/// a masked instruction that still faults on the memory it does not write.
 template <class T> INLINE void store_vector(T* to, FloatVector v, int count) {
   if (std::is_same_v<T, Real> && count >= WIDTH) {
     *(FloatVector*)to = v;
-  } else {
-    for (int i = 0; i < WIDTH; ++i)
-      if (i < count) to[i] = element_of<T>(v[i]);
+  } else if (count > 0) {
+    T elements[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) elements[i] = element_of<T>(v[i]);
+    __builtin_memcpy((void*)to, elements, (count < WIDTH ? count : WIDTH) * sizeof(T));
   }
 }
 
