@@ -13,18 +13,24 @@ from torch import Tensor
 
 from attn_engine.dump import dump_stages
 from attn_engine.errors import (
+    AttnEngineError,
     BackendDeviceMismatch,
     ExtraCustomInput,
+    IndexNotInteger,
+    MaskIsNotBool,
     MissingCustomInput,
     NotATensor,
+    ScoreIsBool,
     UnknownLayout,
     UnknownOption,
     UnsupportedOnBackend,
     WrongMeta,
+    WrongOperands,
 )
 from attn_engine.explain import Explanation, explain
 from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
 from attn_engine.ir.ops import Number, Storage
+from attn_engine.ir.program import Attention
 from attn_engine.library.normalisers import OnlineSoftmax
 from attn_engine.runtime.backends import DEVICES, backend_named
 from attn_engine.runtime.bind import (
@@ -48,7 +54,7 @@ class AttentionEngine:
     """A compiled attention: softmax(mask(score_mod(q k^T * scale))) v, with any of its parts replaced by yours.
 
     qkv_meta: three `meta_tensor`s for q (B, H, S, D), k (B, Hkv, Skv, D) and v (B, Hkv, Skv, Dv), always in this
-        order of dimensions. H is a multiple of Hkv. D, Dv and the dtype (float32, bfloat16, float16, float64) are compiled in;
+        order. H is a multiple of Hkv. D, Dv and the dtype (float32, bfloat16, float16, float64) are compiled in;
         sizes that are None or names may change from call to call without compiling anything again.
     score_mod: (score, b, h, q_idx, kv_idx) or (score, custom_fwd_inputs, b, h, q_idx, kv_idx) -> score.
     custom_fwd_inputs: `CustomIO`, the names and shapes of tensors passed to each call after v.
@@ -96,20 +102,52 @@ class AttentionEngine:
             dim_qk=q.dim,
             dim_v=v.dim,
         )
-        self._traced = self._description.trace(self._storages({}))
+        self._first_error: AttnEngineError | None = None
+        self._traced = self._first_trace()
         self._calls: dict[tuple[object, str], tuple[Call, int]] = {}
         self._checked: set[object] = set()
-        self._saved_names = [name for name, _ in self._traced.program.rule.saved]
         self._number = next(_numbers)
         _engines[self._number] = self
         if backend != "auto":
             backend_named(backend)
 
+    def _first_trace(self) -> TracedProgram | None:
+        """The program, so that mistakes show here and not at the first call.
+
+        How custom inputs lie is not known yet. They are taken for float32; an error that another kind might cure waits
+        for the call that brings the tensors.
+        """
+        try:
+            return self._description.trace(self._storages({}))
+        except (IndexNotInteger, MaskIsNotBool, ScoreIsBool, WrongOperands) as error:
+            if not len(self.custom_io):
+                raise
+            self._first_error = error
+            return None
+
+    @property
+    def program(self) -> Attention:
+        """The traced program; before the first call custom inputs are taken for float32."""
+        return self._present.program
+
+    @property
+    def _present(self) -> TracedProgram:
+        if self._traced is None:
+            assert self._first_error is not None
+            raise self._first_error
+        return self._traced
+
     # -- calls
 
     @overload
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *custom_inputs: Tensor,
+        return_final_rowscales: Literal[False] = False,
+        **named: Tensor,
     ) -> Tensor: ...
     @overload
     def __call__(
@@ -143,7 +181,7 @@ class AttentionEngine:
             call, key = self._call(traced, q.device.type)
             o, *rows = apply(call, key, q, k, v, captured, scalars)
         if return_final_rowscales:
-            return o, dict(zip(self._saved_names, rows, strict=True))
+            return o, dict(zip((name for name, _ in self.program.rule.saved), rows, strict=True))
         return o
 
     def reference(
@@ -160,8 +198,9 @@ class AttentionEngine:
         traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
         names = [c.name for c in traced.program.captures]
         numbers = self._numbers(traced, scalars)
-        views = (self._logical(x) for x in (q, k, v))
-        o, rows = reference(traced.program, *views, dict(zip(names, captured, strict=True)), numbers, dtype)
+        tensors = dict(zip(names, captured, strict=True))
+        q, k, v = (self._logical(x) for x in (q, k, v))
+        o, rows = reference(traced.program, q, k, v, tensors, numbers, dtype)
         o = self._logical(o)
         return (o, rows) if return_final_rowscales else o
 
@@ -175,11 +214,6 @@ class AttentionEngine:
         return compare(self, q, k, v, *custom_inputs, **named)
 
     # -- looking inside
-
-    @property
-    def program(self) -> Any:
-        """The traced program (`attn_engine.ir.program.Attention`)."""
-        return self._traced.program
 
     def source(self, backend: str | None = None, kernel: Kernel = "forward") -> str:
         """The text of a generated kernel: "forward", "delta" (the backward's row sums) or "backward" (all the rest).
@@ -196,14 +230,14 @@ class AttentionEngine:
         """The program's dataflow as a networkx.DiGraph; see `attn_engine.runtime.graph` for its attributes."""
         from attn_engine.runtime.graph import program_graph
 
-        return program_graph(self._traced.program)
+        return program_graph(self.program)
 
     def explain(self) -> Explanation:
         """What was traced, what the mask plan is and why, what is saved for the backward pass, the tiles. Print it."""
-        return explain(self._traced.program, self.scale, self._compiled(self._traced, self._own_backend()))
+        return explain(self.program, self.scale, self._compiled(self._present, self._own_backend()))
 
     def __repr__(self) -> str:
-        p = self._traced.program
+        p = self.program
         return (
             f"AttentionEngine({p.name}, {p.element.value}, D={p.dim_qk}, Dv={p.dim_v}, layout={self.layout!r}, "
             f"backend={self.backend!r})"
@@ -217,7 +251,7 @@ class AttentionEngine:
         """The program of this call, its captured tensors and its numbers, all checked."""
         custom = self._custom(custom_inputs, named)
         storages = self._storages(custom)
-        if self._traced.stale(storages):
+        if self._traced is None or self._traced.stale(storages):
             self._traced = self._description.trace(storages)
         traced = self._traced
         tensors, numbers = traced.tensors(custom), traced.scalars()
@@ -232,8 +266,9 @@ class AttentionEngine:
     ) -> Sequence[Tensor]:
         """A call that torch.compile traces: one operator on the tensors; shapes are checked when the graph runs."""
         custom = self._custom(custom_inputs, named)
-        captured = list(self._traced.tensors(custom).values())
-        scalars = [float(x) for x in (self.scale, *self._traced.scalars().values())]
+        traced = self._present
+        captured = list(traced.tensors(custom).values())
+        scalars = [float(x) for x in (self.scale, *traced.scalars().values())]
         return torch.ops.attn_engine.forward(q, k, v, captured, scalars, _key_of(self._number, q.device.type))
 
     def _check(
@@ -315,7 +350,7 @@ class AttentionEngine:
         return "triton" if torch.cuda.is_available() else "cpu"
 
     def _sources(self, backend: str | None, kernel: str) -> list[str]:
-        compiled = self._compiled(self._traced, self._own_backend() if backend is None else backend)
+        compiled = self._compiled(self._present, self._own_backend() if backend is None else backend)
         learned = tuple(c.name for c in compiled.program.differentiable_captures)
         module = compiled.module(
             "forward" if kernel == "forward" else "backward", compiled.supported(learned)
@@ -331,12 +366,15 @@ _engines: WeakValueDictionary[int, AttentionEngine] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-@torch.compiler.assume_constant_result
 def _key_of(number: int, device: str) -> int:
     """The operator key of an engine's kernels on a device; a constant of the compiled graph."""
     engine = _engines[number]
-    _, key = engine._call(engine._traced, device)
+    _, key = engine._call(engine._present, device)
     return key
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+_key_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _check_options(

@@ -40,8 +40,14 @@ def _key_of(value: Any) -> Any:
     return (type(value), repr(value)) if isinstance(value, float) else (type(value), value)
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class Expr(metaclass=_Interned):
+class _Referenced:
+    """Gives slotted nodes the slot that the table of live nodes needs."""
+
+    __slots__ = ("__weakref__",)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expr(_Referenced, metaclass=_Interned):
     """Base of every node. `dtype` and `axes` are computed once, when the node is built."""
 
     dtype: DType = field(init=False, repr=False)

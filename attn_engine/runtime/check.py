@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_engine.ir.ops import Number
 from attn_engine.runtime.operator import Call, apply
 from attn_engine.runtime.reference import reference
 
@@ -84,7 +85,8 @@ def compare(
     floating = tuple(c.name for c in program.differentiable_captures)
     learned = call.compiled.supported(floating)
     tensors = dict(zip((c.name for c in program.captures), captured, strict=True))
-    numbers = dict(zip(("scale", *(s.name for s in program.scalars)), scalars, strict=True))
+    names: list[str] = ["scale", *(s.name for s in program.scalars)]
+    numbers: dict[str, Number] = dict(zip(names, scalars, strict=True))
 
     def compiled(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
         o, *rows = apply(call, key, q, k, v, list(tensors.values()), scalars)

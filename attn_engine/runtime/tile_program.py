@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -136,8 +135,6 @@ class _Instance:
                     self._write(name, indices, value, add=False)
                 case Accumulate(name, indices, value):
                     self._write(name, indices, value, add=True)
-                case _:
-                    assert_never(statement)
 
     def _loop(self, loop: Loop) -> None:
         step = self.sizes[loop.axis] if loop.axis else 1

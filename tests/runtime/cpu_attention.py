@@ -130,11 +130,13 @@ def measured(
     captured: dict[str, Tensor],
     learned: Sequence[str],
     scalars: dict[str, float],
+    place: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> list[Tensor]:
-    """The same from the kernels, with every output poisoned."""
+    """The same from the kernels, with every output poisoned; `place` says where in memory the outputs go."""
     q, k, v, d_out = tensors
-    out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype)
+    out = place(torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype))
     saved = attention.forward(q, k, v, captured, scalars, out)
-    grads = tuple(torch.full_like(t, math.nan) for t in (q, k, v))
+    dq, dk, dv = (place(torch.full_like(t, math.nan)) for t in (q, k, v))
+    grads = (dq, dk, dv)
     more = attention.backward(d_out, (q, k, v), out, saved, captured, scalars, grads, tuple(learned))
     return [out, *grads, *(more[n] for n in learned)]

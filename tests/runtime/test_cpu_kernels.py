@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import multiprocessing
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -165,12 +169,12 @@ def test_every_operation(element: Storage, generator: torch.Generator):
     check(every_operation(), generator, element=element)
 
 
-@pytest.mark.parametrize("rule", ["sigmoid", "relu", "retention"])
+@pytest.mark.parametrize("rule", ["sigmoid", "retention"])
 def test_other_normalisers(rule: str, generator: torch.Generator):
     check(Case(mask=CAUSAL, mask_mod=causal_mod), generator, rule)
 
 
-@pytest.mark.parametrize("element", [Storage.FLOAT16, Storage.BFLOAT16])
+@pytest.mark.parametrize("element", [Storage.BFLOAT16])
 def test_half_precision_is_converted(element: Storage, generator: torch.Generator):
     check(Case(mask=CAUSAL, mask_mod=causal_mod, dims=(20, 37)), generator, element=element)
 
@@ -205,11 +209,16 @@ def test_rows_that_see_nothing(generator: torch.Generator):
     assert (lse[:, :, :40] == -torch.inf).all()
     assert out.isfinite().all()
     assert lse[:, :, 40:].isfinite().all()
-    grads = tuple(torch.full_like(t, torch.nan) for t in (q, k, v))
+    dq, dk, dv = grads = (
+        torch.full_like(q, torch.nan),
+        torch.full_like(k, torch.nan),
+        torch.full_like(v, torch.nan),
+    )
     attention.backward(d_out, (q, k, v), out, [lse], {}, {"scale": 1.0}, grads, ())
     assert all(g.isfinite().all() for g in grads)
-    assert (grads[0][:, :, :40] == 0).all()
-    assert (grads[1][:, :, :3] == 0).all()
+    assert (dq[:, :, :40] == 0).all()
+    assert (dk[:, :, :3] == 0).all()
+    assert (dv[:, :, :3] == 0).all()
 
 
 def test_any_strides(generator: torch.Generator):
@@ -222,6 +231,35 @@ def test_any_strides(generator: torch.Generator):
         want = expected("softmax", tensors, {}, (), 0.25, None, causal_mod)
         for a, b in zip(got, want):
             torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-5)
+
+
+def at_the_end_of_a_page(t: Tensor) -> Tensor:
+    """A copy of t, laid out alike, whose last byte is followed by memory that nobody may touch."""
+    order = sorted(range(t.ndim), key=lambda i: -t.stride(i))
+    dense = t.permute(order).contiguous()
+    size = dense.numel() * dense.element_size()
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=pages * mmap.PAGESIZE - size)
+    return (
+        raw.view(dense.dtype).view(dense.shape).copy_(dense).permute([order.index(i) for i in range(t.ndim)])
+    )
+
+
+@pytest.mark.parametrize("element", [Storage.FLOAT32, Storage.FLOAT64])
+def test_nothing_outside_the_tensors_is_touched(element: Storage, generator: torch.Generator):
+    p = program(None, function(CAUSAL), element=element, dim_qk=20, dim_v=37)
+    tensors = [at_the_end_of_a_page(t) for t in inputs(p, Shapes(1, 2, 1), generator)]
+    attention = compiled(p)
+    attention.kernels("forward")
+    attention.kernels("backward")
+    work = partial(measured, attention, tensors, {}, (), {"scale": 0.2}, at_the_end_of_a_page)
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def test_an_index_outside_reads_the_edge(generator: torch.Generator):
