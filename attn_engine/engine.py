@@ -21,10 +21,8 @@ from attn_engine.errors import (
     MissingCustomInput,
     NotATensor,
     ScoreIsBool,
-    UnknownLayout,
     UnknownOption,
     UnsupportedOnBackend,
-    WrongMeta,
     WrongOperands,
 )
 from attn_engine.explain import Explanation, explain
@@ -32,15 +30,9 @@ from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention
 from attn_engine.library.normalisers import OnlineSoftmax
+from attn_engine.options import check_options, fixed_sizes, three_metas
 from attn_engine.runtime.backends import DEVICES, backend_named
-from attn_engine.runtime.bind import (
-    LAYOUTS,
-    Expected,
-    check_captured,
-    check_custom_input,
-    check_inputs,
-    check_int64,
-)
+from attn_engine.runtime.bind import Expected, check_captured, check_custom_input, check_inputs, check_int64
 from attn_engine.runtime.compiled import CompiledAttention, sizes_of
 from attn_engine.runtime.operator import Call, apply, register
 from attn_engine.runtime.reference import reference
@@ -86,13 +78,15 @@ class AttentionEngine:
         tune: bool = False,
         **unknown: Any,
     ) -> None:
-        _check_options(layout, backend, block_mask, tune, unknown)
-        q, k, v = _three(qkv_meta)
+        check_options(layout, backend, block_mask, tune, unknown)
+        q, k, v = three_metas(qkv_meta)
         self.layout, self.backend = layout, backend
         self.custom_io = custom_fwd_inputs or CustomIO()
         default = 1.0 if score_mod is not None else 1.0 / math.sqrt(q.dim)
         self.scale = default if scale is None else float(scale)
-        self._expected = Expected(layout, q.dtype, (q.dim, k.dim, v.dim), tuple(_fixed(m) for m in (q, k, v)))
+        self._expected = Expected(
+            layout, q.dtype, (q.dim, k.dim, v.dim), tuple(fixed_sizes(m) for m in (q, k, v))
+        )
         self._description = Description(
             score_mod=score_mod,
             mask_mod=mask_mod,
@@ -375,42 +369,6 @@ def _key_of(number: int, device: str) -> int:
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
 _key_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _check_options(
-    layout: str, backend: str, block_mask: object, tune: bool, unknown: dict[str, Any]
-) -> None:
-    known = "layout, backend, scale, block_mask, tune"
-    for option, value in unknown.items():
-        raise UnknownOption(option=option, value=value, where="AttentionEngine", known=known)
-    if layout not in LAYOUTS:
-        raise UnknownLayout(layout=layout)
-    if block_mask is not None:
-        instead = "Give the same pattern as a mask_mod, for example one that indexes a captured block table."
-        raise UnsupportedOnBackend(backend=backend, feature="block_mask", instead=instead)
-    if tune:
-        instead = "Leave tune=False: the default schedule is chosen from the head dimensions and the target."
-        raise UnsupportedOnBackend(backend=backend, feature="tune=True", instead=instead)
-
-
-def _three(qkv_meta: Sequence[MetaTensor]) -> tuple[MetaTensor, MetaTensor, MetaTensor]:
-    metas = tuple(qkv_meta)
-    if len(metas) != 3 or not all(isinstance(m, MetaTensor) for m in metas):
-        raise WrongMeta(argument="qkv_meta", got=qkv_meta, expected="three meta_tensors, for q, k and v")
-    q, k, v = metas
-    if not q.dtype == k.dtype == v.dtype:
-        raise WrongMeta(
-            argument="dtype", got=(q.dtype, k.dtype, v.dtype), expected="one dtype for q, k and v"
-        )
-    if q.dim != k.dim:
-        raise WrongMeta(argument="D", got=(q.dim, k.dim), expected="one head dimension for q and k")
-    return q, k, v
-
-
-def _fixed(meta: MetaTensor) -> tuple[int | None, int | None, int | None]:
-    """The sizes that a meta tensor fixes."""
-    b, h, s = (size if isinstance(size, int) else None for size in meta.shape[:3])
-    return b, h, s
 
 
 def _signature(x: Tensor) -> object:

@@ -1,10 +1,10 @@
-# attn_engine golden | score_mod_OnlineSoftmax: backward, d_bias | triton | block_q=64 block_kv=64
+# attn_engine golden | score_mod_OnlineSoftmax: backward, d_bias | triton | block_q=32 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="d_bias")
-# launch with num_warps=4, num_stages=2
+# launch with num_warps=8, num_stages=2
 import triton
 import triton.language as tl
 
-BLOCK_Q = tl.constexpr(64)
+BLOCK_Q = tl.constexpr(32)
 BLOCK_KV = tl.constexpr(64)
 BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
@@ -12,7 +12,8 @@ BLOCK_DV = tl.constexpr(64)
 
 @triton.jit(do_not_specialize=[
     "saved_lse_batch_stride", "saved_lse_head_stride", "Delta_batch_stride", "Delta_head_stride",
-    "scale", "batches", "heads", "kv_heads", "q_len", "kv_len", "bias_size_0"
+    "scale", "batches", "heads", "kv_heads", "q_len", "kv_len", "bias_size_0", "bias_size_1",
+    "bias_size_2"
 ])  # fmt: skip
 def d_bias(
     Q, K, V, dO, saved_lse, Delta, bias, d_bias,
@@ -25,7 +26,7 @@ def d_bias(
     bias_stride_0, bias_stride_1, bias_stride_2,
     d_bias_stride_0, d_bias_stride_1, d_bias_stride_2,
     scale, batches, heads, kv_heads, q_len, kv_len,
-    bias_size_0,
+    bias_size_0, bias_size_1, bias_size_2,
 ):  # fmt: skip
     q_tile = tl.arange(0, BLOCK_Q)
     kv_tile = tl.arange(0, BLOCK_KV)
@@ -43,21 +44,29 @@ def d_bias(
             + head * Q_head_stride
             + q_row * Q_row_stride
         )
-        query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+        query = tl.load(
+            Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+            mask=q_idx[:, None] < q_len,
+            other=0.0,
+        )
         dO_base = (
             dO
             + tl.cast(batch, tl.int64) * dO_batch_stride
             + head * dO_head_stride
             + q_row * dO_row_stride
         )
-        d_out = tl.load(dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride))
+        d_out = tl.load(
+            dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
+            mask=q_idx[:, None] < q_len,
+            other=0.0,
+        )
         saved_lse_base = (
             saved_lse
             + tl.cast(batch, tl.int64) * saved_lse_batch_stride
             + head * saved_lse_head_stride
             + q_row * saved_lse_row_stride
         )
-        lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride)
+        lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0)
         safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
         Delta_base = (
             Delta
@@ -65,11 +74,11 @@ def d_bias(
             + head * Delta_head_stride
             + q_row * Delta_row_stride
         )
-        delta = tl.load(Delta_base + q_tile * Delta_row_stride)
+        delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
         kv_begin = 0
         kv_end = tl.maximum((kv_len + 63) // 64 * 64, kv_begin)
         kv_full_end = tl.maximum(
-            tl.minimum(tl.where(q_start + 64 <= q_len, kv_len, 0) // 64 * 64, kv_end), kv_begin
+            tl.minimum(tl.where(q_start + 32 <= q_len, kv_len, 0) // 64 * 64, kv_end), kv_begin
         )
 
         # -- kv tiles in sight, masked where seen in part
@@ -82,7 +91,11 @@ def d_bias(
                 + kv_head * K_head_stride
                 + kv_row * K_row_stride
             )
-            key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+            key = tl.load(
+                K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+                mask=kv_idx[:, None] < kv_len,
+                other=0.0,
+            )
             V_base = (
                 V
                 + tl.cast(batch, tl.int64) * V_batch_stride
@@ -90,7 +103,9 @@ def d_bias(
                 + kv_row * V_row_stride
             )
             value = tl.load(
-                V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride)
+                V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+                mask=kv_idx[:, None] < kv_len,
+                other=0.0,
             )
             score = tl.dot(query, key.T) * scale
             # test_golden.py:62: return score + bias[h, q_idx, kv_idx]
@@ -101,7 +116,9 @@ def d_bias(
                 + kv_row * bias_stride_2
             )
             bias_value = tl.load(
-                bias_base + (q_tile[:, None] * bias_stride_1 + kv_tile[None, :] * bias_stride_2)
+                bias_base + (q_tile[:, None] * bias_stride_1 + kv_tile[None, :] * bias_stride_2),
+                mask=(q_idx[:, None] < bias_size_1) & (kv_idx[None, :] < bias_size_2),
+                other=0.0,
             )
             logit = score + bias_value
             probs = tl.exp2(logit * 1.4426950408889634 - safe_lse[:, None] * 1.4426950408889634)
@@ -120,6 +137,18 @@ def d_bias(
             d_bias_place = d_bias_base + (
                 q_tile[:, None] * d_bias_stride_1 + kv_tile[None, :] * d_bias_stride_2
             )
-            d_bias_old = tl.load(d_bias_place, mask=head < bias_size_0, other=0.0)
-            tl.store(d_bias_place, d_bias_old + d_bias_tile, mask=head < bias_size_0)
+            d_bias_old = tl.load(
+                d_bias_place,
+                mask=(head < bias_size_0)
+                & (q_idx[:, None] < bias_size_1)
+                & (kv_idx[None, :] < bias_size_2),
+                other=0.0,
+            )
+            tl.store(
+                d_bias_place,
+                d_bias_old + d_bias_tile,
+                mask=(head < bias_size_0)
+                & (q_idx[:, None] < bias_size_1)
+                & (kv_idx[None, :] < bias_size_2),
+            )
             tl.debug_barrier()

@@ -1,10 +1,10 @@
-# attn_engine golden | score_mod_OnlineSoftmax: backward, dkdv | triton | block_q=64 block_kv=64
+# attn_engine golden | score_mod_OnlineSoftmax: backward, dkdv | triton | block_q=32 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="dkdv")
-# launch with num_warps=4, num_stages=2
+# launch with num_warps=8, num_stages=2
 import triton
 import triton.language as tl
 
-BLOCK_Q = tl.constexpr(64)
+BLOCK_Q = tl.constexpr(32)
 BLOCK_KV = tl.constexpr(64)
 BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
@@ -12,7 +12,7 @@ BLOCK_DV = tl.constexpr(64)
 
 @triton.jit(do_not_specialize=[
     "saved_lse_batch_stride", "saved_lse_head_stride", "Delta_batch_stride", "Delta_head_stride",
-    "scale", "heads", "kv_heads", "q_len", "bias_size_0"
+    "scale", "heads", "kv_heads", "q_len", "kv_len", "bias_size_0", "bias_size_1", "bias_size_2"
 ])  # fmt: skip
 def dkdv(
     Q, K, V, dO, saved_lse, Delta, bias, dK, dV,
@@ -25,8 +25,8 @@ def dkdv(
     bias_stride_0, bias_stride_1, bias_stride_2,
     dK_batch_stride, dK_head_stride, dK_row_stride, dK_d_stride,
     dV_batch_stride, dV_head_stride, dV_row_stride, dV_d_stride,
-    scale, heads, kv_heads, q_len,
-    bias_size_0,
+    scale, heads, kv_heads, q_len, kv_len,
+    bias_size_0, bias_size_1, bias_size_2,
 ):  # fmt: skip
     q_tile = tl.arange(0, BLOCK_Q)
     kv_tile = tl.arange(0, BLOCK_KV)
@@ -40,9 +40,17 @@ def dkdv(
 
     # -- kv tile of this program
     K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-    key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+    key = tl.load(
+        K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+        mask=kv_idx[:, None] < kv_len,
+        other=0.0,
+    )
     V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-    value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+    value = tl.load(
+        V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+        mask=kv_idx[:, None] < kv_len,
+        other=0.0,
+    )
     d_key = tl.full([BLOCK_KV, BLOCK_D], 0.0, tl.float32)
     d_value = tl.full([BLOCK_KV, BLOCK_DV], 0.0, tl.float32)
 
@@ -51,18 +59,24 @@ def dkdv(
         kv_head * (heads // kv_heads), kv_head * (heads // kv_heads) + heads // kv_heads
     ):
         q_begin = 0
-        q_end = tl.maximum((q_len + 63) // 64 * 64, q_begin)
-        q_full_end = tl.maximum(tl.minimum(q_len // 64 * 64, q_end), q_begin)
+        q_end = tl.maximum((q_len + 31) // 32 * 32, q_begin)
+        q_full_end = tl.maximum(tl.minimum(q_len // 32 * 32, q_end), q_begin)
 
         # -- q tiles in sight, masked where seen in part
         for q_start in tl.range(q_begin, q_end, BLOCK_Q):
             q_row = tl.cast(q_start, tl.int64)
             q_idx = q_start + q_tile
             Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-            query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+            query = tl.load(
+                Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+                mask=q_idx[:, None] < q_len,
+                other=0.0,
+            )
             dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
             d_out = tl.load(
-                dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride)
+                dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
+                mask=q_idx[:, None] < q_len,
+                other=0.0,
             )
             saved_lse_base = (
                 saved_lse
@@ -70,7 +84,9 @@ def dkdv(
                 + head * saved_lse_head_stride
                 + q_row * saved_lse_row_stride
             )
-            lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride)
+            lse = tl.load(
+                saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0
+            )
             safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
             Delta_base = (
                 Delta
@@ -78,7 +94,7 @@ def dkdv(
                 + head * Delta_head_stride
                 + q_row * Delta_row_stride
             )
-            delta = tl.load(Delta_base + q_tile * Delta_row_stride)
+            delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
             score = tl.dot(key, query.T) * scale
             # test_golden.py:62: return score + bias[h, q_idx, kv_idx]
             bias_base = (
@@ -88,7 +104,9 @@ def dkdv(
                 + kv_row * bias_stride_2
             )
             bias_value = tl.load(
-                bias_base + (q_tile[None, :] * bias_stride_1 + kv_tile[:, None] * bias_stride_2)
+                bias_base + (q_tile[None, :] * bias_stride_1 + kv_tile[:, None] * bias_stride_2),
+                mask=(q_idx[None, :] < bias_size_1) & (kv_idx[:, None] < bias_size_2),
+                other=0.0,
             )
             logit = score + bias_value
             probs = tl.exp2(logit * 1.4426950408889634 - safe_lse[None, :] * 1.4426950408889634)
@@ -105,7 +123,13 @@ def dkdv(
     # -- store
     dK_base = dK + batch * dK_batch_stride + kv_head * dK_head_stride + kv_row * dK_row_stride
     tl.store(
-        dK_base + (kv_tile[:, None] * dK_row_stride + d_idx[None, :] * dK_d_stride), d_key * scale
+        dK_base + (kv_tile[:, None] * dK_row_stride + d_idx[None, :] * dK_d_stride),
+        d_key * scale,
+        mask=kv_idx[:, None] < kv_len,
     )
     dV_base = dV + batch * dV_batch_stride + kv_head * dV_head_stride + kv_row * dV_row_stride
-    tl.store(dV_base + (kv_tile[:, None] * dV_row_stride + dv_idx[None, :] * dV_d_stride), d_value)
+    tl.store(
+        dV_base + (kv_tile[:, None] * dV_row_stride + dv_idx[None, :] * dV_d_stride),
+        d_value,
+        mask=kv_idx[:, None] < kv_len,
+    )

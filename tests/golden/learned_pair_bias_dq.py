@@ -1,6 +1,6 @@
 # attn_engine golden | score_mod_OnlineSoftmax: backward, dq | triton | block_q=128 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="dq")
-# launch with num_warps=4, num_stages=2
+# launch with num_warps=8, num_stages=2
 import triton
 import triton.language as tl
 
@@ -12,7 +12,7 @@ BLOCK_DV = tl.constexpr(64)
 
 @triton.jit(do_not_specialize=[
     "saved_lse_batch_stride", "saved_lse_head_stride", "Delta_batch_stride", "Delta_head_stride",
-    "scale", "heads", "kv_heads", "kv_len", "bias_size_0"
+    "scale", "heads", "kv_heads", "q_len", "kv_len", "bias_size_0", "bias_size_1", "bias_size_2"
 ])  # fmt: skip
 def dq(
     Q, K, V, dO, saved_lse, Delta, bias, dQ,
@@ -24,8 +24,8 @@ def dq(
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     bias_stride_0, bias_stride_1, bias_stride_2,
     dQ_batch_stride, dQ_head_stride, dQ_row_stride, dQ_d_stride,
-    scale, heads, kv_heads, kv_len,
-    bias_size_0,
+    scale, heads, kv_heads, q_len, kv_len,
+    bias_size_0, bias_size_1, bias_size_2,
 ):  # fmt: skip
     q_tile = tl.arange(0, BLOCK_Q)
     kv_tile = tl.arange(0, BLOCK_KV)
@@ -40,21 +40,29 @@ def dq(
     # -- query tile of this program
     kv_head = head // (heads // kv_heads)
     Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-    query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+    query = tl.load(
+        Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+        mask=q_idx[:, None] < q_len,
+        other=0.0,
+    )
     dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
-    d_out = tl.load(dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride))
+    d_out = tl.load(
+        dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
+        mask=q_idx[:, None] < q_len,
+        other=0.0,
+    )
     saved_lse_base = (
         saved_lse
         + batch * saved_lse_batch_stride
         + head * saved_lse_head_stride
         + q_row * saved_lse_row_stride
     )
-    lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride)
+    lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0)
     safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
     Delta_base = (
         Delta + batch * Delta_batch_stride + head * Delta_head_stride + q_row * Delta_row_stride
     )
-    delta = tl.load(Delta_base + q_tile * Delta_row_stride)
+    delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
     d_query = tl.full([BLOCK_Q, BLOCK_D], 0.0, tl.float32)
 
     # -- kv tiles this tile meets
@@ -67,9 +75,17 @@ def dq(
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
         K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-        key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+        key = tl.load(
+            K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-        value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+        value = tl.load(
+            V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         score = tl.dot(query, key.T) * scale
         # test_golden.py:62: return score + bias[h, q_idx, kv_idx]
         bias_base = (
@@ -79,7 +95,9 @@ def dq(
             + kv_row * bias_stride_2
         )
         bias_value = tl.load(
-            bias_base + (q_tile[:, None] * bias_stride_1 + kv_tile[None, :] * bias_stride_2)
+            bias_base + (q_tile[:, None] * bias_stride_1 + kv_tile[None, :] * bias_stride_2),
+            mask=(q_idx[:, None] < bias_size_1) & (kv_idx[None, :] < bias_size_2),
+            other=0.0,
         )
         logit = score + bias_value
         probs = tl.exp2(logit * 1.4426950408889634 - safe_lse[:, None] * 1.4426950408889634)
@@ -95,5 +113,7 @@ def dq(
     # -- store
     dQ_base = dQ + batch * dQ_batch_stride + head * dQ_head_stride + q_row * dQ_row_stride
     tl.store(
-        dQ_base + (q_tile[:, None] * dQ_row_stride + d_idx[None, :] * dQ_d_stride), d_query * scale
+        dQ_base + (q_tile[:, None] * dQ_row_stride + d_idx[None, :] * dQ_d_stride),
+        d_query * scale,
+        mask=q_idx[:, None] < q_len,
     )

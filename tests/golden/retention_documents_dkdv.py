@@ -1,10 +1,10 @@
-# attn_engine golden | mask_mod_OnlineRetention: backward, dkdv | triton | block_q=64 block_kv=64
+# attn_engine golden | mask_mod_OnlineRetention: backward, dkdv | triton | block_q=32 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="dkdv")
-# launch with num_warps=4, num_stages=2
+# launch with num_warps=8, num_stages=2
 import triton
 import triton.language as tl
 
-BLOCK_Q = tl.constexpr(64)
+BLOCK_Q = tl.constexpr(32)
 BLOCK_KV = tl.constexpr(64)
 BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
@@ -12,7 +12,7 @@ BLOCK_DV = tl.constexpr(64)
 
 @triton.jit(do_not_specialize=[
     "saved_abs_sum_batch_stride", "saved_abs_sum_head_stride", "Delta_batch_stride",
-    "Delta_head_stride", "scale", "heads", "kv_heads", "q_len"
+    "Delta_head_stride", "scale", "heads", "kv_heads", "q_len", "kv_len", "documents_size_0"
 ])  # fmt: skip
 def dkdv(
     Q, K, V, dO, saved_abs_sum, Delta, documents, dK, dV,
@@ -25,7 +25,8 @@ def dkdv(
     documents_stride_0,
     dK_batch_stride, dK_head_stride, dK_row_stride, dK_d_stride,
     dV_batch_stride, dV_head_stride, dV_row_stride, dV_d_stride,
-    scale, heads, kv_heads, q_len,
+    scale, heads, kv_heads, q_len, kv_len,
+    documents_size_0,
 ):  # fmt: skip
     q_tile = tl.arange(0, BLOCK_Q)
     kv_tile = tl.arange(0, BLOCK_KV)
@@ -39,9 +40,17 @@ def dkdv(
 
     # -- kv tile of this program
     K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-    key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+    key = tl.load(
+        K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+        mask=kv_idx[:, None] < kv_len,
+        other=0.0,
+    )
     V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-    value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+    value = tl.load(
+        V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+        mask=kv_idx[:, None] < kv_len,
+        other=0.0,
+    )
     d_key = tl.full([BLOCK_KV, BLOCK_D], 0.0, tl.float32)
     d_value = tl.full([BLOCK_KV, BLOCK_DV], 0.0, tl.float32)
 
@@ -49,19 +58,27 @@ def dkdv(
     for head in tl.range(
         kv_head * (heads // kv_heads), kv_head * (heads // kv_heads) + heads // kv_heads
     ):
-        documents_row = tl.load(documents + kv_idx * documents_stride_0)
-        q_begin = tl.maximum(kv_start // 64 * 64, 0)
-        q_end = tl.maximum((q_len + 63) // 64 * 64, q_begin)
+        documents_row = tl.load(
+            documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
+        )
+        q_begin = tl.maximum(kv_start // 32 * 32, 0)
+        q_end = tl.maximum((q_len + 31) // 32 * 32, q_begin)
 
         # -- q tiles that may hold visible pairs, masked
         for q_start in tl.range(q_begin, q_end, BLOCK_Q):
             q_row = tl.cast(q_start, tl.int64)
             q_idx = q_start + q_tile
             Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-            query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+            query = tl.load(
+                Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+                mask=q_idx[:, None] < q_len,
+                other=0.0,
+            )
             dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
             d_out = tl.load(
-                dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride)
+                dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
+                mask=q_idx[:, None] < q_len,
+                other=0.0,
             )
             saved_abs_sum_base = (
                 saved_abs_sum
@@ -69,17 +86,23 @@ def dkdv(
                 + head * saved_abs_sum_head_stride
                 + q_row * saved_abs_sum_row_stride
             )
-            abs_sum = tl.load(saved_abs_sum_base + q_tile * saved_abs_sum_row_stride)
+            abs_sum = tl.load(
+                saved_abs_sum_base + q_tile * saved_abs_sum_row_stride,
+                mask=q_idx < q_len,
+                other=0.0,
+            )
             Delta_base = (
                 Delta
                 + batch * Delta_batch_stride
                 + head * Delta_head_stride
                 + q_row * Delta_row_stride
             )
-            delta = tl.load(Delta_base + q_tile * Delta_row_stride)
+            delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
             score = tl.dot(key, query.T) * scale
             # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
-            documents_value = tl.load(documents + q_idx * documents_stride_0)
+            documents_value = tl.load(
+                documents + q_idx * documents_stride_0, mask=q_idx < documents_size_0, other=0
+            )
             same_document = documents_value[None, :] == documents_row[:, None]
             visible = same_document & (kv_idx[:, None] <= q_idx[None, :]) & (q_idx[None, :] < q_len)
             probs = tl.where(
@@ -103,7 +126,13 @@ def dkdv(
     # -- store
     dK_base = dK + batch * dK_batch_stride + kv_head * dK_head_stride + kv_row * dK_row_stride
     tl.store(
-        dK_base + (kv_tile[:, None] * dK_row_stride + d_idx[None, :] * dK_d_stride), d_key * scale
+        dK_base + (kv_tile[:, None] * dK_row_stride + d_idx[None, :] * dK_d_stride),
+        d_key * scale,
+        mask=kv_idx[:, None] < kv_len,
     )
     dV_base = dV + batch * dV_batch_stride + kv_head * dV_head_stride + kv_row * dV_row_stride
-    tl.store(dV_base + (kv_tile[:, None] * dV_row_stride + dv_idx[None, :] * dV_d_stride), d_value)
+    tl.store(
+        dV_base + (kv_tile[:, None] * dV_row_stride + dv_idx[None, :] * dV_d_stride),
+        d_value,
+        mask=kv_idx[:, None] < kv_len,
+    )

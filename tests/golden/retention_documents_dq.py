@@ -1,6 +1,6 @@
 # attn_engine golden | mask_mod_OnlineRetention: backward, dq | triton | block_q=128 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="dq")
-# launch with num_warps=4, num_stages=2
+# launch with num_warps=8, num_stages=2
 import triton
 import triton.language as tl
 
@@ -12,7 +12,7 @@ BLOCK_DV = tl.constexpr(64)
 
 @triton.jit(do_not_specialize=[
     "saved_abs_sum_batch_stride", "saved_abs_sum_head_stride", "Delta_batch_stride",
-    "Delta_head_stride", "scale", "heads", "kv_heads", "q_len", "kv_len"
+    "Delta_head_stride", "scale", "heads", "kv_heads", "q_len", "kv_len", "documents_size_0"
 ])  # fmt: skip
 def dq(
     Q, K, V, dO, saved_abs_sum, Delta, documents, dQ,
@@ -25,6 +25,7 @@ def dq(
     documents_stride_0,
     dQ_batch_stride, dQ_head_stride, dQ_row_stride, dQ_d_stride,
     scale, heads, kv_heads, q_len, kv_len,
+    documents_size_0,
 ):  # fmt: skip
     q_tile = tl.arange(0, BLOCK_Q)
     kv_tile = tl.arange(0, BLOCK_KV)
@@ -39,21 +40,33 @@ def dq(
     # -- query tile of this program
     kv_head = head // (heads // kv_heads)
     Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-    query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+    query = tl.load(
+        Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+        mask=q_idx[:, None] < q_len,
+        other=0.0,
+    )
     dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
-    d_out = tl.load(dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride))
+    d_out = tl.load(
+        dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
+        mask=q_idx[:, None] < q_len,
+        other=0.0,
+    )
     saved_abs_sum_base = (
         saved_abs_sum
         + batch * saved_abs_sum_batch_stride
         + head * saved_abs_sum_head_stride
         + q_row * saved_abs_sum_row_stride
     )
-    abs_sum = tl.load(saved_abs_sum_base + q_tile * saved_abs_sum_row_stride)
+    abs_sum = tl.load(
+        saved_abs_sum_base + q_tile * saved_abs_sum_row_stride, mask=q_idx < q_len, other=0.0
+    )
     Delta_base = (
         Delta + batch * Delta_batch_stride + head * Delta_head_stride + q_row * Delta_row_stride
     )
-    delta = tl.load(Delta_base + q_tile * Delta_row_stride)
-    documents_row = tl.load(documents + q_idx * documents_stride_0)
+    delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
+    documents_row = tl.load(
+        documents + q_idx * documents_stride_0, mask=q_idx < documents_size_0, other=0
+    )
     d_query = tl.full([BLOCK_Q, BLOCK_D], 0.0, tl.float32)
 
     # -- kv tiles this tile meets
@@ -66,12 +79,22 @@ def dq(
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
         K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-        key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+        key = tl.load(
+            K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-        value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+        value = tl.load(
+            V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         score = tl.dot(query, key.T) * scale
         # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
-        documents_value = tl.load(documents + kv_idx * documents_stride_0)
+        documents_value = tl.load(
+            documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
+        )
         same_document = documents_row[:, None] == documents_value[None, :]
         visible = same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
         probs = tl.where(
@@ -94,5 +117,7 @@ def dq(
     # -- store
     dQ_base = dQ + batch * dQ_batch_stride + head * dQ_head_stride + q_row * dQ_row_stride
     tl.store(
-        dQ_base + (q_tile[:, None] * dQ_row_stride + d_idx[None, :] * dQ_d_stride), d_query * scale
+        dQ_base + (q_tile[:, None] * dQ_row_stride + d_idx[None, :] * dQ_d_stride),
+        d_query * scale,
+        mask=q_idx[:, None] < q_len,
     )

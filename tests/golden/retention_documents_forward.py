@@ -1,6 +1,6 @@
 # attn_engine golden | mask_mod_OnlineRetention: forward | triton | block_q=128 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="forward")
-# launch with num_warps=4, num_stages=2
+# launch with num_warps=8, num_stages=2
 import triton
 import triton.language as tl
 
@@ -12,7 +12,7 @@ BLOCK_DV = tl.constexpr(64)
 
 @triton.jit(do_not_specialize=[
     "saved_abs_sum_batch_stride", "saved_abs_sum_head_stride", "scale", "heads", "kv_heads",
-    "q_len", "kv_len"
+    "q_len", "kv_len", "documents_size_0"
 ])  # fmt: skip
 def forward(
     Q, K, V, documents, O, saved_abs_sum,
@@ -23,6 +23,7 @@ def forward(
     O_batch_stride, O_head_stride, O_row_stride, O_d_stride,
     saved_abs_sum_batch_stride, saved_abs_sum_head_stride, saved_abs_sum_row_stride,
     scale, heads, kv_heads, q_len, kv_len,
+    documents_size_0,
 ):  # fmt: skip
     q_tile = tl.arange(0, BLOCK_Q)
     kv_tile = tl.arange(0, BLOCK_KV)
@@ -37,8 +38,14 @@ def forward(
     # -- query tile of this program
     kv_head = head // (heads // kv_heads)
     Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-    query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
-    documents_row = tl.load(documents + q_idx * documents_stride_0)
+    query = tl.load(
+        Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+        mask=q_idx[:, None] < q_len,
+        other=0.0,
+    )
+    documents_row = tl.load(
+        documents + q_idx * documents_stride_0, mask=q_idx < documents_size_0, other=0
+    )
 
     # -- row state of OnlineRetention
     row_abs_sum = tl.full([BLOCK_Q], 0.0, tl.float32)
@@ -54,12 +61,22 @@ def forward(
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
         K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-        key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+        key = tl.load(
+            K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-        value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+        value = tl.load(
+            V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         score = tl.dot(query, key.T) * scale
         # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
-        documents_value = tl.load(documents + kv_idx * documents_stride_0)
+        documents_value = tl.load(
+            documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
+        )
         same_document = documents_row[:, None] == documents_value[None, :]
         visible = same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
         probs = tl.where(visible, score, 0.0)
@@ -73,6 +90,7 @@ def forward(
     tl.store(
         O_base + (q_tile[:, None] * O_row_stride + dv_idx[None, :] * O_d_stride),
         out / tl.where(row_abs_sum[:, None] < 1.0, 1.0, row_abs_sum[:, None]),
+        mask=q_idx[:, None] < q_len,
     )
     saved_abs_sum_base = (
         saved_abs_sum
@@ -80,4 +98,6 @@ def forward(
         + head * saved_abs_sum_head_stride
         + q_row * saved_abs_sum_row_stride
     )
-    tl.store(saved_abs_sum_base + q_tile * saved_abs_sum_row_stride, row_abs_sum)
+    tl.store(
+        saved_abs_sum_base + q_tile * saved_abs_sum_row_stride, row_abs_sum, mask=q_idx < q_len
+    )

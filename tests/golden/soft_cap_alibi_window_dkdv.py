@@ -1,10 +1,10 @@
-# attn_engine golden | score_mod_mask_mod_OnlineSoftmax: backward, dkdv | triton | block_q=64 block_kv=64
+# attn_engine golden | score_mod_mask_mod_OnlineSoftmax: backward, dkdv | triton | block_q=32 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="dkdv")
-# launch with num_warps=4, num_stages=2
+# launch with num_warps=8, num_stages=2
 import triton
 import triton.language as tl
 
-BLOCK_Q = tl.constexpr(64)
+BLOCK_Q = tl.constexpr(32)
 BLOCK_KV = tl.constexpr(64)
 BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
@@ -60,9 +60,17 @@ def dkdv(
 
     # -- kv tile of this program
     K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-    key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+    key = tl.load(
+        K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+        mask=kv_idx[:, None] < kv_len,
+        other=0.0,
+    )
     V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-    value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+    value = tl.load(
+        V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+        mask=kv_idx[:, None] < kv_len,
+        other=0.0,
+    )
     d_key = tl.full([BLOCK_KV, BLOCK_D], 0.0, tl.float32)
     d_value = tl.full([BLOCK_KV, BLOCK_DV], 0.0, tl.float32)
 
@@ -72,14 +80,14 @@ def dkdv(
     ):
         slopes_value = tl.load(slopes + tl.minimum(head, slopes_size_0 - 1) * slopes_stride_0)
         kv_last = tl.minimum(kv_start + 63, kv_len - 1)
-        q_begin = tl.maximum(kv_start // 64 * 64, 0)
+        q_begin = tl.maximum(kv_start // 32 * 32, 0)
         q_end = tl.maximum(
-            floor_divide(tl.minimum(kv_last + (window - 1) + 1, q_len) + 63, 64) * 64, q_begin
+            floor_divide(tl.minimum(kv_last + (window - 1) + 1, q_len) + 31, 32) * 32, q_begin
         )
-        q_full_begin = tl.minimum(tl.maximum((kv_last + 63) // 64 * 64, q_begin), q_end)
+        q_full_begin = tl.minimum(tl.maximum((kv_last + 31) // 32 * 32, q_begin), q_end)
         q_full_end = tl.maximum(
             tl.minimum(
-                floor_divide(tl.minimum(kv_start + (window - 1) + 1, q_len), 64) * 64, q_end
+                floor_divide(tl.minimum(kv_start + (window - 1) + 1, q_len), 32) * 32, q_end
             ),
             q_full_begin,
         )
@@ -89,10 +97,16 @@ def dkdv(
             q_row = tl.cast(q_start, tl.int64)
             q_idx = q_start + q_tile
             Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-            query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+            query = tl.load(
+                Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+                mask=q_idx[:, None] < q_len,
+                other=0.0,
+            )
             dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
             d_out = tl.load(
-                dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride)
+                dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
+                mask=q_idx[:, None] < q_len,
+                other=0.0,
             )
             saved_lse_base = (
                 saved_lse
@@ -100,7 +114,9 @@ def dkdv(
                 + head * saved_lse_head_stride
                 + q_row * saved_lse_row_stride
             )
-            lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride)
+            lse = tl.load(
+                saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0
+            )
             safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
             Delta_base = (
                 Delta
@@ -108,7 +124,7 @@ def dkdv(
                 + head * Delta_head_stride
                 + q_row * Delta_row_stride
             )
-            delta = tl.load(Delta_base + q_tile * Delta_row_stride)
+            delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
             score = tl.dot(key, query.T) * scale
             # test_golden.py:36: squashed = cap * torch.tanh(score / cap)
             squashed = cap * tanh(score / cap)
@@ -134,7 +150,13 @@ def dkdv(
     # -- store
     dK_base = dK + batch * dK_batch_stride + kv_head * dK_head_stride + kv_row * dK_row_stride
     tl.store(
-        dK_base + (kv_tile[:, None] * dK_row_stride + d_idx[None, :] * dK_d_stride), d_key * scale
+        dK_base + (kv_tile[:, None] * dK_row_stride + d_idx[None, :] * dK_d_stride),
+        d_key * scale,
+        mask=kv_idx[:, None] < kv_len,
     )
     dV_base = dV + batch * dV_batch_stride + kv_head * dV_head_stride + kv_row * dV_row_stride
-    tl.store(dV_base + (kv_tile[:, None] * dV_row_stride + dv_idx[None, :] * dV_d_stride), d_value)
+    tl.store(
+        dV_base + (kv_tile[:, None] * dV_row_stride + dv_idx[None, :] * dV_d_stride),
+        d_value,
+        mask=kv_idx[:, None] < kv_len,
+    )

@@ -1,6 +1,6 @@
 # attn_engine golden | score_mod_mask_mod_OnlineSoftmax: backward, dq | triton | block_q=128 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="dq")
-# launch with num_warps=4, num_stages=2
+# launch with num_warps=8, num_stages=2
 import triton
 import triton.language as tl
 
@@ -62,21 +62,29 @@ def dq(
     # -- query tile of this program
     kv_head = head // (heads // kv_heads)
     Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-    query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+    query = tl.load(
+        Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+        mask=q_idx[:, None] < q_len,
+        other=0.0,
+    )
     dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
-    d_out = tl.load(dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride))
+    d_out = tl.load(
+        dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
+        mask=q_idx[:, None] < q_len,
+        other=0.0,
+    )
     saved_lse_base = (
         saved_lse
         + batch * saved_lse_batch_stride
         + head * saved_lse_head_stride
         + q_row * saved_lse_row_stride
     )
-    lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride)
+    lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0)
     safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
     Delta_base = (
         Delta + batch * Delta_batch_stride + head * Delta_head_stride + q_row * Delta_row_stride
     )
-    delta = tl.load(Delta_base + q_tile * Delta_row_stride)
+    delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
     slopes_value = tl.load(slopes + tl.minimum(head, slopes_size_0 - 1) * slopes_stride_0)
     d_query = tl.full([BLOCK_Q, BLOCK_D], 0.0, tl.float32)
     d_slopes_rows_sum = tl.full([BLOCK_Q], 0.0, tl.float32)
@@ -97,9 +105,17 @@ def dq(
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
         K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-        key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+        key = tl.load(
+            K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-        value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+        value = tl.load(
+            V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         score = tl.dot(query, key.T) * scale
         # test_golden.py:36: squashed = cap * torch.tanh(score / cap)
         squashed = cap * tanh(score / cap)
@@ -127,7 +143,9 @@ def dq(
     # -- store
     dQ_base = dQ + batch * dQ_batch_stride + head * dQ_head_stride + q_row * dQ_row_stride
     tl.store(
-        dQ_base + (q_tile[:, None] * dQ_row_stride + d_idx[None, :] * dQ_d_stride), d_query * scale
+        dQ_base + (q_tile[:, None] * dQ_row_stride + d_idx[None, :] * dQ_d_stride),
+        d_query * scale,
+        mask=q_idx[:, None] < q_len,
     )
     d_slopes_rows_base = (
         d_slopes_rows
@@ -135,4 +153,8 @@ def dq(
         + head * d_slopes_rows_head_stride
         + q_row * d_slopes_rows_row_stride
     )
-    tl.store(d_slopes_rows_base + q_tile * d_slopes_rows_row_stride, d_slopes_rows_sum)
+    tl.store(
+        d_slopes_rows_base + q_tile * d_slopes_rows_row_stride,
+        d_slopes_rows_sum,
+        mask=q_idx < q_len,
+    )

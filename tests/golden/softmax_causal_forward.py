@@ -1,6 +1,6 @@
 # attn_engine golden | causal_OnlineSoftmax: forward | triton | block_q=128 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="forward")
-# launch with num_warps=4, num_stages=2
+# launch with num_warps=8, num_stages=2
 import triton
 import triton.language as tl
 
@@ -36,7 +36,11 @@ def forward(
     # -- query tile of this program
     kv_head = head // (heads // kv_heads)
     Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-    query = tl.load(Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride))
+    query = tl.load(
+        Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+        mask=q_idx[:, None] < q_len,
+        other=0.0,
+    )
 
     # -- row state of OnlineSoftmax
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -56,9 +60,17 @@ def forward(
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
         K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-        key = tl.load(K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride))
+        key = tl.load(
+            K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-        value = tl.load(V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride))
+        value = tl.load(
+            V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+            mask=kv_idx[:, None] < kv_len,
+            other=0.0,
+        )
         score = tl.dot(query, key.T) * scale
         if kv_full_end <= kv_start:
             visible = (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
@@ -81,6 +93,7 @@ def forward(
     tl.store(
         O_base + (q_tile[:, None] * O_row_stride + dv_idx[None, :] * O_d_stride),
         tl.where(row_is_empty[:, None], 0.0, out / row_sum[:, None]),
+        mask=q_idx[:, None] < q_len,
     )
     saved_lse_base = (
         saved_lse
@@ -88,4 +101,8 @@ def forward(
         + head * saved_lse_head_stride
         + q_row * saved_lse_row_stride
     )
-    tl.store(saved_lse_base + q_tile * saved_lse_row_stride, row_max + tl.log(row_sum))
+    tl.store(
+        saved_lse_base + q_tile * saved_lse_row_stride,
+        row_max + tl.log(row_sum),
+        mask=q_idx < q_len,
+    )

@@ -25,9 +25,11 @@ from attn_engine.codegen.backends.triton_address import (
 )  # fmt: skip
 from attn_engine.codegen.backends.triton_functions import HELPERS, helper_lines
 from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
+from attn_engine.codegen.backends.triton_types import TYPES, element_storage, widened
+from attn_engine.codegen.lower.emit import Names
 from attn_engine.codegen.render import ATOM, ordered
-from attn_engine.ir.expr import Call, Expr, Full, Load, Reduce, Var, call, postorder, transform
-from attn_engine.ir.ops import INFO, DType, Op, Signature, Storage
+from attn_engine.ir.expr import Call, Expr, Full, Load, Var, transform
+from attn_engine.ir.ops import DType, Op, Storage
 from attn_engine.ir.tile import (
     Accumulate,
     Kernel,
@@ -35,15 +37,11 @@ from attn_engine.ir.tile import (
     Loop,
     Stmt,
     StoreTile,
-    expressions,
     map_expressions,
     walk,
 )
 
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
-TYPES: Mapping[Storage, str] = {
-    Storage.FLOAT64: "float64", Storage.FLOAT32: "float32", Storage.FLOAT16: "float16", Storage.BFLOAT16: "bfloat16",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ class TritonRenderer(Addressing):
     # -- the file
 
     def render(self, kernel: Kernel) -> str:
-        self.element = _element(kernel)
+        self.element = element_storage(kernel)
         self.kernel = replace(kernel, body=map_expressions(kernel.body, self._widened))
         self.learn(self.kernel)
         self._hoisted: list[str] = []
@@ -174,18 +172,18 @@ class TritonRenderer(Addressing):
         own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")}
         for p in self.kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
-        taken = own | {s.name for s in walk(self.kernel.body) if isinstance(s, Let)}
+        taken = Names(own | {s.name for s in walk(self.kernel.body) if isinstance(s, Let)})
         renamed: dict[str, str] = {}
         for s in walk(self.kernel.body):
             if isinstance(s, Let) and s.name in own and s.name not in renamed:
-                renamed[s.name] = _fresh(f"{s.name}_value", taken)
+                renamed[s.name] = taken.fresh(f"{s.name}_value")
         self._taken = taken
         return renamed
 
     def _named(self, key: object, wish: str) -> str:
         """A name for a hoisted value, the same for the same key."""
         if key not in self._names_of:
-            self._names_of[key] = _fresh(wish, self._taken)
+            self._names_of[key] = self._taken.fresh(wish)
         return self._names_of[key]
 
     # -- statements
@@ -345,29 +343,7 @@ class TritonRenderer(Addressing):
         """Arithmetic on stored elements happens in the compute type."""
         if TYPES[self.element] == self.compute:
             return root
-        return transform(root, _widen)
-
-
-_WIDENING = (Signature.ARITHMETIC, Signature.DIVISION, Signature.FUNCTION)
-
-
-def _widen(e: Expr) -> Expr | None:
-    match e:
-        case Call(op, args) if INFO[op].signature in _WIDENING:
-            return Call(op, tuple(call(Op.TO_FLOAT, a) if a.dtype is DType.ELEMENT else a for a in args))
-        case Reduce(kind, x, axis) if x.dtype is DType.ELEMENT:
-            return Reduce(kind, call(Op.TO_FLOAT, x), axis)
-        case _:
-            return None
-
-
-def _element(kernel: Kernel) -> Storage:
-    """The storage of q, k and v: that of the tensors whose tiles are read as elements."""
-    for s in walk(kernel.body):
-        for e in postorder(*expressions(s)):
-            if isinstance(e, Load) and e.kind is DType.ELEMENT:
-                return kernel.param(e.tensor).storage
-    return Storage.FLOAT32
+        return transform(root, widened)
 
 
 def _tile_positions(axis: str) -> list[str]:
@@ -397,13 +373,3 @@ def _program_ids(grid: tuple[str, ...]) -> list[str]:
 
 def _dimension(axis: str) -> str:
     return "DIM_QK" if axis == "d" else "DIM_V"
-
-
-def _fresh(wish: str, taken: set[str]) -> str:
-    """`wish`, or `wish_2`, `wish_3`, ... where it is taken; the answer is taken from now on."""
-    name, number = wish, 1
-    while name in taken:
-        number += 1
-        name = f"{wish}_{number}"
-    taken.add(name)
-    return name

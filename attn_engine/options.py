@@ -1,0 +1,46 @@
+"""Checks of what an engine is made with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from attn_engine.errors import UnknownLayout, UnknownOption, UnsupportedOnBackend, WrongMeta
+from attn_engine.frontend import MetaTensor
+from attn_engine.runtime.bind import LAYOUTS
+
+
+def check_options(layout: str, backend: str, block_mask: object, tune: bool, unknown: dict[str, Any]) -> None:
+    """Raise a typed error for an option that is unknown or that this version does not take."""
+    known = "layout, backend, scale, block_mask, tune"
+    for option, value in unknown.items():
+        raise UnknownOption(option=option, value=value, where="AttentionEngine", known=known)
+    if layout not in LAYOUTS:
+        raise UnknownLayout(layout=layout)
+    if block_mask is not None:
+        instead = "Give the same pattern as a mask_mod, for example one that indexes a captured block table."
+        raise UnsupportedOnBackend(backend=backend, feature="block_mask", instead=instead)
+    if tune:
+        instead = "Leave tune=False: the default schedule is chosen from the head dimensions and the target."
+        raise UnsupportedOnBackend(backend=backend, feature="tune=True", instead=instead)
+
+
+def three_metas(qkv_meta: Sequence[MetaTensor]) -> tuple[MetaTensor, MetaTensor, MetaTensor]:
+    """The descriptions of q, k and v, once they fit each other."""
+    metas = tuple(qkv_meta)
+    if len(metas) != 3 or not all(isinstance(m, MetaTensor) for m in metas):
+        raise WrongMeta(argument="qkv_meta", got=qkv_meta, expected="three meta_tensors, for q, k and v")
+    q, k, v = metas
+    if not q.dtype == k.dtype == v.dtype:
+        raise WrongMeta(
+            argument="dtype", got=(q.dtype, k.dtype, v.dtype), expected="one dtype for q, k and v"
+        )
+    if q.dim != k.dim:
+        raise WrongMeta(argument="D", got=(q.dim, k.dim), expected="one head dimension for q and k")
+    return q, k, v
+
+
+def fixed_sizes(meta: MetaTensor) -> tuple[int | None, int | None, int | None]:
+    """The sizes that a meta tensor fixes."""
+    b, h, s = (size if isinstance(size, int) else None for size in meta.shape[:3])
+    return b, h, s
