@@ -78,6 +78,16 @@ class AttentionEngine:
         tune: bool = False,
         **unknown: Any,
     ) -> None:
+        self._arguments = {
+            "qkv_meta": qkv_meta,
+            "score_mod": score_mod,
+            "custom_fwd_inputs": custom_fwd_inputs,
+            "online_func": online_func,
+            "mask_mod": mask_mod,
+            "layout": layout,
+            "backend": backend,
+            "scale": scale,
+        }
         check_options(layout, backend, block_mask, tune, unknown)
         q, k, v = three_metas(qkv_meta)
         self.layout, self.backend = layout, backend
@@ -237,6 +247,14 @@ class AttentionEngine:
             f"backend={self.backend!r})"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionEngine:
+        """A fresh engine of the same description: functions, and what they capture, are shared."""
+        return AttentionEngine(**self._arguments)
+
+    def __reduce__(self) -> Any:
+        """Pickled by its description, where the functions can be; kernels are made anew from the cache."""
+        return _remade, (self._arguments,)
+
     # -- from a call to its kernels
 
     def _bind(
@@ -353,6 +371,10 @@ class AttentionEngine:
             k for k in module.kernels if kernel == "forward" or (k.name == "delta") is (kernel == "delta")
         ]
         return [compiled.backend.source(k, compiled.schedule) for k in wanted]
+
+
+def _remade(arguments: dict[str, Any]) -> AttentionEngine:
+    return AttentionEngine(**arguments)
 
 
 # Engines by number: a graph of torch.compile can hold a number, not an engine.

@@ -520,3 +520,26 @@ def test_graph_and_explanation() -> None:
     text = str(built.explain())
     for word in ("kv_idx <= q_idx", "tanh", "lse", "q_last"):
         assert word in text
+
+
+def test_copies_of_an_engine() -> None:
+    import copy
+    import pickle
+
+    built = engine(online_func=SeedSoftmax())
+    q, k, v = qkv()
+    wanted = built(q, k, v)
+    for other in (copy.deepcopy(built), pickle.loads(pickle.dumps(built))):
+        assert torch.equal(other(q, k, v), wanted)
+    module = torch.nn.Module()
+    module.attention = built
+    assert torch.equal(copy.deepcopy(module).attention(q, k, v), wanted)
+
+
+def test_bool_custom_inputs() -> None:
+    io = CustomIO({"keep": ("batch", "seq_len_kv")})
+    built = engine(mask_mod=lambda b, h, q, kv, custom: custom.input_tensors["keep"][b, kv], custom_fwd_inputs=io)
+    q, k, v = qkv()
+    keep = torch.rand(2, 50) > 0.5
+    wanted = softmax_attention(q, k, v, D**-0.5, lambda s: s, keep[:, None, None, :])
+    torch.testing.assert_close(built(q, k, v, keep), wanted, rtol=2e-5, atol=2e-5)

@@ -12,16 +12,21 @@ from attn_engine.codegen.lower.forward import lower_forward
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, Module
+from attn_engine.ir.verify import verify_kernel
 
 DIRECTIONS = ("forward", "backward")
 
 
 def lower(program: Attention, schedule: Schedule, direction: str, learned: tuple[str, ...] = ()) -> Module:
     """The kernels of one direction; `learned` names the captured tensors that need a gradient."""
+    assert direction in DIRECTIONS, direction
     if direction == "forward":
-        return Module("forward", (lower_forward(program, schedule),))
-    assert direction == "backward", direction
-    return lower_backward(program, schedule, learned)
+        module = Module("forward", (lower_forward(program, schedule),))
+    else:
+        module = lower_backward(program, schedule, learned)
+    for kernel in module.kernels:
+        verify_kernel(kernel)
+    return module
 
 
 def with_header(kernel: Kernel, backend: str, version: str) -> Kernel:

@@ -42,9 +42,11 @@ class Schedule:
     backward_stages: int = 2
 
     def __str__(self) -> str:
+        kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
+        edges = "loops of their own" if self.edges is Edges.SPLIT else "a branch in the loop"
         return (
-            f"forward {self.block_q}x{self.block_kv}, backward {self.backward_q}x{self.backward_kv}, "
-            f"edges {self.edges.value}, {self.gradients.value} backward kernel(s)"
+            f"forward {self.block_q} x {self.block_kv} (queries x keys), "
+            f"backward {self.backward_q} x {self.backward_kv} in {kernels}, masked tiles in {edges}"
         )
 
 

@@ -54,6 +54,7 @@ class OnlineFunc:
         weights of `forward`, dp their gradient, doosum the row sum of dO * O.
 
     forward and backward may both be left out where they can be derived (RuleNotDerivable says what is missing).
+    The methods are traced once, when an engine is made: a number that they read is a constant of that engine.
     Row values and their initial numbers are given to the constructor, or as class attributes of the same names.
     """
 

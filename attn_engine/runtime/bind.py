@@ -144,6 +144,8 @@ def check_captured(
     for name, x in tensors.items():
         if x.device != device:
             raise CapturedOnOtherDevice(name=name, got=x.device, expected=device)
+        if x.numel() == 0 and sizes["batches"] * sizes["q_len"] * sizes["kv_len"]:
+            raise IndexOutOfRange(position=list(x.shape).index(0), tensor=name, index=0, size=0)
     for fn in program.functions:
         for load in loads(fn.result):
             _check_index(load, fn.sources.get(load, ""), program.mask is not None, tensors, scalars, sizes)
