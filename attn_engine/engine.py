@@ -15,11 +15,8 @@ from attn_engine.dump import dump_stages
 from attn_engine.errors import (
     AttnEngineError,
     BackendDeviceMismatch,
-    ExtraCustomInput,
     IndexNotInteger,
     MaskIsNotBool,
-    MissingCustomInput,
-    NotATensor,
     ScoreIsBool,
     UnknownOption,
     UnsupportedOnBackend,
@@ -32,7 +29,15 @@ from attn_engine.ir.program import Attention
 from attn_engine.library.normalisers import OnlineSoftmax
 from attn_engine.options import check_options, fixed_sizes, three_metas
 from attn_engine.runtime.backends import DEVICES, backend_named
-from attn_engine.runtime.bind import Expected, check_captured, check_custom_input, check_inputs, check_int64
+from attn_engine.runtime.bind import (
+    Expected,
+    call_signature,
+    check_captured,
+    check_custom_input,
+    check_inputs,
+    check_int64,
+    custom_by_name,
+)
 from attn_engine.runtime.compiled import CompiledAttention, sizes_of
 from attn_engine.runtime.operator import Call, apply, register
 from attn_engine.runtime.reference import reference
@@ -54,7 +59,8 @@ class AttentionEngine:
     mask_mod: (b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx, custom_fwd_inputs) -> bool; True keeps the pair. It acts
         after score_mod; a row that keeps nothing gives 0.
     layout: how tensors lie, "bshd" (batch, length, heads, dim) or "bhsd"; strides are free.
-    backend: "auto" (by the tensors' device), "cpu", "torch", "triton" or "triton-interpreter".
+    backend: "auto" (by the tensors' device), "cpu", "torch", "triton", "triton-interpreter", or "reference" (dense,
+        float64, O(S^2) memory: the definition).
     scale: multiplies q k^T before score_mod. None: 1 where a score_mod is given (it scales itself), else 1/sqrt(D).
 
     Functions may use plain Python and torch operators; numbers and tensors they capture are read at every call, and
@@ -178,6 +184,9 @@ class AttentionEngine:
         custom_inputs: the tensors of custom_fwd_inputs in its order, or by name. Row values are float32 (float64 for
         float64 inputs), lse is a natural logarithm and -inf in a row that sees no key; they carry no gradient.
         """
+        if self.backend == "reference":
+            o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64)
+            return (o.to(q.dtype), saved) if return_final_rowscales else o.to(q.dtype)
         if torch.compiler.is_compiling():
             o, *rows = self._in_graph(q, k, v, custom_inputs, named)
         else:
@@ -199,14 +208,24 @@ class AttentionEngine:
         **named: Tensor,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The same attention evaluated densely in `dtype`: the definition; O(S^2) in memory, differentiable."""
-        traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
-        names = [c.name for c in traced.program.captures]
-        numbers = self._numbers(traced, scalars)
-        tensors = dict(zip(names, captured, strict=True))
-        q, k, v = (self._logical(x) for x in (q, k, v))
-        o, rows = reference(traced.program, q, k, v, tensors, numbers, dtype)
-        o = self._logical(o)
+        o, rows = self._dense(q, k, v, custom_inputs, named, dtype)
         return (o, rows) if return_final_rowscales else o
+
+    def _dense(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        custom_inputs: Sequence[Tensor],
+        named: dict[str, Tensor],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """o and the row values, evaluated densely."""
+        traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
+        tensors = dict(zip((c.name for c in traced.program.captures), captured, strict=True))
+        q, k, v = (self._logical(x) for x in (q, k, v))
+        o, rows = reference(traced.program, q, k, v, tensors, self._numbers(traced, scalars), dtype)
+        return self._logical(o), rows
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> Any:
         """Run output and gradients against the float64 reference; print the report to read it.
@@ -261,13 +280,13 @@ class AttentionEngine:
         self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
     ) -> tuple[TracedProgram, list[Tensor], list[Number]]:
         """The program of this call, its captured tensors and its numbers, all checked."""
-        custom = self._custom(custom_inputs, named)
+        custom = custom_by_name(list(self.custom_io), custom_inputs, named)
         storages = self._storages(custom)
         if self._traced is None or self._traced.stale(storages):
             self._traced = self._description.trace(storages)
         traced = self._traced
         tensors, numbers = traced.tensors(custom), traced.scalars()
-        signature = (*map(_signature, (q, k, v, *tensors.values())), *numbers.values())
+        signature = (*map(call_signature, (q, k, v, *tensors.values())), *numbers.values())
         if signature not in self._checked:
             self._check(traced, q, k, v, custom, tensors, numbers)
             self._checked.add(signature)
@@ -277,7 +296,7 @@ class AttentionEngine:
         self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
     ) -> Sequence[Tensor]:
         """A call that torch.compile traces: one operator on the tensors; shapes are checked when the graph runs."""
-        custom = self._custom(custom_inputs, named)
+        custom = custom_by_name(list(self.custom_io), custom_inputs, named)
         traced = self._present
         captured = list(traced.tensors(custom).values())
         scalars = [float(x) for x in (self.scale, *traced.scalars().values())]
@@ -294,7 +313,7 @@ class AttentionEngine:
         numbers: dict[str, Number],
     ) -> None:
         check_inputs(q, k, v, self._expected)
-        if self.backend != "auto" and q.device.type != DEVICES[self.backend]:
+        if self.backend in DEVICES and q.device.type != DEVICES[self.backend]:
             raise BackendDeviceMismatch(
                 backend=self.backend, device=q.device, instead='Move the tensors, or use backend="auto".'
             )
@@ -304,24 +323,6 @@ class AttentionEngine:
         check_captured(traced.program, tensors, numbers, sizes, q.device)
         for name, x in tensors.items():
             check_int64(name, x)
-
-    def _custom(self, positional: Sequence[Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Custom inputs by name."""
-        names = list(self.custom_io)
-        expected = ", ".join(names) or "none"
-        if len(positional) > len(names):
-            raise ExtraCustomInput(name=f"number {len(names) + 1}", expected=expected)
-        found = dict(zip(names, positional, strict=False))
-        for name, x in named.items():
-            if name not in names or name in found:
-                raise ExtraCustomInput(name=repr(name), expected=expected)
-            found[name] = x
-        for name in names:
-            if name not in found:
-                raise MissingCustomInput(name=name, expected=expected)
-            if not isinstance(found[name], Tensor):
-                raise NotATensor(argument=f"custom input {name!r}", got=type(found[name]).__name__)
-        return found
 
     def _storages(self, custom: dict[str, Tensor]) -> dict[str, Storage]:
         return {n: STORAGES[custom[n].dtype] if n in custom else Storage.FLOAT32 for n in self.custom_io}
@@ -391,12 +392,3 @@ def _key_of(number: int, device: str) -> int:
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
 _key_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _signature(x: Tensor) -> object:
-    """What the checks of a tensor depend on; for int64, which must fit into 32 bits, also its contents."""
-    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return type(x).__name__
-    if x.dtype is torch.int64:
-        return (x.shape, x.dtype, x.device, x.data_ptr(), x._version)
-    return (x.shape, x.dtype, x.device)

@@ -37,7 +37,9 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_show_every_attention(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "multiply_add" in run(capsys, "show", name)
-    assert "@triton.jit" in run(capsys, "show", name, "--backend", "triton", "--kernel", "backward", "--dtype", "bfloat16")
+    assert "@triton.jit" in run(
+        capsys, "show", name, "--backend", "triton", "--kernel", "backward", "--dtype", "bfloat16"
+    )
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:

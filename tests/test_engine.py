@@ -538,7 +538,9 @@ def test_copies_of_an_engine() -> None:
 
 def test_bool_custom_inputs() -> None:
     io = CustomIO({"keep": ("batch", "seq_len_kv")})
-    built = engine(mask_mod=lambda b, h, q, kv, custom: custom.input_tensors["keep"][b, kv], custom_fwd_inputs=io)
+    built = engine(
+        mask_mod=lambda b, h, q, kv, custom: custom.input_tensors["keep"][b, kv], custom_fwd_inputs=io
+    )
     q, k, v = qkv()
     keep = torch.rand(2, 50) > 0.5
     wanted = softmax_attention(q, k, v, D**-0.5, lambda s: s, keep[:, None, None, :])

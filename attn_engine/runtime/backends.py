@@ -31,7 +31,7 @@ from attn_engine.runtime.compiled import Backend, Launchable
 from attn_engine.runtime.storage import TORCH_DTYPES
 from attn_engine.version import VERSION
 
-NAMES = ("auto", "cpu", "torch", "triton", "triton-interpreter")
+NAMES = ("auto", "cpu", "torch", "triton", "triton-interpreter", "reference")
 DEVICES = {"cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda"}
 
 
@@ -87,6 +87,12 @@ class TorchBackend:
 
     def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable:
         return TileProgram(kernel)
+
+
+class ReferenceBackend(TorchBackend):
+    """The dense float64 evaluation: the engine answers calls itself; the tile kernels are there to be read."""
+
+    name = "reference"
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,8 @@ def backend_named(name: str) -> Backend:
             return CpuBackend()
         case "torch":
             return TorchBackend()
+        case "reference":
+            return ReferenceBackend()
         case "triton":
             return TritonBackend("triton", interpret=False)
         case "triton-interpreter":

@@ -13,10 +13,12 @@ from attn_engine.errors import (
     CustomInputShape,
     DeviceMismatch,
     DtypeMismatch,
+    ExtraCustomInput,
     HeadDimMismatch,
     HeadsNotDivisible,
     IndexOutOfRange,
     MetaMismatch,
+    MissingCustomInput,
     NotATensor,
     ShapeMismatch,
     UnsupportedDtype,
@@ -119,10 +121,28 @@ def _shape_problem(
     return None
 
 
+def custom_by_name(
+    names: Sequence[str], positional: Sequence[Tensor], named: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Custom inputs by name, from tensors in the declared order and by keyword; each exactly once."""
+    expected = ", ".join(names) or "none"
+    if len(positional) > len(names):
+        raise ExtraCustomInput(name=f"number {len(names) + 1}", expected=expected)
+    found = dict(zip(names, positional, strict=False))
+    for name, x in named.items():
+        if name not in names or name in found:
+            raise ExtraCustomInput(name=repr(name), expected=expected)
+        found[name] = x
+    for name in names:
+        if name not in found:
+            raise MissingCustomInput(name=name, expected=expected)
+        if not isinstance(found[name], Tensor):
+            raise NotATensor(argument=f"custom input {name!r}", got=type(found[name]).__name__)
+    return found
+
+
 def check_custom_input(name: str, x: Tensor, declared: Sequence[str | int], sizes: Mapping[str, int]) -> None:
     """A custom input's shape against its declaration, in this call's sizes."""
-    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise NotATensor(argument=f"custom input {name!r}", got=type(x).__name__)
     names = {"batch": "batches", "heads": "heads", "seq_len": "q_len", "seq_len_kv": "kv_len"}
     wanted = tuple(d if isinstance(d, int) else sizes[names[d]] for d in declared)
     if tuple(x.shape) != wanted:
@@ -186,3 +206,12 @@ def check_int64(name: str, x: Tensor) -> None:
                 got=f"int64 with values up to {int(high)}",
                 supported="32-bit integers",
             )
+
+
+def call_signature(x: Tensor) -> object:
+    """What the checks of a tensor depend on; for int64, which must fit into 32 bits, also its contents."""
+    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return type(x).__name__
+    if x.dtype is torch.int64:
+        return (x.shape, x.dtype, x.device, x.data_ptr(), x._version)
+    return (x.shape, x.dtype, x.device)

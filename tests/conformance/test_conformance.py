@@ -145,6 +145,7 @@ def test_reference(normaliser: str, variant: str) -> None:
         mask_mod=v.mask_mod(tensors) if v.mask_mod else None,
         online_func=RULES[normaliser](),
         scale=SCALE,
+        backend="reference",
     )
     context = Context(
         BATCHES, h, q_len, kv_len, {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
@@ -153,6 +154,7 @@ def test_reference(normaliser: str, variant: str) -> None:
         normaliser, v, *(x.double().transpose(1, 2) for x in (q, k, value)), SCALE, context
     )
     torch.testing.assert_close(engine.reference(q, k, value), want.transpose(1, 2), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(engine(q, k, value), want.transpose(1, 2).float(), rtol=1e-6, atol=1e-6)
 
 
 INTERPRETED = (
