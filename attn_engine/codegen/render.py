@@ -8,24 +8,9 @@ from typing import ClassVar
 
 from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Number, Op
+from attn_engine.ir.printer import INFIX, PREFIX
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
 
-# operator, precedence: higher binds tighter, as in Python
-INFIX: Mapping[Op, tuple[str, int]] = {
-    Op.LE: ("<=", 2),
-    Op.LT: ("<", 2),
-    Op.EQ: ("==", 2),
-    Op.NE: ("!=", 2),
-    Op.OR: ("|", 3),
-    Op.AND: ("&", 4),
-    Op.ADD: ("+", 5),
-    Op.SUB: ("-", 5),
-    Op.MUL: ("*", 6),
-    Op.DIV: ("/", 6),
-    Op.FLOORDIV: ("//", 6),
-    Op.MOD: ("%", 6),
-}
-PREFIX: Mapping[Op, str] = {Op.NEG: "-", Op.NOT: "~"}
 UNARY = 7
 ATOM = 9
 

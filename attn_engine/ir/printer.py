@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Op
 from attn_engine.ir.program import Attention, OnlineRule, ScalarFn
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
 
-_INFIX = {
-    Op.OR: ("|", 3), Op.AND: ("&", 4), Op.LE: ("<=", 2), Op.LT: ("<", 2), Op.EQ: ("==", 2), Op.NE: ("!=", 2),
-    Op.ADD: ("+", 5), Op.SUB: ("-", 5), Op.MUL: ("*", 6), Op.DIV: ("/", 6), Op.FLOORDIV: ("//", 6), Op.MOD: ("%", 6),
-}  # fmt: skip
+# operator, precedence: higher binds tighter, as in Python
+INFIX: Mapping[Op, tuple[str, int]] = {
+    Op.LE: ("<=", 2),
+    Op.LT: ("<", 2),
+    Op.EQ: ("==", 2),
+    Op.NE: ("!=", 2),
+    Op.OR: ("|", 3),
+    Op.AND: ("&", 4),
+    Op.ADD: ("+", 5),
+    Op.SUB: ("-", 5),
+    Op.MUL: ("*", 6),
+    Op.DIV: ("/", 6),
+    Op.FLOORDIV: ("//", 6),
+    Op.MOD: ("%", 6),
+}
+PREFIX: Mapping[Op, str] = {Op.NEG: "-", Op.NOT: "~"}
 
 
 def format_expr(e: Expr, outer: int = 0) -> str:  # noqa: C901  one line per kind of node
@@ -21,14 +35,12 @@ def format_expr(e: Expr, outer: int = 0) -> str:  # noqa: C901  one line per kin
     '(q_idx - kv_idx) * 2 <= 8'
     """
     match e:
-        case Call(op, (a, b)) if op in _INFIX:
-            symbol, level = _INFIX[op]
+        case Call(op, (a, b)) if op in INFIX:
+            symbol, level = INFIX[op]
             text = f"{format_expr(a, level)} {symbol} {format_expr(b, level + 1)}"
             return f"({text})" if level < outer else text
-        case Call(Op.NEG, (a,)):
-            return f"-{format_expr(a, 7)}"
-        case Call(Op.NOT, (a,)):
-            return f"~{format_expr(a, 7)}"
+        case Call(op, (a,)) if op in PREFIX:
+            return f"{PREFIX[op]}{format_expr(a, 7)}"
         case Call(op, args):
             return f"{op.value}({', '.join(format_expr(a) for a in args)})"
         case Const(value):

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attn_engine.codegen.render import ATOM, INFIX, Renderer
+from attn_engine.codegen.render import ATOM, Renderer
 from attn_engine.ir.expr import Call, Const, Expr, Var, postorder
 from attn_engine.ir.ops import DType, Op
+from attn_engine.ir.printer import INFIX
 from attn_engine.ir.tile import Kernel, Let, Loop, Param, walk
 
 DIMENSION_WORDS = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from attn_engine.ir.expr import Call, Const, Expr, Var, call, where
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.passes.simplify import simplify, sum_of
+from attn_engine.ir.printer import format_expr
 
 OTHER = {"q": "kv", "kv": "q"}
 
@@ -119,7 +120,7 @@ class _Analysis:
                     ~e if negated else e, ~e if negated else e, "does not depend on the position"
                 )
             case _:
-                return _Seen(Interval(), NoneKnown(), (f"unknown: {_describe(e)}",))
+                return _Seen(Interval(), NoneKnown(), (f"unknown: {format_expr(e)}",))
 
     def everything(self) -> _Seen:
         return _Seen(Interval(), Interval(), ())
@@ -139,14 +140,14 @@ class _Analysis:
         """a - b >= 0, or >= 1 where strict."""
         x, y = self.linear(a), self.linear(b)
         if x is None or y is None:
-            return _Seen(Interval(), NoneKnown(), (f"not linear in the positions: {_describe(atom)}",))
+            return _Seen(Interval(), NoneKnown(), (f"not linear in the positions: {format_expr(atom)}",))
         slack = _Linear(x.tile - y.tile, x.loop - y.loop, simplify(x.rest - y.rest - (1 if strict else 0)))
         if slack.loop == 0:
             lowest, highest = self.at(slack, lowest=True), self.at(slack, lowest=False)
             return self.condition(
-                highest >= 0, lowest >= 0, f"{_describe(atom)}: bounds the {self.tile} tile"
+                highest >= 0, lowest >= 0, f"{format_expr(atom)}: bounds the {self.tile} tile"
             )
-        return self.bound(slack, f"{_describe(atom)}: linear")
+        return self.bound(slack, f"{format_expr(atom)}: linear")
 
     def bound(self, slack: _Linear, reason: str) -> _Seen:
         """tile * i + loop * j + rest >= 0 as a bound on j; over the tile it is extreme at one of the tile's ends."""
@@ -243,27 +244,3 @@ def _pick(op: Op, a: Expr | None, b: Expr | None) -> Expr | None:
     if a is None or b is None:
         return b if a is None else a
     return a if a is b else call(op, a, b)
-
-
-def _describe(e: Expr) -> str:
-    match e:
-        case Const(value):
-            return repr(value)
-        case Var(name):
-            return name
-        case Call(op, args):
-            symbol = _SYMBOLS.get(op)
-            parts = [_describe(a) for a in args]
-            return (
-                f"({f' {symbol} '.join(parts)})"
-                if symbol and len(parts) == 2
-                else f"{op.value}({', '.join(parts)})"
-            )
-        case _:
-            return f"{getattr(e, 'tensor', type(e).__name__)}[{', '.join(_describe(o) for o in e.operands)}]"
-
-
-_SYMBOLS = {
-    Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.FLOORDIV: "//", Op.MOD: "%", Op.LE: "<=", Op.LT: "<", Op.EQ: "==",
-    Op.NE: "!=", Op.AND: "&", Op.OR: "|",
-}  # fmt: skip
