@@ -13,7 +13,8 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
   Tensor<const float, 4> K;
   Tensor<const float, 4> V;
   Tensor<const float, 4> dO;
-  Tensor<const float, 3> saved_lse;
+  Tensor<const float, 3> saved_row_max;
+  Tensor<const float, 3> saved_inverse_sum;
   Tensor<const float, 3> Delta;
   Tensor<const float, 3> bias;
   Tensor<float, 4> dK;
@@ -23,7 +24,7 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
   double scale;
   int64_t splits;
 };
-static_assert(sizeof(Arguments) == 8 * 94);
+static_assert(sizeof(Arguments) == 8 * 101);
 
 struct Scratch {  // of one thread
   alignas(64) Real d_value_tile[BLOCK_KV][round_up(DV, LANES)];
@@ -44,7 +45,8 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
   const auto& K = arguments.K;
   const auto& V = arguments.V;
   const auto& dO = arguments.dO;
-  const auto& saved_lse = arguments.saved_lse;
+  const auto& saved_row_max = arguments.saved_row_max;
+  const auto& saved_inverse_sum = arguments.saved_inverse_sum;
   const auto& Delta = arguments.Delta;
   const auto& bias = arguments.bias;
   const auto& dK = arguments.dK;
@@ -95,8 +97,9 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
         const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
         pack_lanes<DV>(d_out_packed, matrix(dO, batch, head), q_start, q_rows, 1.0f);
         const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
-        const auto lse = saved_lse(batch, head, q_idx);
-        const auto safe_lse = where(lse == -INFINITY, 0.0f, lse);
+        const auto row_max = saved_row_max(batch, head, q_idx);
+        const auto safe_row_max = where(row_max == -INFINITY, 0.0f, row_max);
+        const auto inverse_sum = saved_inverse_sum(batch, head, q_idx);
         const auto delta = Delta(batch, head, q_idx);
         for (int block = 0; block < kv_rows; block += ROWS) {
           Floats sums[ROWS];
@@ -114,7 +117,9 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const Floats score = sums[r];
             // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
             const auto logit = score + bias(head, q_idx, kv_idx);
-            const auto probs = exp2(logit * 1.442695f - safe_lse * 1.442695f);
+            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            const auto below_max = min(logit - safe_row_max, 0.0f);
+            const auto probs = exp2(below_max * 1.442695f) * inverse_sum;
             store(probs_tile[row], probs);
             const auto d_logit = probs * (load(d_probs_tile[row]) - delta);
             store(d_score_tile[row], d_logit);
@@ -161,8 +166,9 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
         const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
         pack_lanes<DV>(d_out_packed, matrix(dO, batch, head), q_start, q_rows, 1.0f);
         const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
-        const auto lse = saved_lse(batch, head, q_idx);
-        const auto safe_lse = where(lse == -INFINITY, 0.0f, lse);
+        const auto row_max = saved_row_max(batch, head, q_idx);
+        const auto safe_row_max = where(row_max == -INFINITY, 0.0f, row_max);
+        const auto inverse_sum = saved_inverse_sum(batch, head, q_idx);
         const auto delta = Delta(batch, head, q_idx);
         for (int block = 0; block < kv_rows; block += ROWS) {
           Floats sums[ROWS];
@@ -180,8 +186,10 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const Floats score = sums[r];
             // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
             const auto logit = score + bias(head, q_idx, kv_idx);
+            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            const auto below_max = min(logit - safe_row_max, 0.0f);
             const auto visible = (q_idx < q_len) & (kv_idx < kv_len);
-            const auto probs = where(visible, exp2(logit * 1.442695f - safe_lse * 1.442695f), 0.0f);
+            const auto probs = where(visible, exp2(below_max * 1.442695f) * inverse_sum, 0.0f);
             store(probs_tile[row], probs);
             const auto d_logit = probs * (load(d_probs_tile[row]) - delta);
             store(d_score_tile[row], where(visible, d_logit, 0.0f));

@@ -13,14 +13,15 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
   Tensor<const float, 4> K;
   Tensor<const float, 4> V;
   Tensor<const float, 4> dO;
-  Tensor<const float, 3> saved_lse;
+  Tensor<const float, 3> saved_row_max;
+  Tensor<const float, 3> saved_inverse_sum;
   Tensor<const float, 3> Delta;
   Tensor<const float, 3> bias;
   Tensor<float, 3> d_bias;
   int64_t batches, heads, kv_heads, q_len, kv_len;
   double scale;
 };
-static_assert(sizeof(Arguments) == 8 * 71);
+static_assert(sizeof(Arguments) == 8 * 78);
 
 struct Scratch {  // of one thread
   alignas(64) Real query_packed[D][LANES];
@@ -35,7 +36,8 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   const auto& K = arguments.K;
   const auto& V = arguments.V;
   const auto& dO = arguments.dO;
-  const auto& saved_lse = arguments.saved_lse;
+  const auto& saved_row_max = arguments.saved_row_max;
+  const auto& saved_inverse_sum = arguments.saved_inverse_sum;
   const auto& Delta = arguments.Delta;
   const auto& bias = arguments.bias;
   const auto& d_bias = arguments.d_bias;
@@ -52,8 +54,9 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     const int kv_head = floor_div(head, floor_div(heads, kv_heads));
     pack_lanes<D>(query_packed, matrix(Q, batch, head), q_start, q_rows, scale);
     pack_lanes<DV>(d_out_packed, matrix(dO, batch, head), q_start, q_rows, 1.0f);
-    const auto lse = saved_lse(batch, head, q_idx);
-    const auto safe_lse = where(lse == -INFINITY, 0.0f, lse);
+    const auto row_max = saved_row_max(batch, head, q_idx);
+    const auto safe_row_max = where(row_max == -INFINITY, 0.0f, row_max);
+    const auto inverse_sum = saved_inverse_sum(batch, head, q_idx);
     const auto delta = Delta(batch, head, q_idx);
     const int kv_begin = 0;
     const int kv_end = max(floor_div(kv_len + 63, 64) * 64, kv_begin);
@@ -80,7 +83,9 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
           const Floats score = sums[r];
           // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
           const auto logit = score + bias(head, q_idx, kv_idx);
-          const auto probs = exp2(logit * 1.442695f - safe_lse * 1.442695f);
+          // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+          const auto below_max = min(logit - safe_row_max, 0.0f);
+          const auto probs = exp2(below_max * 1.442695f) * inverse_sum;
           const auto d_logit = probs * (load(d_probs_tile[row]) - delta);
           const auto d_score = d_logit;
           const auto d_bias_tile = d_logit;
@@ -112,8 +117,10 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
           const Floats score = sums[r];
           // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
           const auto logit = score + bias(head, q_idx, kv_idx);
+          // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+          const auto below_max = min(logit - safe_row_max, 0.0f);
           const auto visible = (q_idx < q_len) & (kv_idx < kv_len);
-          const auto probs = where(visible, exp2(logit * 1.442695f - safe_lse * 1.442695f), 0.0f);
+          const auto probs = where(visible, exp2(below_max * 1.442695f) * inverse_sum, 0.0f);
           const auto d_logit = probs * (load(d_probs_tile[row]) - delta);
           const auto d_score = where(visible, d_logit, 0.0f);
           const auto d_bias_tile = where(visible, d_logit, 0.0f);

@@ -11,17 +11,18 @@ BLOCK_DV = tl.constexpr(64)
 
 
 @triton.jit(do_not_specialize=[
-    "saved_lse_batch_stride", "saved_lse_head_stride", "Delta_batch_stride", "Delta_head_stride",
-    "scale", "batches", "heads", "kv_heads", "q_len", "kv_len", "bias_size_0", "bias_size_1",
-    "bias_size_2"
+    "saved_row_max_batch_stride", "saved_row_max_head_stride", "saved_inverse_sum_batch_stride",
+    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride", "scale", "batches",
+    "heads", "kv_heads", "q_len", "kv_len", "bias_size_0", "bias_size_1", "bias_size_2"
 ])  # fmt: skip
 def d_bias(
-    Q, K, V, dO, saved_lse, Delta, bias, d_bias,
+    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, bias, d_bias,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
     dO_batch_stride, dO_head_stride, dO_row_stride, dO_d_stride,
-    saved_lse_batch_stride, saved_lse_head_stride, saved_lse_row_stride,
+    saved_row_max_batch_stride, saved_row_max_head_stride, saved_row_max_row_stride,
+    saved_inverse_sum_batch_stride, saved_inverse_sum_head_stride, saved_inverse_sum_row_stride,
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     bias_stride_0, bias_stride_1, bias_stride_2,
     d_bias_stride_0, d_bias_stride_1, d_bias_stride_2,
@@ -60,14 +61,27 @@ def d_bias(
             mask=q_idx[:, None] < q_len,
             other=0.0,
         )
-        saved_lse_base = (
-            saved_lse
-            + tl.cast(batch, tl.int64) * saved_lse_batch_stride
-            + head * saved_lse_head_stride
-            + q_row * saved_lse_row_stride
+        saved_row_max_base = (
+            saved_row_max
+            + tl.cast(batch, tl.int64) * saved_row_max_batch_stride
+            + head * saved_row_max_head_stride
+            + q_row * saved_row_max_row_stride
         )
-        lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0)
-        safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
+        row_max = tl.load(
+            saved_row_max_base + q_tile * saved_row_max_row_stride, mask=q_idx < q_len, other=0.0
+        )
+        safe_row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+        saved_inverse_sum_base = (
+            saved_inverse_sum
+            + tl.cast(batch, tl.int64) * saved_inverse_sum_batch_stride
+            + head * saved_inverse_sum_head_stride
+            + q_row * saved_inverse_sum_row_stride
+        )
+        inverse_sum = tl.load(
+            saved_inverse_sum_base + q_tile * saved_inverse_sum_row_stride,
+            mask=q_idx < q_len,
+            other=0.0,
+        )
         Delta_base = (
             Delta
             + tl.cast(batch, tl.int64) * Delta_batch_stride
@@ -121,7 +135,9 @@ def d_bias(
                 other=0.0,
             )
             logit = score + bias_value
-            probs = tl.exp2(logit * 1.4426950408889634 - safe_lse[:, None] * 1.4426950408889634)
+            # normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            below_max = tl.minimum(logit - safe_row_max[:, None], 0.0)
+            probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[:, None]
             d_probs = tl.dot(d_out, value.T)
             d_logit = probs * (d_probs - delta[:, None])
             d_score = d_logit

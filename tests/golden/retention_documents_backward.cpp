@@ -114,7 +114,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const auto visible = same_document & (kv_idx <= q_idx) & ((q_idx < q_len) & (kv_idx < kv_len));
             const auto probs = where(visible, score / where(abs_sum < 1.0f, 1.0f, abs_sum), 0.0f);
             store(probs_tile[row], probs);
-            // normalisers.py:115: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
+            // normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
             const auto through_sum = where(1.0f < abs_sum, delta * (to_float(0.0f < probs) - to_float(probs < 0.0f)), 0.0f);
             store(d_probs_tile[row], where(visible, (load(d_probs_tile[row]) - through_sum) / where(abs_sum < 1.0f, 1.0f, abs_sum), 0.0f));
           }

@@ -89,7 +89,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, probs_tile[0], LANES);
       UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
     }
-    // normalisers.py:98: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
+    // normalisers.py:108: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
     const auto new_sum = row_abs_sum + tile_sum;
     row_abs_sum = new_sum;
   };

@@ -31,16 +31,18 @@ def tanh(x):
 
 
 @triton.jit(do_not_specialize=[
-    "saved_lse_batch_stride", "saved_lse_head_stride", "Delta_batch_stride", "Delta_head_stride",
-    "scale", "cap", "window", "heads", "kv_heads", "q_len", "kv_len", "slopes_size_0"
+    "saved_row_max_batch_stride", "saved_row_max_head_stride", "saved_inverse_sum_batch_stride",
+    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride", "scale", "cap",
+    "window", "heads", "kv_heads", "q_len", "kv_len", "slopes_size_0"
 ])  # fmt: skip
 def dkdv(
-    Q, K, V, dO, saved_lse, Delta, slopes, dK, dV,
+    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, slopes, dK, dV,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
     dO_batch_stride, dO_head_stride, dO_row_stride, dO_d_stride,
-    saved_lse_batch_stride, saved_lse_head_stride, saved_lse_row_stride,
+    saved_row_max_batch_stride, saved_row_max_head_stride, saved_row_max_row_stride,
+    saved_inverse_sum_batch_stride, saved_inverse_sum_head_stride, saved_inverse_sum_row_stride,
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     slopes_stride_0,
     dK_batch_stride, dK_head_stride, dK_row_stride, dK_d_stride,
@@ -108,16 +110,29 @@ def dkdv(
                 mask=q_idx[:, None] < q_len,
                 other=0.0,
             )
-            saved_lse_base = (
-                saved_lse
-                + batch * saved_lse_batch_stride
-                + head * saved_lse_head_stride
-                + q_row * saved_lse_row_stride
+            saved_row_max_base = (
+                saved_row_max
+                + batch * saved_row_max_batch_stride
+                + head * saved_row_max_head_stride
+                + q_row * saved_row_max_row_stride
             )
-            lse = tl.load(
-                saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0
+            row_max = tl.load(
+                saved_row_max_base + q_tile * saved_row_max_row_stride,
+                mask=q_idx < q_len,
+                other=0.0,
             )
-            safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
+            safe_row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+            saved_inverse_sum_base = (
+                saved_inverse_sum
+                + batch * saved_inverse_sum_batch_stride
+                + head * saved_inverse_sum_head_stride
+                + q_row * saved_inverse_sum_row_stride
+            )
+            inverse_sum = tl.load(
+                saved_inverse_sum_base + q_tile * saved_inverse_sum_row_stride,
+                mask=q_idx < q_len,
+                other=0.0,
+            )
             Delta_base = (
                 Delta
                 + batch * Delta_batch_stride
@@ -132,7 +147,9 @@ def dkdv(
             distance = q_idx[None, :] - kv_idx[:, None]
             # test_golden.py:38: return squashed - slopes[h] * distance
             logit = squashed - slopes_value * distance
-            probs = tl.exp2(logit * 1.4426950408889634 - safe_lse[None, :] * 1.4426950408889634)
+            # normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            below_max = tl.minimum(logit - safe_row_max[None, :], 0.0)
+            probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[None, :]
             d_probs = tl.dot(value, d_out.T)
             d_logit = probs * (d_probs - delta[None, :])
             d_score = d_logit * cap * (1.0 - tanh(score / cap) * tanh(score / cap)) / cap

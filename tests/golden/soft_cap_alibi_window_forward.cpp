@@ -15,12 +15,14 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
   Tensor<const float, 1> slopes;
   Tensor<float, 4> O;
   Tensor<float, 3> saved_lse;
+  Tensor<float, 3> saved_row_max;
+  Tensor<float, 3> saved_inverse_sum;
   int64_t batches, heads, kv_heads, q_len, kv_len;
   double scale;
   double cap;
   int64_t window;
 };
-static_assert(sizeof(Arguments) == 8 * 55);
+static_assert(sizeof(Arguments) == 8 * 69);
 
 struct Scratch {  // of one thread
   alignas(64) Real query_packed[D][LANES];
@@ -39,6 +41,8 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   const auto& slopes = arguments.slopes;
   const auto& O = arguments.O;
   const auto& saved_lse = arguments.saved_lse;
+  const auto& saved_row_max = arguments.saved_row_max;
+  const auto& saved_inverse_sum = arguments.saved_inverse_sum;
   const int heads = arguments.heads, kv_heads = arguments.kv_heads, q_len = arguments.q_len, kv_len = arguments.kv_len;
   const Real scale = arguments.scale;
   const Real cap = arguments.cap;
@@ -100,15 +104,15 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         tile_max = max(tile_max, masked_logit);
       }
     }
-    // normalisers.py:21: new_max = old_max.max(scores.get_reduce("max"))
+    // normalisers.py:27: new_max = old_max.max(scores.get_reduce("max"))
     const auto new_max = max(row_max, tile_max);
     const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
-    // normalisers.py:22: rescale = torch.exp(old_max - new_max)
+    // normalisers.py:28: rescale = torch.exp(old_max - new_max)
     const auto rescale = exp2((row_max - safe_row_max) * 1.442695f);
     row_max = new_max;
     Floats tile_sum = fill(0);
     for (int row = 0; row < kv_rows; ++row) {
-      const auto probs = exp2(load(masked_logit_tile[row]) * 1.442695f - safe_row_max * 1.442695f);
+      const auto probs = exp2((load(masked_logit_tile[row]) - safe_row_max) * 1.442695f);
       store(masked_logit_tile[row], probs);
       tile_sum = tile_sum + probs;
     }
@@ -118,7 +122,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, masked_logit_tile[0], LANES);
       UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
     }
-    // normalisers.py:24: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+    // normalisers.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
     const auto new_sum = row_sum * rescale + tile_sum;
     row_sum = new_sum;
   };
@@ -149,15 +153,15 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         tile_max = max(tile_max, logit);
       }
     }
-    // normalisers.py:21: new_max = old_max.max(scores.get_reduce("max"))
+    // normalisers.py:27: new_max = old_max.max(scores.get_reduce("max"))
     const auto new_max = max(row_max, tile_max);
     const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
-    // normalisers.py:22: rescale = torch.exp(old_max - new_max)
+    // normalisers.py:28: rescale = torch.exp(old_max - new_max)
     const auto rescale = exp2((row_max - safe_row_max) * 1.442695f);
     row_max = new_max;
     Floats tile_sum = fill(0);
     for (int row = 0; row < kv_rows; ++row) {
-      const auto probs = exp2(load(logit_tile[row]) * 1.442695f - safe_row_max * 1.442695f);
+      const auto probs = exp2((load(logit_tile[row]) - safe_row_max) * 1.442695f);
       store(logit_tile[row], probs);
       tile_sum = tile_sum + probs;
     }
@@ -167,7 +171,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, logit_tile[0], LANES);
       UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
     }
-    // normalisers.py:24: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+    // normalisers.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
     const auto new_sum = row_sum * rescale + tile_sum;
     row_sum = new_sum;
   };
@@ -179,9 +183,12 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     partial_step(kv_start);
 
   // -- normalise and store
-  const auto row_is_empty = row_max == -INFINITY;
+  // normalisers.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
+  const auto inverse_sum_2 = where(0.0f < row_sum, 1.0f / row_sum, 0.0f);
   write(saved_lse, q_rows, row_max + log(row_sum), batch, head, q_idx);
-  for (int row = 0; row < DV; ++row) store(result_tile[row], where(row_is_empty, 0.0f, load(out_tile[row]) / row_sum));
+  write(saved_row_max, q_rows, row_max, batch, head, q_idx);
+  write(saved_inverse_sum, q_rows, inverse_sum_2, batch, head, q_idx);
+  for (int row = 0; row < DV; ++row) store(result_tile[row], load(out_tile[row]) * inverse_sum_2);
   unpack_lanes<DV>(matrix(O, batch, head), q_start, q_rows, result_tile);
 }
 

@@ -31,17 +31,20 @@ def tanh(x):
 
 
 @triton.jit(do_not_specialize=[
-    "saved_lse_batch_stride", "saved_lse_head_stride", "scale", "cap", "window", "heads",
-    "kv_heads", "q_len", "kv_len", "slopes_size_0"
+    "saved_lse_batch_stride", "saved_lse_head_stride", "saved_row_max_batch_stride",
+    "saved_row_max_head_stride", "saved_inverse_sum_batch_stride", "saved_inverse_sum_head_stride",
+    "scale", "cap", "window", "heads", "kv_heads", "q_len", "kv_len", "slopes_size_0"
 ])  # fmt: skip
 def forward(
-    Q, K, V, slopes, O, saved_lse,
+    Q, K, V, slopes, O, saved_lse, saved_row_max, saved_inverse_sum,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
     slopes_stride_0,
     O_batch_stride, O_head_stride, O_row_stride, O_d_stride,
     saved_lse_batch_stride, saved_lse_head_stride, saved_lse_row_stride,
+    saved_row_max_batch_stride, saved_row_max_head_stride, saved_row_max_row_stride,
+    saved_inverse_sum_batch_stride, saved_inverse_sum_head_stride, saved_inverse_sum_row_stride,
     scale, cap, window, heads, kv_heads, q_len, kv_len,
     slopes_size_0,
 ):  # fmt: skip
@@ -111,24 +114,25 @@ def forward(
             in_window = q_idx[:, None] - kv_idx[None, :] < window
             visible = in_past & in_window & (kv_idx[None, :] < kv_len)
             logit = tl.where(visible, logit, float("-inf"))
-        # normalisers.py:21: new_max = old_max.max(scores.get_reduce("max"))
+        # normalisers.py:27: new_max = old_max.max(scores.get_reduce("max"))
         new_max = tl.maximum(row_max, tl.max(logit, axis=1))
         safe_row_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        # normalisers.py:22: rescale = torch.exp(old_max - new_max)
+        # normalisers.py:28: rescale = torch.exp(old_max - new_max)
         rescale = tl.exp2((row_max - safe_row_max) * 1.4426950408889634)
-        probs = tl.exp2(logit * 1.4426950408889634 - safe_row_max[:, None] * 1.4426950408889634)
-        # normalisers.py:24: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduc ...
+        probs = tl.exp2((logit - safe_row_max[:, None]) * 1.4426950408889634)
+        # normalisers.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduc ...
         new_sum = row_sum * rescale + tl.sum(probs, axis=1)
         out = out * rescale[:, None] + tl.dot(probs.to(V.dtype.element_ty), value)
         row_max = new_max
         row_sum = new_sum
 
     # -- normalise and store
-    row_is_empty = row_max == float("-inf")
+    # normalisers.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
+    inverse_sum_2 = tl.where(0.0 < row_sum, 1.0 / row_sum, 0.0)
     O_base = O + batch * O_batch_stride + head * O_head_stride + q_row * O_row_stride
     tl.store(
         O_base + (q_tile[:, None] * O_row_stride + dv_idx[None, :] * O_d_stride),
-        tl.where(row_is_empty[:, None], 0.0, out / row_sum[:, None]),
+        out * inverse_sum_2[:, None],
         mask=q_idx[:, None] < q_len,
     )
     saved_lse_base = (
@@ -140,5 +144,23 @@ def forward(
     tl.store(
         saved_lse_base + q_tile * saved_lse_row_stride,
         row_max + tl.log(row_sum),
+        mask=q_idx < q_len,
+    )
+    saved_row_max_base = (
+        saved_row_max
+        + batch * saved_row_max_batch_stride
+        + head * saved_row_max_head_stride
+        + q_row * saved_row_max_row_stride
+    )
+    tl.store(saved_row_max_base + q_tile * saved_row_max_row_stride, row_max, mask=q_idx < q_len)
+    saved_inverse_sum_base = (
+        saved_inverse_sum
+        + batch * saved_inverse_sum_batch_stride
+        + head * saved_inverse_sum_head_stride
+        + q_row * saved_inverse_sum_row_stride
+    )
+    tl.store(
+        saved_inverse_sum_base + q_tile * saved_inverse_sum_row_stride,
+        inverse_sum_2,
         mask=q_idx < q_len,
     )

@@ -340,6 +340,13 @@ def hide_gradients(
         emitter.lets += masking(masked, [*seen.lets, *hidden])
 
 
+def read_rows(program: Attention) -> list[str]:
+    """The saved row values that the backward pass reads; others are for the user."""
+    rule = program.rule
+    read = set(postorder(rule.recompute, rule.gradient))
+    return [name for name, _ in rule.saved if saved_var(name) in read]
+
+
 def key_loads() -> list[Stmt]:
     return [Let("key", load_tile("K")), Let("value", load_tile("V"))]
 
@@ -348,6 +355,8 @@ def query_loads(program: Attention, names: Names) -> list[Stmt]:
     """Q, dO and the row values of a q tile; -inf in an empty row reads as 0, so that it cannot make a NaN."""
     lets: list[Stmt] = [Let("query", load_tile("Q")), Let("d_out", load_tile("dO"))]
     for name, empty in saved_of_empty_row(program.rule).items():
+        if name not in read_rows(program):
+            continue
         lets.append(Let(name, load_rows(saved_param(name))))
         if empty == -math.inf:
             lets.append(Let(f"safe_{name}", where(saved_var(name).equals(-math.inf), 0.0, saved_var(name))))
@@ -366,7 +375,7 @@ def backward_kernel(
     body: list[Stmt],
     more_scalars: tuple[Var, ...] = (),
 ) -> Kernel:
-    row_values = [rows(program, saved_param(name)) for name, _ in program.rule.saved]
+    row_values = [rows(program, saved_param(name)) for name in read_rows(program)]
     row_values += [rows(program, "Delta")] if uses_delta(program) else []
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
     inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_values, *captured_params(program))
