@@ -6,90 +6,20 @@
       A mask returns a bool; this is an int. Compare it, for example `q_idx - kv_idx <= window`.
 
 A class states `template` and `advice`; both are filled from the keywords given where it is raised, which must be
-exactly those that the two name. Every keyword is also an attribute. Standard library only.
+exactly those that the two name. Every keyword is also an attribute.
 """
 
 from __future__ import annotations
 
-import linecache
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from string import Formatter
 from textwrap import fill
-from types import CodeType, FrameType
 from typing import Any, ClassVar
 
-_PACKAGE = str(Path(__file__).parent) + "/"
-_LIBRARY = _PACKAGE + "library/"
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """A place in the user's source; `columns` is the part to underline, counted from 0."""
-
-    path: str
-    line: int
-    function: str
-    columns: tuple[int, int] | None = None
-
-    @property
-    def text(self) -> str:
-        return linecache.getline(self.path, self.line).rstrip()
-
-    @property
-    def short_path(self) -> str:
-        """The path from the current directory where it lies below it, else the file's name."""
-        path = Path(self.path)
-        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
-
-    def __str__(self) -> str:
-        where = f"{self.short_path}:{self.line} in {self.function}"
-        if not self.text:
-            return where
-        body = self.text.strip()
-        indent = len(self.text) - len(body)
-        first, last = self.columns or (indent, len(self.text))
-        marks = " " * max(first - indent, 0) + "^" * max(min(last, len(self.text)) - max(first, indent), 1)
-        return f"{where}\n  {self.line:>4} |     {body}\n       |     {marks}"
-
-
-def location_of(frame: FrameType, whole_line: bool = False) -> Location:
-    """Where `frame` is now."""
-    code = frame.f_code
-    columns = None
-    if not whole_line:
-        line, end_line, first, last = _positions(code)[frame.f_lasti // 2]
-        if line == end_line == frame.f_lineno and first is not None and last is not None and first < last:
-            columns = (first, last)
-    return Location(code.co_filename, frame.f_lineno, code.co_name, columns)
-
-
-def _positions(code: CodeType) -> Any:
-    """(line, end line, column, end column) per instruction; Python 3.10 knows no columns."""
-    if sys.version_info >= (3, 11):
-        return list(code.co_positions())
-    return [(None, None, None, None)] * len(code.co_code)
-
-
-def definition_of(code: CodeType) -> Location:
-    """Where a function is defined."""
-    return Location(code.co_filename, code.co_firstlineno, code.co_name)
-
-
-def user_location() -> Location | None:
-    """The innermost line of the running thread that belongs to neither this package nor torch."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not is_user_code(frame.f_code):
-        frame = frame.f_back
-    return location_of(frame) if frame is not None else None
-
-
-def is_user_code(code: CodeType) -> bool:
-    path = code.co_filename
-    if path.startswith(_PACKAGE) and not path.startswith(_LIBRARY):
-        return False
-    return not path.startswith("<frozen") and "/torch/" not in path and not path.endswith("/functools.py")
+from attn_engine.locations import Location as Location
+from attn_engine.locations import definition_of as definition_of
+from attn_engine.locations import is_user_code as is_user_code
+from attn_engine.locations import location_of as location_of
+from attn_engine.locations import user_location
 
 
 class AttnEngineError(Exception):
@@ -156,7 +86,7 @@ class WrongRank(AttnEngineError, ValueError):
 
 class DtypeMismatch(AttnEngineError, TypeError):
     template = "{argument} is {got}, but q is {expected}; q, k and v share one dtype."
-    advice = "Convert it: {argument}.to({expected})."
+    advice = "Convert it: {argument}.to({expected}); under torch.autocast some layers change the dtype of one of them."
 
 
 class UnsupportedDtype(AttnEngineError, TypeError):
@@ -204,12 +134,21 @@ class MetaMismatch(AttnEngineError, ValueError):
     advice = "Pass None instead of {expected} in the meta_tensor to allow any."
 
 
+class MetaDtypeMismatch(MetaMismatch):
+    advice = "Convert it with .to({expected}), or make another engine whose meta_tensors say dtype={got}."
+
+
 # ---- custom inputs
 
 
 class WrongCustomIO(AttnEngineError, ValueError):
     template = "CustomIO: input {name!r} has shape {shape!r}: {reason}."
     advice = 'A dimension is one of "batch", "heads", "seq_len", "seq_len_kv" or a positive int.'
+
+
+class NotACustomIO(AttnEngineError, TypeError):
+    template = "{argument} is {got}, not {expected}."
+    advice = 'Write CustomIO({{"bias": ("heads", "seq_len")}}): a name and a shape for each input.'
 
 
 class UnknownCustomInput(AttnEngineError, KeyError):
@@ -294,6 +233,11 @@ class WrongIndexCount(AttnEngineError, IndexError):
     advice = "Give one index per dimension: {tensor}[{example}]."
 
 
+class IndexedNumpyArray(AttnEngineError, TypeError):
+    template = "A numpy array cannot be indexed with a traced value."
+    advice = "Make it a tensor outside the function, with torch.from_numpy(array), and index that."
+
+
 class IndexNotInteger(AttnEngineError, IndexError):
     template = "{tensor} is indexed with {got}; an index is an int."
     advice = "Convert it with .int(), or compute it with // instead of /."
@@ -304,12 +248,35 @@ class IndexOutOfRange(AttnEngineError, IndexError):
     advice = "Make the tensor larger or keep the index below {size}."
 
 
+class IndexNegative(IndexOutOfRange):
+    template = (
+        "Index {position} of {tensor} (size {size}) goes down to {index}: a negative index is refused here, where torch "
+        "would count from the end."
+    )
+    advice = "Add an offset, clamp it at 0, or hide these pairs with mask_mod."
+
+
+class IntegerOverflow(AttnEngineError, OverflowError):
+    template = "`{expression}` reaches {value} in this call, but the integers of a kernel have 32 bits."
+    advice = "Compute it in floating point, x.float(), or keep the numbers smaller before they are multiplied."
+
+
 class CapturedOnOtherDevice(AttnEngineError, ValueError):
     template = "The captured tensor {name!r} is on {got}, but q is on {expected}."
     advice = 'Move it once, outside the function: {name} = {name}.to("{expected}").'
 
 
 # ---- online functions
+
+
+class NotAnOnlineFunc(AttnEngineError, TypeError):
+    template = "online_func is {got}, not an OnlineFunc."
+    advice = "Give an object of a class derived from OnlineFunc, such as library.OnlineSoftmax()."
+
+
+class UnknownRowValue(AttnEngineError, KeyError):
+    template = "There is no row value {name!r}; {rule} declares {known}."
+    advice = "Declare it with its initial number in {declared}."
 
 
 class OnlineMethodMissing(AttnEngineError, NotImplementedError):
@@ -337,7 +304,25 @@ class RuleNotDerivable(AttnEngineError, NotImplementedError):
     advice = "Define {method} in {rule}."
 
 
+# ---- torch around the engine
+
+
+class StaleGraph(AttnEngineError, RuntimeError):
+    template = "What this attention captures has changed since torch.compile traced it: {what}."
+    advice = "Call torch.compiler.reset() and compile again, or pass what changes as a tensor in custom_fwd_inputs."
+
+
+class TransformNotSupported(AttnEngineError, NotImplementedError):
+    template = "The compiled attention does not support {transform}."
+    advice = "{instead}"
+
+
 # ---- backends, options, compilation
+
+
+class WrongArgument(AttnEngineError, TypeError):
+    template = "{argument}={got!r} is not {expected}."
+    advice = "{instead}"
 
 
 class UnknownBackend(AttnEngineError, ValueError):
@@ -380,6 +365,11 @@ class LaunchFailed(AttnEngineError, RuntimeError):
 class UnsafeCache(AttnEngineError, RuntimeError):
     template = "The kernel cache {path} is not safe to load code from: {reason}."
     advice = "Remove it, or point ATTN_ENGINE_CACHE at a directory that only you can write."
+
+
+class BrokenLibrary(AttnEngineError, RuntimeError):
+    template = "The compiled kernel {path} cannot be loaded: {reason}."
+    advice = "It was compiled afresh and still fails: check the compiler ($CXX) and that the cache's disk allows execution."
 
 
 class UnknownOption(AttnEngineError, TypeError):

@@ -1,7 +1,7 @@
 """From the user's functions to a program, and from a program back to the tensors and numbers of one call.
 
 Functions are traced once. A call re-reads what they capture; only a change that the program itself depends on (a
-captured tensor of another dtype, a number that decided a Python branch) traces them again.
+captured tensor of another dtype, a number that decided a Python branch or that an OnlineFunc read) traces them again.
 """
 
 from __future__ import annotations
@@ -12,8 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_engine.frontend import CustomIO, OnlineFunc, Trace, trace_mask_mod, trace_online, trace_score_mod
-from attn_engine.frontend.names import KernelNames
+from attn_engine.errors import NotACustomIO
+from attn_engine.frontend import (
+    CustomIO,
+    OnlineFunc,
+    RuleTrace,
+    Trace,
+    trace_mask_mod,
+    trace_online,
+    trace_score_mod,
+)
+from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention, OnlineRule
@@ -32,6 +41,11 @@ class Description:
     dim_qk: int
     dim_v: int
 
+    def __post_init__(self) -> None:
+        given: object = self.custom_io
+        if not isinstance(given, CustomIO):
+            raise NotACustomIO(argument="custom_fwd_inputs", got=type_name(given), expected="a CustomIO")
+
     def trace(self, storages: Mapping[str, Storage]) -> TracedProgram:
         """Run the user's functions on symbols; `storages` says how the custom inputs lie."""
         names = KernelNames()  # one for all, so that no two captures or row values share a name
@@ -41,7 +55,7 @@ class Description:
         if self.mask_mod is not None:
             mask = trace_mask_mod(self.mask_mod, self.custom_io, storages, names)
         rule = trace_online(self.online_func, names)
-        return TracedProgram(self.program(score, mask, rule), score, mask, dict(storages))
+        return TracedProgram(self.program(score, mask, rule.rule), score, mask, rule, dict(storages))
 
     def program(self, score: Trace | None, mask: Trace | None, rule: OnlineRule) -> Attention:
         names = [t.fn.name for t in (score, mask) if t is not None and not t.fn.name.startswith("lambda")]
@@ -63,6 +77,7 @@ class TracedProgram:
     program: Attention
     score: Trace | None
     mask: Trace | None
+    rule: RuleTrace
     storages: dict[str, Storage]
 
     @property
@@ -71,7 +86,7 @@ class TracedProgram:
 
     def stale(self, storages: Mapping[str, Storage]) -> bool:
         """Whether tracing again could give another program."""
-        return self.storages != storages or any(t.opaque or t.stale() for t in self.traces)
+        return self.storages != storages or any(t.opaque or t.stale() for t in (*self.traces, self.rule))
 
     def tensors(self, custom: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The captured tensors of this moment, by kernel name, in the program's order."""

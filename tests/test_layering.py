@@ -35,7 +35,7 @@ PACKAGES = {
 }
 # The files that see frontend and runtime.
 ONLY_BOTH_BRANCHES = {"engine.py", "options.py", "traced_program.py", "__main__.py", "__init__.py"}
-STANDALONE = {"errors.py", "version.py"}  # imported by everybody, so they import nobody
+STANDALONE = {"errors.py", "locations.py", "version.py"}  # imported by everybody, so they import nobody
 LAZY = {"triton", "tilelang", "sympy", "networkx", "transformers"}  # imported where they are used
 # Files that need such a package from their first line on: nobody imports them but where they are used.
 LAZY_FILES = {"runtime/triton_interpreter.py": "attn_engine.runtime.triton_interpreter"}
@@ -84,6 +84,8 @@ def target_layer(module: str) -> str:
 
 def forbidden(path: Path, module: str) -> bool:
     own = layer(path)
+    if module == "attn_engine.locations":
+        return path.name in STANDALONE - {"errors.py"}
     if module in ("attn_engine.errors", "attn_engine.version"):
         return path.name in STANDALONE
     if module.split(".")[0] == "attn_engine":

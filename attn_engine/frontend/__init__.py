@@ -3,7 +3,7 @@
 from attn_engine.frontend.custom_io import CustomIO
 from attn_engine.frontend.meta import MetaTensor, meta_tensor
 from attn_engine.frontend.names import KernelNames
-from attn_engine.frontend.online import OnlineFunc, trace_online
+from attn_engine.frontend.online import OnlineFunc, RuleTrace, trace_online
 from attn_engine.frontend.session import BoundScalar, BoundTensor, Guard
 from attn_engine.frontend.symbols import (
     SymbolicArray,
@@ -25,6 +25,7 @@ __all__ = [
     "MaskMod",
     "MetaTensor",
     "OnlineFunc",
+    "RuleTrace",
     "ScoreMod",
     "SymbolScalar",
     "SymbolicArray",

@@ -3,6 +3,7 @@
 Closure cells, globals, default arguments, functools.partial arguments and, through them, other plain functions are
 followed, and each captured thing keeps a way to be read again at every call. What cannot be followed (attributes of
 objects, elements of lists) is used as it is and makes the trace opaque: the engine then traces again at each call.
+Where numbers may not differ from call to call, in an OnlineFunc, nothing is replaced and everything is guarded.
 """
 
 from __future__ import annotations
@@ -30,16 +31,33 @@ _PLAIN = (bool, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.devic
 
 
 class Rebuilder:
-    """Makes the copies of one trace. `replaced` gives fixed replacements by identity (the engine's CustomIO)."""
+    """Makes the copies of one trace.
 
-    def __init__(self, session: Session, replaced: dict[int, Any]) -> None:
+    replaced: fixed replacements by identity (the engine's CustomIO). constants: captured numbers and tensors stay what
+    they are; a number is guarded.
+    """
+
+    def __init__(self, session: Session, replaced: dict[int, Any], constants: bool = False) -> None:
         self._session = session
         self._replaced = replaced
+        self._constants = constants
         self._copies: dict[int, FunctionType] = {}
 
     def callable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """The copy of whatever the user gave as a function."""
-        return self._substitute(fn, lambda: fn, ("function", id(fn)), "function", fn)
+        return self._called(fn, lambda: fn, ("function", id(fn)), fn)
+
+    def watch(self, value: Any, read: Read, label: str) -> None:
+        """Guard a value that the user's functions reach by themselves, where `read()` gives it."""
+        self._substitute(value, read, ("watched", label), label, None)
+
+    def _called(self, value: Any, read: Read, key: Hashable, owner: object) -> Any:
+        """The copy of what will be called: of an object, its method. Objects that are only read stay themselves."""
+        method = _call_method(value)
+        if method is None or id(value) in self._replaced:
+            return self._substitute(value, read, key, "function", owner)
+        self._note_methods(value)
+        return MethodType(self._function(method), value)
 
     def _substitute(self, value: Any, read: Read, key: Hashable, label: str, owner: object) -> Any:
         """What the copy sees instead of `value`, which `read()` gives again at a call."""
@@ -71,10 +89,16 @@ class Rebuilder:
         if number_kind(plain) is None:
             self._session.guard(label, read, value)
             return plain
+        if self._constants:
+            self._session.guard(label, read, value)
+            return value
         var = self._session.runtime_number(key, label, lambda: plain_number(read()), owner)
         return Traced(var, self._session)
 
     def _tensor(self, value: torch.Tensor, read: Read, key: Hashable, label: str, owner: object) -> Any:
+        if self._constants:
+            self._session.opaque = True  # nothing tells when the values in memory change
+            return value
         storage = self._session.storage_of(value, label)
         tensor = CapturedTensor(key, label, storage, tuple(value.shape), read, owner=owner)
         if value.ndim:
@@ -96,15 +120,21 @@ class Rebuilder:
             return self._tuple(cast(tuple[Any, ...], value), read, label)
         if isinstance(value, type) and _is_library(value.__module__):
             return value
-        self._session.opaque = True
         if isinstance(value, MethodType):
+            self._note_methods(value.__self__)
             return (
                 MethodType(self._function(value.__func__), value.__self__)
                 if _is_plain(value.__func__)
                 else value
             )
-        method = _call_method(value)
-        return MethodType(self._function(method), value) if method is not None else value
+        self._note_methods(value)
+        return value
+
+    def _note_methods(self, value: object) -> None:
+        """Whatever is read from an object may be another at the next call; lines of its methods are the user's."""
+        self._session.opaque = True
+        for function in functions_of(value if isinstance(value, type) else type(value)).values():
+            self._session.codes.update(codes_of(function.__code__))
 
     def _tuple(self, items: tuple[Any, ...], read: Read, label: str) -> tuple[Any, ...]:
         self._session.guard(label, read, items)
@@ -127,7 +157,7 @@ class Rebuilder:
             )
             for name, a in bound.keywords.items()
         }
-        inner = self._substitute(bound.func, lambda: bound.func, ("partial", id(bound)), "function", bound)
+        inner = self._called(bound.func, lambda: bound.func, ("partial", id(bound)), bound)
         return functools.partial(inner, *args, **keywords)
 
     def _function(self, fn: FunctionType) -> FunctionType:
@@ -189,6 +219,19 @@ def codes_of(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from codes_of(constant)
+
+
+def functions_of(cls: type) -> dict[str, FunctionType]:
+    """The Python functions behind the methods and properties that the user's classes among cls's bases define."""
+    found: dict[str, FunctionType] = {}
+    for base in cls.__mro__:
+        if _is_library(base.__module__):
+            continue
+        for name, value in vars(base).items():
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(function, FunctionType) and is_user_code(function.__code__):
+                found.setdefault(name, function)
+    return found
 
 
 def _global_names(code: CodeType) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
-from attn_engine.errors import WrongCustomIO
+from attn_engine.errors import NotACustomIO, WrongCustomIO
+from attn_engine.frontend.names import type_name
 
 NAMED_DIMENSIONS = ("batch", "heads", "seq_len", "seq_len_kv")
 CustomShape = tuple[str | int, ...]
@@ -17,7 +18,7 @@ class CustomIO:
     A dimension is "batch", "heads", "seq_len" (of q), "seq_len_kv" or a positive int. Inside a traced function
     `custom.input_tensors["bias"]` can be indexed, `[h, q_idx]`, or used as it is: then it means the element that
     belongs to the current (b, h, q_idx, kv_idx), dimension by dimension; a dimension of 1 is read at 0.
-    Immutable: one CustomIO serves any number of engines. Raises WrongCustomIO.
+    Immutable: one CustomIO serves any number of engines. Raises NotACustomIO, WrongCustomIO.
 
     >>> CustomIO({"slopes": ("heads",)}).shapes
     {'slopes': ('heads',)}
@@ -26,7 +27,12 @@ class CustomIO:
     __slots__ = ("_shapes",)
 
     def __init__(self, input_tensors: Mapping[str, CustomShape | list[str | int]] | None = None) -> None:
-        self._shapes = {name: _checked(name, shape) for name, shape in (input_tensors or {}).items()}
+        shapes = cast(object, {} if input_tensors is None else input_tensors)
+        if not isinstance(shapes, Mapping):
+            expected = "a dictionary of names and shapes"
+            raise NotACustomIO(argument="CustomIO's argument", got=type_name(shapes), expected=expected)
+        given = cast(Mapping[object, object], shapes)
+        self._shapes = {str(name): _checked(name, shape) for name, shape in given.items()}
 
     @property
     def shapes(self) -> dict[str, CustomShape]:

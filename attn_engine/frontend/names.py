@@ -29,6 +29,12 @@ _ROW_WORDS = frozenset({"lse", "row_max", "row_sum"})
 _PREFIXES = ("block_", "tile_", "stride_", "grid_", "attn_", "BLOCK_")
 
 
+def type_name(value: object) -> str:
+    """How a message calls a value's type: "an int", "a list"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+
+
 class KernelNames:
     """Hands out names; the same captured thing (a closure cell, a global, a custom input) always gets the same one.
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any, ClassVar, cast
 
 from attn_engine.errors import (
     AttnEngineError,
+    NotAnOnlineFunc,
     OnlineMethodMissing,
     OnlineStateMismatch,
     OnlineWrongResult,
     RuleNotDerivable,
+    UnknownRowValue,
     definition_of,
 )
 from attn_engine.frontend.capture import codes_of
 from attn_engine.frontend.custom_io import CustomIO
-from attn_engine.frontend.names import KernelNames
+from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.operations import to_float
-from attn_engine.frontend.session import Session
-from attn_engine.frontend.symbols import SymbolScalar, Var
+from attn_engine.frontend.rule_guards import initial_number, watch_captures
+from attn_engine.frontend.session import Guard, Session, guards_hold
 from attn_engine.frontend.trace import names_and_sources, watching
 from attn_engine.frontend.traced import Traced, lift
 from attn_engine.ir.expr import Expr
@@ -54,7 +57,8 @@ class OnlineFunc:
         weights of `forward`, dp their gradient, doosum the row sum of dO * O.
 
     forward and backward may both be left out where they can be derived (RuleNotDerivable says what is missing).
-    The methods are traced once, when an engine is made: a number that they read is a constant of that engine.
+    A number that the methods read (a global, a closure's, an attribute) is a constant of the kernels; it is looked at
+    again at every call, and another value makes other kernels. Numbers that change often belong into score_mod.
     Row values and their initial numbers are given to the constructor, or as class attributes of the same names.
     """
 
@@ -86,12 +90,35 @@ class OnlineFunc:
     online_fwd_epilogue: Callable[..., Any]
 
 
-def trace_online(func: OnlineFunc | type[OnlineFunc], names: KernelNames | None = None) -> OnlineRule:
+@dataclass(frozen=True, slots=True)
+class RuleTrace:
+    """A traced rule, and what it took for granted.
+
+    opaque: the methods read things that cannot be watched (elements of a list, a module's numbers): trace them again at
+    every call.
+    """
+
+    rule: OnlineRule
+    guards: tuple[Guard, ...]
+    opaque: bool
+
+    def stale(self) -> bool:
+        """Whether something that the methods read has changed, so that tracing again may give another rule."""
+        return not guards_hold(self.guards)
+
+
+def trace_online(func: OnlineFunc | type[OnlineFunc], names: KernelNames | None = None) -> RuleTrace:
     """The rule that an online function's methods describe.
 
     Raises OnlineMethodMissing, OnlineWrongResult, OnlineStateMismatch, RuleNotDerivable and the tracing errors.
     """
-    return _OnlineTrace(func() if isinstance(func, type) else func, names or KernelNames()).rule()
+    made: object = func() if isinstance(func, type) else func
+    if not isinstance(made, OnlineFunc):
+        raise NotAnOnlineFunc(got=type_name(made))
+    trace = _OnlineTrace(made, names or KernelNames())
+    rule = trace.rule()
+    watch_captures(trace.func, trace.session)
+    return RuleTrace(rule, tuple(trace.session.guards), trace.session.opaque)
 
 
 class _OnlineTrace:
@@ -102,7 +129,7 @@ class _OnlineTrace:
         self.name = type(func).__name__
         self.session = Session(names=names, tensors_allowed=False)
         self.states = {
-            user: RowState(names.assign(("state", self.name, user), user, row=True), _initial(value))
+            user: RowState(names.assign(("state", self.name, user), user, row=True), initial_number(value))
             for user, value in func.online_rowscales.items()
         }
         self.final = dict.fromkeys(func.final_rowscales)
@@ -169,10 +196,11 @@ class _OnlineTrace:
         return self._lift("online_fwd_epilogue", output), saved
 
     def _backward(self, saved: dict[str, Expr]) -> tuple[Expr, Expr]:
-        rows = {n: Traced(saved_var(n), self.session) for n in saved}
+        values = {n: Traced(saved_var(n), self.session) for n in saved}
+        first, second = (_RowValues(values, self, "final_rowscales") for _ in range(2))
         where = (BATCH, HEAD, Q_IDX, KV_IDX)
-        recompute = self._lift("forward", self._call("forward", LOGIT, dict(rows), *where))
-        gradient = self._call("backward", D_PROBS, PROBS, dict(rows), DELTA, *where)
+        recompute = self._lift("forward", self._call("forward", LOGIT, first, *where))
+        gradient = self._call("backward", D_PROBS, PROBS, second, DELTA, *where)
         return recompute, self._lift("backward", gradient)
 
     def _derive(
@@ -193,21 +221,22 @@ class _OnlineTrace:
             ) from None
 
     def _rows(self) -> Rows:
-        return {user: Traced(state.var, self.session) for user, state in self.states.items()}
+        rows = {user: Traced(state.var, self.session) for user, state in self.states.items()}
+        return _RowValues(rows, self, "online_rowscales")
 
     def _parts(self, method: str, returned: Any, count: int, expected: str) -> tuple[Any, ...]:
         parts: tuple[Any, ...] = ()
         if isinstance(returned, tuple | list):
             parts = tuple(cast(Sequence[Any], returned))
         if len(parts) != count or not isinstance(parts[1], dict):
-            self._wrong(method, "something else", expected)
+            self._wrong(method, _describe(returned), expected)
         return parts
 
     def _lift(self, method: str, value: Any) -> Expr:
         try:
             return to_float(lift(value, self.session))
         except AttnEngineError:
-            return self._wrong(method, f"a {type(value).__name__}", "a traced value")
+            return self._wrong(method, type_name(value), "a traced value")
 
     def _row(self, method: str, what: str, value: Any) -> Expr:
         expr = self._lift(method, value)
@@ -236,7 +265,28 @@ class _OnlineTrace:
         return definition_of(code) if isinstance(code, CodeType) else None
 
 
-def _initial(value: Any) -> float:
-    if isinstance(value, SymbolScalar):
-        return value.initial
-    return value.value if isinstance(value, Var) else float(value)
+class _RowValues(dict[str, Any]):
+    """What a method gets as row values: symbols by name."""
+
+    def __init__(self, rows: Mapping[str, Any], trace: _OnlineTrace, declared: str) -> None:
+        super().__init__(rows)
+        self._trace, self._declared = trace, declared
+
+    def __missing__(self, name: object) -> Any:
+        raise UnknownRowValue(
+            name=name,
+            rule=self._trace.name,
+            known=", ".join(self) or "none",
+            declared=self._declared,
+            location=self._trace.session.location(),
+        )
+
+
+def _describe(returned: Any) -> str:
+    """What a method has returned, for a message: the types of a tuple's parts."""
+    if isinstance(returned, tuple | list):
+        parts = cast(Sequence[Any], returned)
+        return f"{len(parts)} values ({', '.join(type_name(p) for p in parts)})"
+    if isinstance(returned, Traced):
+        return "one traced value"
+    return "None (is a `return` missing?)" if returned is None else type_name(returned)

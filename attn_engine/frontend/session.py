@@ -6,7 +6,7 @@ import linecache
 import math
 import numbers
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 
@@ -19,6 +19,8 @@ from attn_engine.ir.evaluate import evaluate
 from attn_engine.ir.expr import Const, Expr, Load, Var, postorder
 from attn_engine.ir.ops import DType, Number, Storage
 
+# What reading a captured thing again raises when it is gone or is something else now.
+READ_FAILURES = (AttributeError, IndexError, KeyError, NameError, TypeError, ValueError)
 STORAGES = {getattr(torch, s.value): s for s in Storage}
 
 
@@ -63,6 +65,14 @@ class Guard:
     def holds(self) -> bool:
         now = self.read()
         return now is self.expected or (type(now) is type(self.expected) and bool(now == self.expected))
+
+
+def guards_hold(guards: Iterable[Guard]) -> bool:
+    """Whether all that a trace has taken for granted is still so."""
+    try:
+        return all(g.holds() for g in guards)
+    except READ_FAILURES:
+        return False  # a captured thing is gone or is something else now
 
 
 @dataclass(frozen=True, slots=True)

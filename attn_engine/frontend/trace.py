@@ -11,14 +11,17 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from attn_engine.errors import (
     AttnEngineError,
+    IndexedNumpyArray,
     Location,
     MaskIsNotBool,
     ReturnsTensor,
     ScoreIsBool,
     ScoreNotTraced,
+    UnknownOperation,
     WrongOperands,
     WrongParameters,
     definition_of,
@@ -26,15 +29,17 @@ from attn_engine.errors import (
 )
 from attn_engine.frontend.capture import Rebuilder
 from attn_engine.frontend.custom_io import CustomIO
-from attn_engine.frontend.names import KernelNames
+from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.operations import kind, to_float
 from attn_engine.frontend.session import (
+    READ_FAILURES,
     STORAGES,
     BoundScalar,
     BoundTensor,
     CapturedTensor,
     Guard,
     Session,
+    guards_hold,
     number_kind,
 )
 from attn_engine.frontend.traced import Traced, lift
@@ -48,6 +53,10 @@ MaskMod = Callable[..., Any]
 
 _SCORE_PARAMETERS = "(score, b, h, q_idx, kv_idx) or (score, custom_fwd_inputs, b, h, q_idx, kv_idx)"
 _MASK_PARAMETERS = "(b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx, custom_fwd_inputs)"
+_RANDOM = frozenset(
+    "rand randn randint randperm normal bernoulli multinomial poisson binomial uniform random exponential geometric "
+    "cauchy log_normal".split()
+)
 _DIMENSION_INDEX: dict[str | int, Expr] = {
     "batch": BATCH, "heads": HEAD, "seq_len": Q_IDX, "seq_len_kv": KV_IDX, 1: Const(0),
 }  # fmt: skip
@@ -73,12 +82,12 @@ class Trace:
         """Whether something the trace took for granted has changed, so that tracing again may give another program."""
         try:
             return not (
-                all(g.holds() for g in self.guards)
+                guards_hold(self.guards)
                 and all(_same_kind(s) for s in self.scalars)
                 and all(self._same_storage(t) for t in self.tensors)
             )
-        except (AttributeError, IndexError, KeyError, NameError, TypeError, ValueError):
-            return True  # a captured thing is gone or is something else now
+        except READ_FAILURES:
+            return True
 
     def _same_storage(self, tensor: BoundTensor) -> bool:
         now, known = tensor.accessor(), next(c for c in self.fn.captures if c.name == tensor.name)
@@ -188,16 +197,42 @@ def watching(session: Session) -> Any:
 
     sys.setprofile(on_event)
     try:
-        yield
+        with _NoRandomness(session):
+            yield
     finally:
         sys.setprofile(previous)
 
 
+class _NoRandomness(TorchFunctionMode):
+    """Refuses random numbers: drawn once, while tracing, they would be constants of the kernel."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.strip("_").removesuffix("_like") in _RANDOM:
+            raise UnknownOperation(
+                operation=f"torch's {name}",
+                instead="The function runs once, not once per score: fill a tensor with random numbers before the "
+                "call, capture it or pass it as a custom input, and index it.",
+                location=self._session.location(),
+            )
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def tensors_expected(session: Session) -> Any:
-    """Give torch's complaint about a plain number among its arguments a place and an advice."""
+    """Give the complaints of torch and numpy about what they were given a place and an advice."""
     try:
         yield
+    except IndexError as error:
+        if "only integers, slices" not in str(error):
+            raise
+        raise IndexedNumpyArray(location=_raised_at(error, session)) from None
     except TypeError as error:
         if isinstance(error, AttnEngineError) or "must be Tensor, not" not in str(error):
             raise
@@ -265,7 +300,7 @@ def _describe(value: Any) -> str:
     return (
         f"the {type(value).__name__} {value!r}"
         if isinstance(value, int | float | str)
-        else f"a {type(value).__name__}"
+        else type_name(value)
     )
 
 
@@ -280,7 +315,7 @@ def _takes_custom(fn: Any, plain: int, what: str, expected: str) -> bool:
     """Whether the function wants the custom inputs too: by the number of its positional parameters."""
     if not callable(fn):
         raise WrongParameters(
-            what=what, expected=expected, got=f"a {type(fn).__name__}, which is not a function"
+            what=what, expected=expected, got=f"{type_name(fn)}, which is not a function"
         )
     try:
         parameters = inspect.signature(fn).parameters.values()

@@ -20,6 +20,7 @@ from attn_engine.errors import (
 )
 from attn_engine.frontend import operations
 from attn_engine.frontend.functions import FUNCTIONS
+from attn_engine.frontend.names import type_name
 from attn_engine.frontend.operations import constant, kind
 from attn_engine.frontend.session import Session
 from attn_engine.frontend.symbolic import Symbolic
@@ -237,7 +238,7 @@ def lift(value: Any, session: Session) -> Expr:
     raise WrongOperands(
         operation="An operation on a traced value",
         expected="numbers and traced values",
-        got=f"a {type(value).__name__}",
+        got=type_name(value),
         instead="Turn it into a torch.tensor and index it.",
         location=session.location(),
     )

@@ -17,6 +17,7 @@ from attn_engine.errors import (
     UnknownOperation,
     WrongIndexCount,
 )
+from attn_engine.frontend.names import type_name
 from attn_engine.frontend.operations import constant, kind
 from attn_engine.frontend.session import CapturedTensor, Session, is_concrete
 from attn_engine.frontend.symbolic import Symbolic
@@ -110,7 +111,7 @@ class TensorView(Symbolic):
             item = Traced(item.element(), self.session)
         expr = item.expr if isinstance(item, Traced) else constant(int(item)) if _is_int(item) else None
         if expr is None or expr.dtype is not DType.INT:
-            got = f"a {type(item).__name__}" if expr is None else kind(expr)
+            got = type_name(item) if expr is None else kind(expr)
             raise IndexNotInteger(tensor=name, got=got, location=self.session.location())
         return self._in_range(expr, dimension)
 

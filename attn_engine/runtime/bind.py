@@ -17,18 +17,20 @@ from attn_engine.errors import (
     HeadDimMismatch,
     HeadsNotDivisible,
     IndexOutOfRange,
+    MetaDtypeMismatch,
     MetaMismatch,
     MissingCustomInput,
     NotATensor,
     ShapeMismatch,
+    StaleGraph,
     UnsupportedDtype,
     WrongLayout,
     WrongRank,
 )
-from attn_engine.ir.expr import Expr, Load, loads
 from attn_engine.ir.ops import Number
-from attn_engine.ir.passes.bounds import index_bounds
-from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention
+from attn_engine.ir.program import Attention, Captured
+from attn_engine.runtime.captured_indices import CallValues, check_indices
+from attn_engine.runtime.storage import STORAGES
 
 LAYOUTS = {"bshd": "(batch, length, heads, dim)", "bhsd": "(batch, heads, length, dim)"}
 OTHER_LAYOUT = {"bshd": "bhsd", "bhsd": "bshd"}
@@ -86,7 +88,7 @@ def _check_kinds(named: Mapping[str, Tensor], expected: Expected) -> None:
     if q.dtype not in ELEMENTS:
         raise UnsupportedDtype(argument="q", got=q.dtype, supported=", ".join(map(str, ELEMENTS)))
     if q.dtype != expected.dtype:
-        raise MetaMismatch(argument="q", dimension="dtype", got=q.dtype, expected=expected.dtype)
+        raise MetaDtypeMismatch(argument="q", dimension="dtype", got=q.dtype, expected=expected.dtype)
 
 
 def _shape_problem(
@@ -156,43 +158,24 @@ def check_captured(
     sizes: Mapping[str, int],
     device: torch.device,
 ) -> None:
-    """Captured tensors lie on q's device, and no index that can be bounded leaves its tensor.
-
-    Where a mask may hide the offending pairs, only an index that is a position itself is refused: every row and every
-    key exists whatever the mask says. All other indices are clamped by the kernels, so memory is safe either way.
-    """
+    """Captured tensors are what the program was traced with, lie on q's device, hold integers that fit into 32 bits,
+    and no index leaves its tensor at a visible pair (`captured_indices` says how that is decided)."""
+    for captured in program.captures:
+        check_kind(captured, tensors[captured.name])
     for name, x in tensors.items():
         if x.device != device:
             raise CapturedOnOtherDevice(name=name, got=x.device, expected=device)
         if x.numel() == 0 and sizes["batches"] * sizes["q_len"] * sizes["kv_len"]:
             raise IndexOutOfRange(position=list(x.shape).index(0), tensor=name, index=0, size=0)
-    for fn in program.functions:
-        for load in loads(fn.result):
-            _check_index(load, fn.sources.get(load, ""), program.mask is not None, tensors, scalars, sizes)
+        check_int64(name, x)
+    check_indices(program, CallValues(tensors, scalars, sizes))
 
 
-def _check_index(
-    load: Load,
-    source: str,
-    masked: bool,
-    tensors: Mapping[str, Tensor],
-    scalars: Mapping[str, Number],
-    sizes: Mapping[str, int],
-) -> None:
-    shape = tensors[load.tensor].shape
-    for position, (index, size) in enumerate(zip(load.indices, shape, strict=True)):
-        if masked and not _is_position(index):
-            continue
-        bounds = index_bounds(index, sizes, scalars)
-        if bounds is None or bounds[0] > bounds[1]:
-            continue
-        reached = bounds[0] if bounds[0] < 0 else bounds[1]
-        if reached < 0 or reached >= size:
-            raise IndexOutOfRange(position=position, tensor=load.tensor, index=reached, size=size)
-
-
-def _is_position(index: Expr) -> bool:
-    return index in (BATCH, HEAD, Q_IDX, KV_IDX)
+def check_kind(captured: Captured, x: Tensor) -> None:
+    """The dtype and the number of dimensions that the kernels were made for."""
+    if STORAGES.get(x.dtype) is not captured.storage or x.ndim != captured.rank:
+        what = f"{captured.name!r} is now {x.dtype} with {x.ndim} dimensions, traced as {captured.storage.value} "
+        raise StaleGraph(what=f"{what}with {captured.rank}")
 
 
 def check_int64(name: str, x: Tensor) -> None:
@@ -208,10 +191,11 @@ def check_int64(name: str, x: Tensor) -> None:
             )
 
 
-def call_signature(x: Tensor) -> object:
-    """What the checks of a tensor depend on; for int64, which must fit into 32 bits, also its contents."""
+def call_signature(x: Tensor, contents: bool = False) -> object:
+    """What the checks of a tensor depend on; with `contents`, and for integers, also on what is in it."""
     if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         return type(x).__name__
-    if x.dtype is torch.int64:
-        return (x.shape, x.dtype, x.device, x.data_ptr(), x._version)
+    if contents or not (x.is_floating_point() or x.dtype is torch.bool):
+        version = 0 if x.is_inference() else x._version
+        return (x.shape, x.dtype, x.device, x.data_ptr(), version)
     return (x.shape, x.dtype, x.device)

@@ -153,7 +153,7 @@ RULES = {
 @pytest.mark.parametrize("spread", [0.05, 3.0])
 def test_rule_against_autograd(name, spread):
     cls, reference = RULES[name]
-    rule = trace_online(cls)
+    rule = trace_online(cls).rule
     source = random.Random(name)
     scores = torch.tensor(
         [source.uniform(-spread, spread) for _ in range(7)], dtype=torch.float64, requires_grad=True
@@ -176,7 +176,7 @@ def test_rule_against_autograd(name, spread):
 
 
 def test_derived_softmax_survives_large_scores():
-    rule = trace_online(without_backward(OnlineSoftmax))
+    rule = trace_online(without_backward(OnlineSoftmax)).rule
     weights, saved = row(rule, [1000.0, 999.0])
     env = {**{v: saved[v.name] for v in rule.saved_vars}, LOGIT: 1000.0, D_PROBS: 1.0, DELTA: weights[0]}
     assert math.isclose(evaluate(rule.gradient, env), weights[0] * (1 - weights[0]), rel_tol=1e-9)
@@ -209,15 +209,15 @@ def test_an_epilogue_that_adds_is_refused():
 
 
 def test_names_of_states_and_saved_values():
-    rule = trace_online(UpstreamSoftmax)
+    rule = trace_online(UpstreamSoftmax).rule
     assert [s.name for s in rule.states] == ["m", "r"] and [n for n, _ in rule.saved] == ["lse"]
-    assert {s.name for s in trace_online(OnlineSoftmax).states} == {"row_max", "row_sum"}
+    assert {s.name for s in trace_online(OnlineSoftmax).rule.states} == {"row_max", "row_sum"}
     assert {"m_new", "m_scale", "lse"} <= set(rule.names.values())
     assert all("test_online.py:" in text for text in rule.sources.values())
-    assert trace_online(UpstreamSoftmax()) == trace_online(UpstreamSoftmax)
+    assert trace_online(UpstreamSoftmax()).rule == trace_online(UpstreamSoftmax).rule
     names = KernelNames()
     names.assign("a tensor", "m")
-    assert trace_online(UpstreamSoftmax, names).states[0].name == "m_1"
+    assert trace_online(UpstreamSoftmax, names).rule.states[0].name == "m_1"
 
 
 def _with(**methods):
@@ -267,6 +267,6 @@ def test_missing_methods():
 
 
 def test_substituted_states_are_rows():
-    rule = trace_online(OnlineSoftmax)
+    rule = trace_online(OnlineSoftmax).rule
     assert all(set(e.axes) <= {"q"} for e in (*rule.new_states, rule.out_scale))
     assert substitute(rule.recompute, {LOGIT: IrVar("x", DType.FLOAT)}) is not rule.recompute

@@ -6,23 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from attn_engine.codegen.backends.triton import TritonOptions, render_triton
+from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import Edges, Gradients, Schedule
-from attn_engine.ir.expr import Load, call
-from attn_engine.ir.ops import DType, Op, Storage
-from attn_engine.ir.program import HEAD, KV_IDX, Q_IDX, SCORE, Captured
+from attn_engine.codegen.schedule import gpu_schedule
 from attn_engine.ir.tile import Kernel
+from attn_engine.library.masks import causal
+from attn_engine.runtime.backends import TritonBackend
 from attn_engine.runtime.triton_aot import SHARED_LIMITS, TARGETS, AotReport, compile_ahead
-from tests.runtime.rules import function, program
 
-SLOPES = Captured("slopes", Storage.FLOAT32, 1)
-SOFT_CAP = function(
-    30.0 * call(Op.TANH, SCORE / 30.0) - Load("slopes", DType.FLOAT, (HEAD,)) * (Q_IDX - KV_IDX), SLOPES
-)
-CAUSAL = function(KV_IDX <= Q_IDX)
-WIDE = Schedule(128, 64, 32, 64, Edges.BRANCH, Gradients.TWO_KERNELS)  # forward and dQ, dK and dV at D = 64
+BACKEND = TritonBackend("triton", interpret=False)
 NOISE = 16  # bytes that ptxas keeps on the stack of some kernels, outside their loops
 KERNELS = ("forward", "delta", "dq", "dkdv")
 
@@ -33,15 +27,28 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def showcase(name: str, element: Storage = Storage.BFLOAT16, dims: int = 64) -> Kernel:
-    attention = program(SOFT_CAP, CAUSAL, element=element, dim_qk=dims, dim_v=dims)
-    kernels = [k for d in ("forward", "backward") for k in lower(attention, WIDE, d, ("slopes",)).kernels]
+def showcase(name: str, element: torch.dtype = torch.bfloat16, dims: int = 64) -> Kernel:
+    """A kernel of the heaviest built-in description: soft-cap and learned ALiBi slopes under a causal mask."""
+    slopes = torch.zeros(8, requires_grad=True)
+    engine = AttentionEngine(
+        [meta_tensor(None, None, None, dims, dtype=element)] * 3,
+        score_mod=lambda s, b, h, q_idx, kv_idx: 30 * torch.tanh(s / 30) - slopes[h] * (q_idx - kv_idx),
+        mask_mod=causal(),
+        backend="triton",
+    )
+    schedule = gpu_schedule(dims, dims, element.itemsize)
+    kernels = [
+        k for d in ("forward", "backward") for k in lower(engine.program, schedule, d, ("slopes",)).kernels
+    ]
     return next(k for k in kernels if k.name == name)
 
 
-def compiled(kernel: Kernel, target: str) -> AotReport:
-    options = TritonOptions(4, 1) if kernel.name == "dkdv" else TritonOptions(8, 2)
-    return compile_ahead(kernel, render_triton(kernel, options), target, options)
+def compiled(kernel: Kernel, target: str, element: torch.dtype = torch.bfloat16) -> AotReport:
+    """With the schedule and the options of a launch."""
+    dims = kernel.block("d") if any(axis == "d" for axis, _ in kernel.tile) else 64
+    schedule = gpu_schedule(dims, dims, element.itemsize)
+    options = BACKEND.options(kernel, schedule)
+    return compile_ahead(kernel, BACKEND.source(kernel, schedule), target, options)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -57,11 +64,19 @@ def test_showcase_fits_the_target(name: str, target: str) -> None:
     assert f"{name} on {target}" in str(report)
 
 
-@pytest.mark.parametrize("element", [Storage.FLOAT16, Storage.FLOAT32])
-def test_other_elements_compile(element: Storage) -> None:
-    report = compiled(showcase("forward", element, dims=24), "sm_90")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
+def test_head_dimension_128_does_not_spill(name: str, target: str) -> None:
+    report = compiled(showcase(name, dims=128), target)
+    assert report.spill_bytes <= NOISE, report
+    assert report.shared_bytes <= SHARED_LIMITS[target], report
+
+
+@pytest.mark.parametrize("element", [torch.float16, torch.float32])
+def test_other_elements_compile(element: torch.dtype) -> None:
+    report = compiled(showcase("forward", element, dims=24), "sm_90", element)
     assert report.shared_bytes <= SHARED_LIMITS["sm_90"], report
-    assert ("wgmma.mma_async" in dict(report.products)) == (element is Storage.FLOAT16), (
+    assert ("wgmma.mma_async" in dict(report.products)) == (element is torch.float16), (
         report
     )  # float32 stays exact
 

@@ -118,8 +118,8 @@ CASES = {
         score=SCORE + call(Op.TO_FLOAT, IJ // 3) * 0.01 + call(Op.TO_FLOAT, (-IJ) % 5) * 0.02, modify=floor_division,
     ),
     "one kernel": Case(
-        score=SCORE - BY_HEAD * IJ, captures=(SLOPES,), heads=(2, 1),
-        modify=lambda s, x, b, h, i, j: s - x["slopes"][:, None, None] * (i - j),
+        score=SCORE - BY_HEAD * call(Op.ABS, IJ), captures=(SLOPES,), heads=(2, 1),
+        modify=lambda s, x, b, h, i, j: s - x["slopes"][:, None, None] * (i - j).abs(),
         lengths=(70, 150), gradients=Gradients.ONE_KERNEL,
     ),
     "sigmoid": Case(rule=sigmoid, mask=KV_IDX <= Q_IDX, visible=lambda x, b, h, i, j: j <= i, lengths=(64, 64),
