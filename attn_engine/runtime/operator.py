@@ -8,32 +8,55 @@ Both run the same two functions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from attn_engine.errors import StaleGraph, TransformNotSupported
 from attn_engine.ir.ops import Number
+from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.storage import compute_dtype
 
 
+class Checks(Protocol):
+    """What the operators check themselves: a graph may hand them anything."""
+
+    def shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise a typed error for dtypes, devices and shapes that the kernels were not made for."""
+        ...
+
+    def everything(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor],
+        scalars: Mapping[str, Number],
+    ) -> None:
+        """That, the captured tensors, the indices, and whether the program is still what the user's functions say."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a call means besides its tensors: the kernels, and how q, k, v and o lie ("bshd" or "bhsd")."""
+    """What a call means besides its tensors: the kernels, how q, k, v and o lie ("bshd" or "bhsd"), and its checks."""
 
     compiled: CompiledAttention
     layout: str
+    checks: Checks
 
     def logical(self, x: Tensor) -> Tensor:
         """(batch, head, row, dimension), without a copy."""
         return x.transpose(1, 2) if self.layout == "bshd" else x
 
     def named(self, captured: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {c.name: t for c, t in zip(self.compiled.program.captures, captured, strict=True)}
+        """By name; custom inputs that no function reads may follow and are left out."""
+        return {c.name: t for c, t in zip(self.compiled.program.captures, captured, strict=False)}
 
     def numbers(self, scalars: Sequence[Number]) -> dict[str, Number]:
         names = ("scale", *(s.name for s in self.compiled.program.scalars))
@@ -58,6 +81,13 @@ def register(call: Call) -> int:
     key = next(_next_key)
     _calls[key] = call
     return key
+
+
+def _found(key: int) -> Call:
+    call = _calls.get(key)
+    if call is None:
+        raise StaleGraph(what="the engine that the graph was made with no longer exists")
+    return call
 
 
 def run_forward(
@@ -107,16 +137,42 @@ class _Function(torch.autograd.Function):
         return (out, *saved)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, *_: Any):
         stored = ctx.saved_tensors
-        captured = stored[4 + ctx.rows :]
-        dq, dk, dv, *found = run_backward(
-            ctx.call, d_out, stored[: 4 + ctx.rows], captured, ctx.scalars, ctx.learned
+        dq, dk, dv, *found = _Gradients.apply(
+            ctx.call, ctx.scalars, ctx.learned, ctx.rows, d_out, *stored
         )
         by_name = dict(zip(ctx.learned, found, strict=True))
         names = [c.name for c in ctx.call.compiled.program.captures]
         return (None, None, dq, dk, dv, *(by_name.get(n) for n in names))
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass as a step of its own, so that differentiating it says what it cannot do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        scalars: Sequence[Number],
+        learned: tuple[str, ...],
+        rows: int,
+        d_out: Tensor,
+        *stored: Tensor,
+    ):
+        captured = stored[4 + rows :]
+        return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, scalars, learned))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any):
+        raise _no_second_derivative()
+
+
+def _no_second_derivative() -> TransformNotSupported:
+    return TransformNotSupported(
+        transform="second derivatives (the gradient of a gradient)",
+        instead="Use engine.reference, which is plain torch and can be differentiated any number of times.",
+    )
 
 
 def apply(
@@ -148,12 +204,16 @@ def _forward_op(
     scalars: list[float],
     key: int,
 ) -> list[torch.Tensor]:
-    return run_forward(_calls[key], q, k, v, captured, scalars)
+    call = _found(key)
+    call.checks.everything(q, k, v, captured, call.numbers(scalars))
+    return run_forward(call, q, k, v, captured, scalars)
 
 
 @_forward_op.register_fake
 def _(q, k, v, captured, scalars, key):
-    call = _calls[key]
+    call = _found(key)
+    if all(isinstance(size, int) for x in (q, k, v) for size in x.shape):  # symbols: checked when the graph runs
+        call.checks.shapes(q, k, v)
     rows = compute_dtype(call.compiled.program.element)
     logical = call.logical(q)
     saved = [q.new_empty(logical.shape[:3], dtype=rows) for _ in call.compiled.program.rule.saved]
@@ -170,12 +230,19 @@ def _backward_op(
     key: int,
 ) -> list[torch.Tensor]:
     names = tuple(learned.split()) if learned else ()
-    return run_backward(_calls[key], d_out, tensors, captured, scalars, names)
+    call = _found(key)
+    q, k, v, out, *_ = tensors
+    call.checks.shapes(q, k, v)
+    if d_out.shape != out.shape or d_out.dtype is not out.dtype or d_out.device != out.device:
+        d_out = d_out.expand(out.shape).to(out)
+    for described, x in zip(call.compiled.program.captures, captured, strict=False):
+        check_kind(described, x)
+    return run_backward(call, d_out, tensors, captured, scalars, names)
 
 
 @_backward_op.register_fake
 def _(d_out, tensors, captured, scalars, learned, key):
-    call = _calls[key]
+    call = _found(key)
     named = call.named(captured)
     wanted = learned.split() if learned else []
     same = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[:3]]
@@ -185,7 +252,7 @@ def _(d_out, tensors, captured, scalars, learned, key):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, k, v, captured, scalars, key = inputs
     ctx.key, ctx.scalars, ctx.rows = key, scalars, len(output) - 1
-    ctx.call = _calls[key]
+    ctx.call = _found(key)
     ctx.learned = ctx.call.learned(captured)
     ctx.save_for_backward(q, k, v, *output, *captured)
 
@@ -198,7 +265,13 @@ def _backward(ctx: Any, d_outputs: list[Tensor]) -> tuple[Any, ...]:
     )
     by_name = dict(zip(ctx.learned, found, strict=True))
     names = [c.name for c in ctx.call.compiled.program.captures]
-    return dq, dk, dv, [by_name.get(n) for n in names], None, None
+    unread = [None] * (len(captured) - len(names))
+    return dq, dk, dv, [*(by_name.get(n) for n in names), *unread], None, None
 
 
+def _second_backward(ctx: Any, *_: Any) -> Any:
+    raise _no_second_derivative()
+
+
+_backward_op.register_autograd(_second_backward)
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,110 @@
+"""The checks of one engine's calls, made once for each kind of call: outside of graphs, and inside torch's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from attn_engine.errors import BackendDeviceMismatch, TransformNotSupported
+from attn_engine.ir.expr import Const, loads
+from attn_engine.ir.ops import Number
+from attn_engine.ir.program import Attention
+from attn_engine.runtime.bind import (
+    Expected,
+    call_signature,
+    check_captured,
+    check_custom_input,
+    check_inputs,
+)
+from attn_engine.runtime.captured_indices import POSITIONS
+from attn_engine.runtime.compiled import sizes_of
+
+MOST_REMEMBERED = 1024
+
+
+@dataclass(eq=False)
+class CallChecks:
+    """What q, k, v and the custom inputs of an engine must be.
+
+    custom_shapes: the declared shapes. device: the only type of device that the backend runs on; None: any.
+    """
+
+    expected: Expected
+    custom_shapes: Mapping[str, Sequence[str | int]]
+    backend: str
+    device: str | None
+    _passed: dict[object, None] = field(default_factory=dict[object, None])
+
+    def __call__(
+        self,
+        program: Attention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        custom: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Number],
+    ) -> None:
+        """Raise a typed error for the first thing that is wrong; `custom` may lack inputs that nothing reads."""
+        exact = content_tensors(program)
+        signature = (
+            program,
+            *map(call_signature, (q, k, v)),
+            *((n, call_signature(x, n in exact)) for n, x in (*custom.items(), *tensors.items())),
+            *numbers.values(),
+        )
+        if signature in self._passed:
+            return
+        self.check_shapes(q, k, v)
+        sizes = sizes_of(self._logical(q), self._logical(k))
+        for name, x in custom.items():
+            check_custom_input(name, x, self.custom_shapes[name], sizes)
+        check_captured(program, tensors, numbers, sizes, q.device)
+        if len(self._passed) >= MOST_REMEMBERED:
+            self._passed.clear()
+        self._passed[signature] = None
+
+    def check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """The part that needs no contents: dtypes, devices and shapes of q, k and v."""
+        check_inputs(q, k, v, self.expected)
+        if self.device is not None and q.device.type != self.device:
+            instead = 'Move the tensors, or use backend="auto".'
+            raise BackendDeviceMismatch(backend=self.backend, device=q.device, instead=instead)
+
+    def _logical(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2) if self.expected.layout == "bshd" else x
+
+
+@cache
+def content_tensors(program: Attention) -> frozenset[str]:
+    """Captured tensors whose contents decide which indices are reached: the mask's, where an index is computed."""
+    computed = any(
+        index not in POSITIONS and not isinstance(index, Const)
+        for fn in program.functions
+        for load in loads(fn.result)
+        for index in load.indices
+    )
+    return frozenset(c.name for c in program.mask.captures) if computed and program.mask else frozenset()
+
+
+def refuse_transforms(tensors: Sequence[object]) -> None:
+    """Raise TransformNotSupported under torch.func's transforms and forward-mode differentiation."""
+    dual = torch.autograd.forward_ad._current_level >= 0
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise TransformNotSupported(
+                transform="the transforms of torch.func (vmap, grad, jvp, ...)",
+                instead="Make a mapped dimension part of the batch; take gradients with torch.autograd.grad or backward(); "
+                "for the rest use engine.reference, which is plain torch.",
+            )
+        if dual and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise TransformNotSupported(
+                transform="forward-mode differentiation",
+                instead="Use reverse mode, or engine.reference, which is plain torch.",
+            )
