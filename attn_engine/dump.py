@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from attn_engine.errors import DumpNotWritten
 from attn_engine.ir.printer import format_kernel, format_program
 from attn_engine.runtime.compiled import CompiledAttention
 
@@ -23,10 +25,19 @@ def dump_stages(compiled: CompiledAttention, scale: float) -> None:
         return
     program = format_program(compiled.program)
     key = hashlib.sha256(f"{program}{compiled.backend.name}".encode()).hexdigest()[:8]
-    folder = Path(target) / f"{compiled.program.name}_{compiled.backend.name}_{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in stages(compiled, scale):
-        (folder / name).write_text(text + "\n")
+    try:
+        place = Path(os.path.expanduser(target))  # noqa: PTH111  pathlib raises for an unknown user
+        folder = place / f"{compiled.program.name}_{compiled.backend.name}_{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in stages(compiled, scale):
+            (folder / name).write_text(text + "\n", encoding="utf-8", errors="replace")
+    except OSError as problem:
+        warnings.warn(
+            f"ATTN_ENGINE_DUMP={target}: the stages are not written ({problem}). Name a directory "
+            "that you can write, or stderr.",
+            DumpNotWritten,
+            stacklevel=2,
+        )
 
 
 def stages(compiled: CompiledAttention, scale: float) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +15,6 @@ from torch import Tensor
 from attn_engine.dump import dump_stages
 from attn_engine.errors import (
     AttnEngineError,
-    BackendDeviceMismatch,
     IndexNotInteger,
     MaskIsNotBool,
     ScoreIsBool,
@@ -24,24 +24,17 @@ from attn_engine.errors import (
 )
 from attn_engine.explain import Explanation, explain
 from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
+from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention
 from attn_engine.library.normalisers import OnlineSoftmax
-from attn_engine.options import check_options, fixed_sizes, three_metas
+from attn_engine.options import check_options, checked_rule, checked_scale, fixed_sizes, three_metas
 from attn_engine.runtime.backends import DEVICES, backend_named
-from attn_engine.runtime.bind import (
-    Expected,
-    call_signature,
-    check_captured,
-    check_custom_input,
-    check_inputs,
-    check_int64,
-    custom_by_name,
-)
-from attn_engine.runtime.compiled import CompiledAttention, sizes_of
+from attn_engine.runtime.bind import Expected, custom_by_name, storage_of
+from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
+from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.operator import Call, apply, register
 from attn_engine.runtime.reference import reference
-from attn_engine.runtime.storage import STORAGES
 from attn_engine.traced_program import Description, TracedProgram
 
 Kernel = Literal["forward", "backward", "delta"]
@@ -94,32 +87,46 @@ class AttentionEngine:
             "backend": backend,
             "scale": scale,
         }
-        check_options(layout, backend, block_mask, tune, unknown)
+        self._set_up(**self._arguments, options=(block_mask, tune, unknown))
+        self._traced = self._first_trace()
+
+    def _set_up(
+        self,
+        qkv_meta: Sequence[MetaTensor],
+        score_mod: Callable[..., Any] | None,
+        custom_fwd_inputs: CustomIO | None,
+        online_func: OnlineFunc | None,
+        mask_mod: Callable[..., Any] | None,
+        layout: str,
+        backend: str,
+        scale: float | None,
+        options: tuple[object, bool, dict[str, Any]] = (None, False, {}),
+    ) -> None:
+        """Everything but the first trace."""
+        check_options(layout, backend, *options)
         q, k, v = three_metas(qkv_meta)
         self.layout, self.backend = layout, backend
-        self.custom_io = custom_fwd_inputs or CustomIO()
-        default = 1.0 if score_mod is not None else 1.0 / math.sqrt(q.dim)
-        self.scale = default if scale is None else float(scale)
-        self._expected = Expected(
-            layout, q.dtype, (q.dim, k.dim, v.dim), tuple(fixed_sizes(m) for m in (q, k, v))
-        )
+        self.custom_io = CustomIO() if custom_fwd_inputs is None else custom_fwd_inputs
+        self.scale = checked_scale(scale, 1.0 if score_mod is not None else 1.0 / math.sqrt(q.dim))
         self._description = Description(
             score_mod=score_mod,
             mask_mod=mask_mod,
             custom_io=self.custom_io,
-            online_func=online_func or OnlineSoftmax(),
+            online_func=checked_rule(OnlineSoftmax() if online_func is None else online_func),
             dtype=q.dtype,
             dim_qk=q.dim,
             dim_v=v.dim,
         )
-        self._first_error: AttnEngineError | None = None
-        self._traced = self._first_trace()
-        self._calls: dict[tuple[object, str], tuple[Call, int]] = {}
-        self._checked: set[object] = set()
-        self._number = next(_numbers)
-        _engines[self._number] = self
         if backend != "auto":
             backend_named(backend)
+        sizes = tuple(fixed_sizes(m) for m in (q, k, v))
+        expected = Expected(layout, q.dtype, (q.dim, k.dim, v.dim), sizes)
+        self._checks = CallChecks(expected, self.custom_io.shapes, backend, DEVICES.get(backend))
+        self._first_error: AttnEngineError | None = None
+        self._traced: TracedProgram | None = None
+        self._calls: dict[tuple[object, str], tuple[Call, int]] = {}
+        self._number = next(_numbers)
+        _engines[self._number] = self
 
     def _first_trace(self) -> TracedProgram | None:
         """The program, so that mistakes show here and not at the first call.
@@ -142,6 +149,8 @@ class AttentionEngine:
 
     @property
     def _present(self) -> TracedProgram:
+        if self._traced is None and self._first_error is None:
+            self._traced = self._first_trace()
         if self._traced is None:
             assert self._first_error is not None
             raise self._first_error
@@ -190,7 +199,9 @@ class AttentionEngine:
         if torch.compiler.is_compiling():
             o, *rows = self._in_graph(q, k, v, custom_inputs, named)
         else:
+            refuse_transforms((q, k, v, *custom_inputs, *named.values()))
             traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
+            refuse_transforms(captured)
             call, key = self._call(traced, q.device.type)
             o, *rows = apply(call, key, q, k, v, captured, scalars)
         if return_final_rowscales:
@@ -267,8 +278,16 @@ class AttentionEngine:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionEngine:
-        """A fresh engine of the same description: functions, and what they capture, are shared."""
-        return AttentionEngine(**self._arguments)
+        """A fresh engine of a copied description.
+
+        Modules and other objects whose methods were given are copied too, and in a copied module the copy's engine
+        follows the copied parameters. Plain functions are not copied by Python: what they capture stays shared.
+        """
+        built = AttentionEngine.__new__(AttentionEngine)
+        memo[id(self)] = built
+        built._arguments = copy.deepcopy(self._arguments, memo)
+        built._set_up(**built._arguments)  # not traced yet: the module around it may be half copied
+        return built
 
     def __reduce__(self) -> Any:
         """Pickled by its description, where the functions can be; kernels are made anew from the cache."""
@@ -281,51 +300,33 @@ class AttentionEngine:
     ) -> tuple[TracedProgram, list[Tensor], list[Number]]:
         """The program of this call, its captured tensors and its numbers, all checked."""
         custom = custom_by_name(list(self.custom_io), custom_inputs, named)
-        storages = self._storages(custom)
-        if self._traced is None or self._traced.stale(storages):
-            self._traced = self._description.trace(storages)
-        traced = self._traced
+        traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
-        signature = (*map(call_signature, (q, k, v, *tensors.values())), *numbers.values())
-        if signature not in self._checked:
-            self._check(traced, q, k, v, custom, tensors, numbers)
-            self._checked.add(signature)
+        self._checks(traced.program, q, k, v, custom, tensors, numbers)
         return traced, list(tensors.values()), [self.scale, *numbers.values()]
 
     def _in_graph(
         self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
     ) -> Sequence[Tensor]:
-        """A call that torch.compile traces: one operator on the tensors; shapes are checked when the graph runs."""
+        """A call that torch.compile traces: one operator on the tensors, which checks them when the graph runs."""
         custom = custom_by_name(list(self.custom_io), custom_inputs, named)
+        kinds = tuple(x.dtype for x in custom.values())
+        key = _key_of(self._number, q.device.type, kinds)
         traced = self._present
         captured = list(traced.tensors(custom).values())
+        read = [given for trace in traced.traces for _, given in trace.custom]
+        unread = [x for name, x in custom.items() if name not in read]
         scalars = [float(x) for x in (self.scale, *traced.scalars().values())]
-        return torch.ops.attn_engine.forward(q, k, v, captured, scalars, _key_of(self._number, q.device.type))
-
-    def _check(
-        self,
-        traced: TracedProgram,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        custom: dict[str, Tensor],
-        tensors: dict[str, Tensor],
-        numbers: dict[str, Number],
-    ) -> None:
-        check_inputs(q, k, v, self._expected)
-        if self.backend in DEVICES and q.device.type != DEVICES[self.backend]:
-            raise BackendDeviceMismatch(
-                backend=self.backend, device=q.device, instead='Move the tensors, or use backend="auto".'
-            )
-        sizes = sizes_of(self._logical(q), self._logical(k))
-        for name, declared in self.custom_io.shapes.items():
-            check_custom_input(name, custom[name], declared, sizes)
-        check_captured(traced.program, tensors, numbers, sizes, q.device)
-        for name, x in tensors.items():
-            check_int64(name, x)
+        return torch.ops.attn_engine.forward(q, k, v, captured + unread, scalars, key)
 
     def _storages(self, custom: dict[str, Tensor]) -> dict[str, Storage]:
-        return {n: STORAGES[custom[n].dtype] if n in custom else Storage.FLOAT32 for n in self.custom_io}
+        return {n: storage_of(n, custom[n].dtype) if n in custom else Storage.FLOAT32 for n in self.custom_io}
+
+    def _current(self, storages: dict[str, Storage]) -> TracedProgram:
+        """The program of this moment for custom inputs that lie like this."""
+        if self._traced is None or self._traced.stale(storages):
+            self._traced = self._description.trace(storages)
+        return self._traced
 
     def _numbers(self, traced: TracedProgram, scalars: Sequence[Number]) -> dict[str, Number]:
         return dict(zip(("scale", *(s.name for s in traced.program.scalars)), scalars, strict=True))
@@ -337,7 +338,8 @@ class AttentionEngine:
         name = self._backend_for(device)
         found = self._calls.get((traced.program, name))
         if found is None:
-            call = Call(self._compiled(traced, name), self.layout)
+            checks = GraphChecks(self._description, traced, self._checks)
+            call = Call(self._compiled(traced, name), self.layout, checks)
             found = self._calls[traced.program, name] = call, register(call)
             dump_stages(call.compiled, self.scale)
         return found
@@ -383,10 +385,11 @@ _engines: WeakValueDictionary[int, AttentionEngine] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def _key_of(number: int, device: str) -> int:
-    """The operator key of an engine's kernels on a device; a constant of the compiled graph."""
+def _key_of(number: int, device: str, kinds: tuple[torch.dtype, ...]) -> int:
+    """The operator key of an engine's kernels for custom inputs of these dtypes; a constant of the compiled graph."""
     engine = _engines[number]
-    _, key = engine._call(engine._present, device)
+    storages = {name: storage_of(name, kind) for name, kind in zip(engine.custom_io, kinds, strict=True)}
+    _, key = engine._call(engine._current(storages), device)
     return key
 
 

@@ -250,15 +250,17 @@ class IndexOutOfRange(AttnEngineError, IndexError):
 
 class IndexNegative(IndexOutOfRange):
     template = (
-        "Index {position} of {tensor} (size {size}) goes down to {index}: a negative index is refused here, where torch "
-        "would count from the end."
+        "Index {position} of {tensor} (size {size}) goes down to {index}: a negative index is refused here, "
+        "where torch would count from the end."
     )
     advice = "Add an offset, clamp it at 0, or hide these pairs with mask_mod."
 
 
 class IntegerOverflow(AttnEngineError, OverflowError):
     template = "`{expression}` reaches {value} in this call, but the integers of a kernel have 32 bits."
-    advice = "Compute it in floating point, x.float(), or keep the numbers smaller before they are multiplied."
+    advice = (
+        "Compute it in floating point, x.float(), or keep the numbers smaller before they are multiplied."
+    )
 
 
 class CapturedOnOtherDevice(AttnEngineError, ValueError):
@@ -369,7 +371,7 @@ class UnsafeCache(AttnEngineError, RuntimeError):
 
 class BrokenLibrary(AttnEngineError, RuntimeError):
     template = "The compiled kernel {path} cannot be loaded: {reason}."
-    advice = "It was compiled afresh and still fails: check the compiler ($CXX) and that the cache's disk allows execution."
+    advice = "It was compiled afresh and still fails: check $CXX and that the cache lies where code may run."
 
 
 class UnknownOption(AttnEngineError, TypeError):
@@ -379,3 +381,11 @@ class UnknownOption(AttnEngineError, TypeError):
 
 class CompilerMissing(UserWarning):
     """No C++ compiler was found: the slow tile program in torch is used instead."""
+
+
+class CompilerNotUsable(UserWarning):
+    """$CXX names no C++ compiler that works here; another one is tried."""
+
+
+class DumpNotWritten(UserWarning):
+    """ATTN_ENGINE_DUMP names a place that cannot be written; results are not affected."""

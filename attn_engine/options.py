@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-from attn_engine.errors import UnknownLayout, UnknownOption, UnsupportedOnBackend, WrongMeta
-from attn_engine.frontend import MetaTensor
+from torch import Tensor
+
+from attn_engine.errors import UnknownLayout, UnknownOption, UnsupportedOnBackend, WrongArgument, WrongMeta
+from attn_engine.frontend import MetaTensor, OnlineFunc
 from attn_engine.runtime.bind import LAYOUTS
 
 
@@ -27,7 +30,7 @@ def check_options(layout: str, backend: str, block_mask: object, tune: bool, unk
 
 def three_metas(qkv_meta: Sequence[MetaTensor]) -> tuple[MetaTensor, MetaTensor, MetaTensor]:
     """The descriptions of q, k and v, once they fit each other."""
-    metas = tuple(qkv_meta)
+    metas = tuple(qkv_meta) if isinstance(qkv_meta, list | tuple) else ()
     if len(metas) != 3 or not all(isinstance(m, MetaTensor) for m in metas):
         raise WrongMeta(argument="qkv_meta", got=qkv_meta, expected="three meta_tensors, for q, k and v")
     q, k, v = metas
@@ -44,3 +47,24 @@ def fixed_sizes(meta: MetaTensor) -> tuple[int | None, int | None, int | None]:
     """The sizes that a meta tensor fixes."""
     b, h, s = (size if isinstance(size, int) else None for size in meta.shape[:3])
     return b, h, s
+
+
+def checked_scale(scale: object, default: float) -> float:
+    """The scale as a float; raises WrongArgument for a tensor (it would get no gradient) and for what is no number."""
+    if scale is None:
+        return default
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        got = f"a tensor of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else scale
+        instead = "Capture a learned or computed scale in a score_mod instead: `return score * scale`."
+        raise WrongArgument(argument="scale", got=got, expected="a number", instead=instead)
+    return float(scale)
+
+
+def checked_rule(rule: Any) -> OnlineFunc:
+    """The normaliser, once it is one: an OnlineFunc, or its class where that needs no arguments."""
+    if isinstance(rule, OnlineFunc) or (isinstance(rule, type) and issubclass(rule, OnlineFunc)):
+        return cast(OnlineFunc, rule)
+    instead = (
+        "Derive a class from OnlineFunc, or take one of attn_engine.library, for example OnlineSoftmax()."
+    )
+    raise WrongArgument(argument="online_func", got=rule, expected="an OnlineFunc", instead=instead)

@@ -61,7 +61,7 @@ def test_mixed_dtypes() -> None:
 
 def test_dtype_other_than_the_meta() -> None:
     q, k, v = (x.half() for x in qkv())
-    expect(errors.MetaMismatch, "float16", "float32", run=lambda: engine()(q, k, v))
+    expect(errors.MetaMismatch, "float16", r"\.to\(torch.float32\)", run=lambda: engine()(q, k, v))
 
 
 def test_unsupported_dtype() -> None:
@@ -132,6 +132,47 @@ def test_unknown_option() -> None:
 
 def test_backend_of_another_device() -> None:
     expect(errors.BackendDeviceMismatch, "triton", "cpu", run=lambda: engine(backend="triton")(*qkv()))
+
+
+@pytest.mark.parametrize("scale", ["a", torch.tensor(0.5), True], ids=["text", "tensor", "bool"])
+def test_scale_is_no_number(scale: Any) -> None:
+    expect(errors.WrongArgument, "scale", "score_mod", run=lambda: engine(scale=scale))
+
+
+def test_arguments_of_the_wrong_kind() -> None:
+    expect(errors.WrongMeta, "qkv_meta", "three", run=lambda: AttentionEngine(meta()[0]))  # pyright: ignore
+    for rule in ("softmax", object()):
+        expect(errors.WrongArgument, "online_func", "OnlineFunc", run=lambda: engine(online_func=rule))
+    for io in ({}, {"bias": ("heads",)}):
+        expect(errors.AttnEngineError, "CustomIO", run=lambda: engine(custom_fwd_inputs=io))
+    expect(errors.WrongParameters, "5|int", run=lambda: engine(score_mod=5))
+    expect(errors.WrongParameters, "5|int", run=lambda: engine(mask_mod=5))
+
+
+def test_unread_custom_inputs_are_checked_at_every_call() -> None:
+    built = engine(
+        score_mod=lambda s, c, b, h, q, kv: s + c.input_tensors["bias"][h],
+        custom_fwd_inputs=CustomIO({"bias": ("heads",), "unread": ("seq_len",)}),
+    )
+    built(*qkv(), torch.zeros(2), torch.zeros(5))
+    expect(errors.CustomInputShape, "unread", run=lambda: built(*qkv(), torch.zeros(2), torch.zeros(3)))
+
+
+def test_checked_calls_are_not_remembered_without_end() -> None:
+    from attn_engine.runtime import call_checks
+
+    factor = 0.0
+    built = engine(score_mod=lambda s, b, h, q, kv: s * factor)
+    q, k, v = qkv()
+    for step in range(call_checks.MOST_REMEMBERED + 5):
+        factor = step / 7
+        built._bind(q, k, v, (), {})
+    assert len(built._checks._passed) <= call_checks.MOST_REMEMBERED
+
+
+def test_only_q_in_the_other_layout() -> None:
+    q, k, v = qkv(7)
+    expect(errors.WrongLayout, "q has shape", "bhsd", run=lambda: engine()(q.transpose(1, 2), k, v))
 
 
 def test_unknown_kernel_name() -> None:

@@ -34,7 +34,14 @@ PACKAGES = {
     "top": {"torch"},
 }
 # The files that see frontend and runtime.
-ONLY_BOTH_BRANCHES = {"engine.py", "options.py", "traced_program.py", "__main__.py", "__init__.py"}
+ONLY_BOTH_BRANCHES = {
+    "engine.py",
+    "graph_checks.py",
+    "options.py",
+    "traced_program.py",
+    "__main__.py",
+    "__init__.py",
+}
 STANDALONE = {"errors.py", "locations.py", "version.py"}  # imported by everybody, so they import nobody
 LAZY = {"triton", "tilelang", "sympy", "networkx", "transformers"}  # imported where they are used
 # Files that need such a package from their first line on: nobody imports them but where they are used.

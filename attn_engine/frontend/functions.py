@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from attn_engine.frontend.bits import bitwise, shift_left, shift_right
+from attn_engine.frontend.error_function import erf, erfc, gelu
 from attn_engine.frontend.operations import (
     absolute,
     add_scaled,
-    bitwise,
     ceil,
     clamp,
     clamp_max,
@@ -22,7 +23,6 @@ from attn_engine.frontend.operations import (
     floor,
     floor_divide,
     full_like,
-    gelu,
     hardtanh,
     is_infinite,
     is_nan,
@@ -57,10 +57,10 @@ from attn_engine.frontend.operations import (
     subtract_scaled,
     tan,
     tanh,
-    torch_divide,
     where,
     zero_like,
 )
+from attn_engine.frontend.rounding import fmod, frac, round_half_even, torch_divide, trunc
 from attn_engine.ir.expr import Expr
 from attn_engine.ir.ops import Op
 
@@ -83,6 +83,11 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "absolute": absolute,
     "floor": floor,
     "ceil": ceil,
+    "round": round_half_even,
+    "trunc": trunc,
+    "fix": trunc,
+    "frac": frac,
+    "fmod": fmod,
     "reciprocal": reciprocal,
     "square": square,
     "pow": power,
@@ -118,6 +123,10 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "sigmoid": sigmoid,
     "special_expit": sigmoid,
     "expit": sigmoid,
+    "erf": erf,
+    "erfc": erfc,
+    "special_erf": erf,
+    "special_erfc": erfc,
     "sqrt": sqrt,
     "rsqrt": rsqrt,
     "sin": sin,
@@ -144,6 +153,8 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "bitwise_or": bitwise(Op.OR, "|"),
     "bitwise_not": bitwise(Op.NOT, "~"),
     "bitwise_xor": bitwise(Op.NE, "^"),
+    "bitwise_left_shift": shift_left,
+    "bitwise_right_shift": shift_right,
     "clone": same,
     "contiguous": same,
     "full_like": full_like,

@@ -112,7 +112,7 @@ def trace_online(func: OnlineFunc | type[OnlineFunc], names: KernelNames | None 
 
     Raises OnlineMethodMissing, OnlineWrongResult, OnlineStateMismatch, RuleNotDerivable and the tracing errors.
     """
-    made: object = func() if isinstance(func, type) else func
+    made = cast(object, func() if isinstance(func, type) else func)
     if not isinstance(made, OnlineFunc):
         raise NotAnOnlineFunc(got=type_name(made))
     trace = _OnlineTrace(made, names or KernelNames())
@@ -286,7 +286,11 @@ def _describe(returned: Any) -> str:
     """What a method has returned, for a message: the types of a tuple's parts."""
     if isinstance(returned, tuple | list):
         parts = cast(Sequence[Any], returned)
-        return f"{len(parts)} values ({', '.join(type_name(p) for p in parts)})"
-    if isinstance(returned, Traced):
-        return "one traced value"
-    return "None (is a `return` missing?)" if returned is None else type_name(returned)
+        return f"{len(parts)} values ({', '.join(_describe_part(p) for p in parts)})"
+    return "None (is a `return` missing?)" if returned is None else _describe_part(returned)
+
+
+def _describe_part(part: Any) -> str:
+    if isinstance(part, Traced):
+        return "a traced value"
+    return "a dict" if isinstance(part, dict) else type_name(cast(object, part))

@@ -97,12 +97,6 @@ def remainder(a: Expr, b: Expr) -> Expr:
     return apply(Op.MOD, number(a), number(b))
 
 
-def torch_divide(a: Expr, b: Expr, rounding_mode: str | None = None) -> Expr:
-    if rounding_mode not in (None, "floor"):
-        raise UnknownOperation(operation=f"rounding_mode={rounding_mode!r}", instead='Use "floor".')
-    return divide(a, b) if rounding_mode is None else floor_divide(a, b)
-
-
 def add_scaled(a: Expr, b: Expr, alpha: Expr | None = None) -> Expr:
     return add(a, b if alpha is None else multiply(b, alpha))
 
@@ -209,11 +203,7 @@ def elu(x: Expr, alpha: Expr = ONE) -> Expr:
     return where(apply(Op.LT, zero_like(x), x), to_float(x), curved)
 
 
-def gelu(x: Expr, approximate: str = "none") -> Expr:
-    if approximate != "tanh":
-        raise UnknownOperation(
-            operation="gelu", instead='Use torch.nn.functional.gelu(x, approximate="tanh").'
-        )
+def gelu_tanh(x: Expr) -> Expr:
     inner = multiply(
         Const(math.sqrt(2 / math.pi)), add(x, multiply(Const(0.044715), whole_power(x, 3, True)))
     )
@@ -257,23 +247,6 @@ def logical(op: Op) -> Callable[..., Expr]:
 
 def logical_xor(a: Expr, b: Expr) -> Expr:
     return apply(Op.NE, to_bool(a), to_bool(b))
-
-
-def bitwise(op: Op, symbol: str) -> Callable[..., Expr]:
-    """`&`, `|`, `~`, `^` on bools; on ints they would be bit patterns, which kernels do not have."""
-
-    def build(*args: Expr) -> Expr:
-        if any(a.dtype is not DType.BOOL for a in args):
-            got = ", ".join(kind(a) for a in args)
-            raise WrongOperands(
-                operation=f"`{symbol}`",
-                expected="bools",
-                got=got,
-                instead=f"`{symbol}` binds tighter than a comparison: write `(a < b) {symbol} (c < d)` with brackets.",
-            )
-        return apply(op, *args)
-
-    return build
 
 
 def kind(x: Expr) -> str:

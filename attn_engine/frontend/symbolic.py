@@ -115,6 +115,18 @@ class Symbolic:
     def __rxor__(self, other: Any) -> Any:
         return self._operate("bitwise_xor", other, self)
 
+    def __lshift__(self, other: Any) -> Any:
+        return self._operate("bitwise_left_shift", self, other)
+
+    def __rlshift__(self, other: Any) -> Any:
+        return self._operate("bitwise_left_shift", other, self)
+
+    def __rshift__(self, other: Any) -> Any:
+        return self._operate("bitwise_right_shift", self, other)
+
+    def __rrshift__(self, other: Any) -> Any:
+        return self._operate("bitwise_right_shift", other, self)
+
     def __invert__(self) -> Any:
         return self._operate("bitwise_not", self)
 

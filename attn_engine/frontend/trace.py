@@ -298,9 +298,7 @@ def _describe(value: Any) -> str:
     if isinstance(value, Traced):
         return f"{kind(value.expr)} that does not depend on them"
     return (
-        f"the {type(value).__name__} {value!r}"
-        if isinstance(value, int | float | str)
-        else type_name(value)
+        f"the {type(value).__name__} {value!r}" if isinstance(value, int | float | str) else type_name(value)
     )
 
 
@@ -314,9 +312,7 @@ def _name_of(fn: Any) -> str:
 def _takes_custom(fn: Any, plain: int, what: str, expected: str) -> bool:
     """Whether the function wants the custom inputs too: by the number of its positional parameters."""
     if not callable(fn):
-        raise WrongParameters(
-            what=what, expected=expected, got=f"{type_name(fn)}, which is not a function"
-        )
+        raise WrongParameters(what=what, expected=expected, got=f"{type_name(fn)}, which is not a function")
     try:
         parameters = inspect.signature(fn).parameters.values()
     except ValueError:

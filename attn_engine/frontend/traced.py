@@ -33,7 +33,10 @@ _SUPPORTED = (
 _DUNDERS = {
     "floordiv": "floor_divide", "truediv": "true_divide", "mod": "remainder", "invert": "bitwise_not",
     "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
+    "lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift",
 }  # fmt: skip
+# The second operand decides which expression is built: a captured number is taken at its present value.
+_FIXED_SECOND = ("pow", "float_power", "bitwise_left_shift", "bitwise_right_shift")
 _IGNORED_OPTIONS = (
     "out",
     "inplace",
@@ -105,7 +108,7 @@ class Traced(Symbolic):
         return operator.index(self._number("range() or an index of a list", advice))
 
     def __round__(self, digits: int | None = None) -> Any:
-        return round(self._number("round()", "Use torch.floor(x + 0.5)."), digits)
+        return round(self._number("round()", "Use torch.round(x), which stays traced."), digits)
 
     def __iter__(self) -> Any:
         raise NumberFromTraced(
@@ -269,9 +272,9 @@ def build(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, An
         for k, v in kwargs.items()
         if k not in _IGNORED_OPTIONS
     }
-    if name in ("pow", "float_power") and isinstance(values[1], Expr):
-        exponent = session.concrete(values[1], "exponent")
-        values[1] = values[1] if exponent is None else constant(exponent)
+    if name in _FIXED_SECOND and len(values) > 1 and isinstance(values[1], Expr):
+        fixed = session.concrete(values[1], name)
+        values[1] = values[1] if fixed is None else constant(fixed)
     try:
         expr = FUNCTIONS[name](*values, **options)
     except (WrongOperands, UnknownOperation) as error:

@@ -28,7 +28,7 @@ from attn_engine.errors import (
     WrongLayout,
     WrongRank,
 )
-from attn_engine.ir.ops import Number
+from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention, Captured
 from attn_engine.runtime.captured_indices import CallValues, check_indices
 from attn_engine.runtime.storage import STORAGES
@@ -143,6 +143,14 @@ def custom_by_name(
         if not isinstance(found[name], Tensor):
             raise NotATensor(argument=f"custom input {name!r}", got=type(found[name]).__name__)
     return found
+
+
+def storage_of(name: str, dtype: torch.dtype) -> Storage:
+    """How a custom input lies in memory; raises UnsupportedDtype."""
+    if dtype not in STORAGES:
+        supported = ", ".join(s.value for s in Storage)
+        raise UnsupportedDtype(argument=f"custom input {name!r}", got=dtype, supported=supported)
+    return STORAGES[dtype]
 
 
 def check_custom_input(name: str, x: Tensor, declared: Sequence[str | int], sizes: Mapping[str, int]) -> None:

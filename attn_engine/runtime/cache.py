@@ -33,8 +33,9 @@ def key_of(*parts: str) -> str:
 
 def cache_folder() -> Path:
     """Where kernels are kept: $ATTN_ENGINE_CACHE, else ~/.cache/attn_engine, else a private temporary directory."""
-    configured = os.environ.get(VARIABLE)
-    return _usable_folder(configured or str(Path("~/.cache/attn_engine").expanduser()), os.getpid())
+    configured = os.environ.get(VARIABLE, "").strip() or "~/.cache/attn_engine"
+    # os.path leaves the name of an unknown user alone, where pathlib raises
+    return _usable_folder(os.path.expanduser(configured), os.getpid())  # noqa: PTH111
 
 
 @cache
@@ -97,3 +98,8 @@ def stored(name: str, build: Callable[[Path], None]) -> Path:
     if reason := why_unsafe(path):
         raise UnsafeCache(path=path, reason=reason)
     return path
+
+
+def forget(path: Path) -> None:
+    """Remove a file that turned out to be damaged, so that `stored` builds it again."""
+    path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The checks of one engine's calls, made once for each kind of call: outside of graphs, and inside torch's operators."""
+"""The checks of one engine's calls, made once for each kind of call, in graphs of torch.compile and outside."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def refuse_transforms(tensors: Sequence[object]) -> None:
     for x in tensors:
         if not isinstance(x, Tensor):
             continue
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore[reportAttributeAccessIssue]
             raise TransformNotSupported(
                 transform="the transforms of torch.func (vmap, grad, jvp, ...)",
-                instead="Make a mapped dimension part of the batch; take gradients with torch.autograd.grad or backward(); "
-                "for the rest use engine.reference, which is plain torch.",
+                instead="Make a mapped dimension part of the batch and take gradients with torch.autograd.grad or "
+                "backward(); for the rest use engine.reference, which is plain torch.",
             )
         if dual and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise TransformNotSupported(

@@ -7,19 +7,22 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from attn_engine.codegen.backends.cpu import IN_DOUBLE, CpuTarget
 from attn_engine.codegen.backends.cpu_names import INCLUDE
-from attn_engine.errors import CompilationFailed
+from attn_engine.errors import BrokenLibrary, CompilationFailed, CompilerNotUsable
 from attn_engine.ir.tile import Kernel
-from attn_engine.runtime.cache import cache_folder, key_of, stored
+from attn_engine.runtime.cache import cache_folder, forget, key_of, stored
 from attn_engine.runtime.cpu_launch import ABI_VERSION, CpuKernel
 
 SECONDS_TO_COMPILE = 120
+ELF_HEADER_BYTES = 64
 SECONDS_TO_PROBE = 20
 # Never -ffast-math: it breaks masks by -inf, and older g++ would link code that changes how the whole process rounds.
 FLAGS = (
@@ -54,13 +57,34 @@ def find_compiler(processor: str = "native") -> Compiler | None:
 
 @cache
 def _find(configured: str, _search_path: str, processor: str) -> Compiler | None:
-    candidates = [*([configured] if configured else []), "c++", "g++", "clang++"]
-    for candidate in candidates:
-        command = tuple(shlex.split(candidate))
-        path = shutil.which(command[0])
-        if path and (compiler := _probe((path, *command[1:]), processor)):
+    if configured.strip():
+        found, problem = _configured(configured, processor)
+        if found is not None:
+            return found
+        warnings.warn(
+            f"CXX={configured!r} is not used: {problem}. Trying c++, g++ and clang++ instead; correct or unset CXX.",
+            CompilerNotUsable,
+            stacklevel=2,
+        )
+    for candidate in ("c++", "g++", "clang++"):
+        path = shutil.which(candidate)
+        if path and (compiler := _probe((path,), processor)):
             return compiler
     return None
+
+
+def _configured(configured: str, processor: str) -> tuple[Compiler | None, str]:
+    """The compiler that $CXX names, or why it is none."""
+    path = shutil.which(configured.strip())  # a path may have blanks
+    try:
+        command = (path,) if path else tuple(shlex.split(configured))
+    except ValueError as problem:
+        return None, f"it cannot be read as a command ({problem})"
+    path = shutil.which(command[0]) if command else None
+    if path is None:
+        return None, "there is no such program"
+    found = _probe((path, *command[1:]), processor)
+    return found, "it does not compile C++ for this machine"
 
 
 def _probe(command: tuple[str, ...], processor: str) -> Compiler | None:
@@ -112,13 +136,37 @@ def _headers() -> str:
 def compile_cpu(kernel: Kernel, source: str, compiler: Compiler | None = None) -> CpuKernel:
     """The kernel as machine code, from the disk cache where it is there.
 
-    Raises CompilationFailed with the compiler's message; the source is kept where the message says.
+    A damaged file there is compiled again, once. Raises CompilationFailed with the compiler's message, its source kept
+    where the message says, and BrokenLibrary where the fresh library cannot be loaded either.
     """
     compiler = compiler or find_compiler()
     assert compiler is not None, "the engine asks find_compiler() first"
-    name = key_of(source, _headers(), *_made_by(compiler), ABI_VERSION)
-    library = stored(f"{kernel.name}_{name}.so", lambda path: _build(path, source, compiler))
-    return CpuKernel(kernel, library)
+    name = f"{kernel.name}_{key_of(source, _headers(), *_made_by(compiler), ABI_VERSION)}.so"
+
+    def load() -> CpuKernel:
+        library = stored(name, lambda path: _build(path, source, compiler))
+        if not _is_whole(library):
+            raise OSError("the file is cut off")
+        return CpuKernel(kernel, library)
+
+    try:
+        return load()
+    except (OSError, AttributeError):  # not a library, or one without the kernel: the file was damaged
+        forget(cache_folder() / name)
+    try:
+        return load()
+    except (OSError, AttributeError) as problem:
+        raise BrokenLibrary(path=cache_folder() / name, reason=problem) from problem
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether an ELF file reaches to its last table, which lies at its end: running a shorter one kills the process."""
+    data = library.read_bytes()
+    if data[:5] != b"\x7fELF\x02" or len(data) < ELF_HEADER_BYTES:
+        return data[:4] != b"\x7fELF"  # another format: loading it tells
+    (start,) = struct.unpack_from("=Q", data, 40)
+    size, count = struct.unpack_from("=HH", data, 58)
+    return start + size * count <= len(data)
 
 
 def _made_by(compiler: Compiler) -> tuple[str, ...]:

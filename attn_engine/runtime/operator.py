@@ -139,9 +139,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, *_: Any):
         stored = ctx.saved_tensors
-        dq, dk, dv, *found = _Gradients.apply(
-            ctx.call, ctx.scalars, ctx.learned, ctx.rows, d_out, *stored
-        )
+        dq, dk, dv, *found = _Gradients.apply(ctx.call, ctx.scalars, ctx.learned, ctx.rows, d_out, *stored)
         by_name = dict(zip(ctx.learned, found, strict=True))
         names = [c.name for c in ctx.call.compiled.program.captures]
         return (None, None, dq, dk, dv, *(by_name.get(n) for n in names))
@@ -212,7 +210,9 @@ def _forward_op(
 @_forward_op.register_fake
 def _(q, k, v, captured, scalars, key):
     call = _found(key)
-    if all(isinstance(size, int) for x in (q, k, v) for size in x.shape):  # symbols: checked when the graph runs
+    if all(
+        isinstance(size, int) for x in (q, k, v) for size in x.shape
+    ):  # symbols: checked when the graph runs
         call.checks.shapes(q, k, v)
     rows = compute_dtype(call.compiled.program.element)
     logical = call.logical(q)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from attn_engine import errors
 from attn_engine.frontend import CustomIO, KernelNames, trace_mask_mod, trace_score_mod
 from attn_engine.ir.evaluate import evaluate
 from attn_engine.ir.expr import Const, Load, loads
@@ -191,6 +192,62 @@ def test_methods_and_objects_are_opaque():
     assert trace.opaque and trace.tensors[0].accessor() is model.bias
     assert trace.fn.captures[0].name == "captured_0"
     assert trace_mask_mod(model).opaque
+
+
+class Learned(torch.nn.Module):
+    """Scores that read a parameter, a buffer and numbers of the module they belong to."""
+
+    factor = 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.window = torch.nn.Parameter(torch.arange(4.0)), 2
+        self.register_buffer("shift", torch.tensor(1.0))
+
+    def forward(self, x):
+        return x * self.window + self.p[0]
+
+    def helper(self, score, h):
+        return score * self.factor + self.p[h]
+
+
+def test_attributes_of_a_captured_module():
+    module = Learned()
+    trace = trace_score_mod(lambda s, b, h, q, k: s * module.window + module.p[h] + module.shift)
+    assert trace.opaque and trace.tensors[0].accessor() is module.p
+    assert score_at(trace, 1.0, 0, 3, 0, 0) == 6.0
+    with torch.no_grad():
+        module.p.add_(1)  # an optimiser's step
+    assert score_at(trace, 1.0, 0, 3, 0, 0) == 7.0
+    module.load_state_dict({"p": torch.zeros(4), "shift": torch.tensor(5.0)})
+    module.window = 10
+    again = trace_score_mod(lambda s, b, h, q, k: s * module.window + module.p[h] + module.shift)
+    assert score_at(again, 1.0, 0, 3, 0, 0) == 15.0
+
+
+def test_captured_objects_can_be_called():
+    module = Learned()
+    for function in (
+        lambda s, b, h, q, k: module.helper(s, h),
+        (lambda helper: lambda s, b, h, q, k: helper(s, h))(module.helper),
+    ):
+        trace = trace_score_mod(function)
+        assert trace.opaque and score_at(trace, 4.0, 0, 2, 0, 0) == 4.0
+    trace = trace_score_mod(lambda s, b, h, q, k: module(s))
+    assert score_at(trace, 4.0, 0, 2, 0, 0) == 8.0
+    bound = functools.partial(module.helper)
+    assert score_at(trace_score_mod(lambda s, b, h, q, k: bound(s, h)), 4.0, 0, 2, 0, 0) == 4.0
+
+
+def test_a_mistake_in_a_method_is_shown_there():
+    class Model:
+        def helper(self, score):
+            return score if score > 0 else 0.0
+
+    model = Model()
+    with pytest.raises(errors.ControlFlowOnTraced) as caught:
+        trace_score_mod(lambda s, b, h, q, k: model.helper(s))
+    assert caught.value.location.text.strip() == "return score if score > 0 else 0.0"
 
 
 def test_names_are_valid_and_unique_across_functions():

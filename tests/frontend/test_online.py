@@ -242,6 +242,11 @@ BROKEN = {
         _with(online_fwd=lambda s, r, b, h, q: s.get_reduce("max").get_reduce("max")),
         errors.WrongOperands,
     ),
+    "unknown row value": (
+        _with(online_fwd=lambda s, r, b, h, q: (s, {"row_max": r["x"]}, 1.0)),
+        errors.UnknownRowValue,
+    ),
+    "unknown saved value": (_with(forward=lambda s, r, b, h, q, k: s - r["x"]), errors.UnknownRowValue),
     "tensor": (_with(forward=lambda s, r, b, h, q, k: s * TABLE[h]), errors.UnknownOperation),
 }
 TABLE = torch.ones(4)
@@ -270,3 +275,114 @@ def test_substituted_states_are_rows():
     rule = trace_online(OnlineSoftmax).rule
     assert all(set(e.axes) <= {"q"} for e in (*rule.new_states, rule.out_scale))
     assert substitute(rule.recompute, {LOGIT: IrVar("x", DType.FLOAT)}) is not rule.recompute
+
+
+@pytest.mark.parametrize(
+    "returned, got",
+    [
+        (lambda s, r: s, "a traced value"),
+        (lambda s, r: (s, r), r"2 values \(a traced value, a dict\)"),
+        (lambda s, r: None, "return"),
+        (lambda s, r: 3, "an int"),
+    ],
+)
+def test_wrong_result_is_named(returned, got):
+    with pytest.raises(errors.OnlineWrongResult, match=got):
+        trace_online(_with(online_fwd=lambda s, r, b, h, q: returned(s, r)))
+
+
+@pytest.mark.parametrize("func", ["softmax", object(), int])
+def test_something_else_than_an_online_function(func):
+    with pytest.raises(errors.NotAnOnlineFunc):
+        trace_online(func)
+
+
+TEMPERATURE = 0.5
+
+
+def _scaled(score):
+    return score * TEMPERATURE
+
+
+class Settings:
+    """A class whose attributes are read."""
+
+    temperature = 0.5
+
+
+def _weighted(factor):
+    class Weighted(OnlineFunc):
+        temperature = 0.5
+
+        def online_fwd(self, scores, online_rowscales, b, h, q_idx):
+            return torch.sigmoid(factor(self, scores)), {}, 1.0
+
+        def online_fwd_epilogue(self, o, online_rowscales, b, h, q_idx):
+            return o, {}
+
+    return Weighted
+
+
+def test_numbers_of_library_rules_are_not_watched_in_vain():
+    for rule in (
+        OnlineSoftmax,
+        OnlineSigmoid,
+        OnlineRelu,
+        OnlineRetention,
+        UpstreamSoftmax,
+        UpstreamRetention,
+    ):
+        trace = trace_online(rule())
+        assert not trace.opaque and not trace.stale()
+
+
+@pytest.mark.parametrize(
+    "where", ["global", "inner function", "class", "object", "added to the object", "closure"]
+)
+def test_a_changed_number_is_noticed(where, monkeypatch):
+    factor = 0.5
+    read = {
+        "global": lambda self, s: s * TEMPERATURE,
+        "inner function": lambda self, s: _scaled(s),
+        "closure": lambda self, s: s * factor,
+    }.get(where, lambda self, s: s * self.temperature)
+    cls = _weighted(read)
+    func = cls()
+    if where == "object":
+        func.temperature = 0.5
+    trace = trace_online(func)
+    assert not trace.opaque and not trace.stale()
+    if where == "class":
+        cls.temperature = 0.9
+    elif where == "closure":
+        factor = 0.9
+    elif "object" in where:
+        func.temperature = 0.9
+    else:
+        monkeypatch.setitem(globals(), "TEMPERATURE", 0.9)
+    assert trace.stale()
+    again = trace_online(func)
+    assert not again.stale() and again.rule != trace.rule
+
+
+def test_what_cannot_be_watched_is_traced_again():
+    box = [0.5]
+    assert trace_online(_weighted(lambda self, s: s * box[0])).opaque
+    assert trace_online(_weighted(lambda self, s: s * Settings.temperature)).opaque
+    func = _weighted(lambda self, s: s * self.table["a"])()
+    func.table, func.unused = {"a": 0.5}, []
+    assert trace_online(func).opaque
+    func = _weighted(lambda self, s: s)()
+    func.unused = []
+    assert not trace_online(func).opaque
+
+
+def test_changed_methods_and_row_values_are_noticed():
+    func = _weighted(lambda self, s: s)()
+    trace = trace_online(func)
+    func.online_fwd = lambda scores, online_rowscales, b, h, q_idx: (scores, {}, 1.0)
+    assert trace.stale()
+    func = UpstreamSoftmax()
+    trace = trace_online(func)
+    func.online_rowscales = {**func.online_rowscales, "r": SymbolScalar("r", Var("1.0"))}
+    assert trace.stale()

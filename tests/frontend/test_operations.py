@@ -43,6 +43,25 @@ FLOATS = {
     "power_of_three": lambda s, b, h, q, k: 3.0**s,
     "power_traced": lambda s, b, h, q, k: abs(s) ** (abs(s) + 0.1),
     "bool_arithmetic": lambda s, b, h, q, k: s * (q >= k),
+    "shift_right": lambda s, b, h, q, k: s + ((q - k) >> 2),
+    "shift_left": lambda s, b, h, q, k: s + ((q - k) << 2),
+    "torch_shift": lambda s, b, h, q, k: s + torch.bitwise_right_shift(q - k, 1),
+    "torch_round": lambda s, b, h, q, k: torch.round(s * 4),
+    "round_ties": lambda s, b, h, q, k: torch.round((q - k) / 2) + s,
+    "round_decimals": lambda s, b, h, q, k: torch.round(s, decimals=2),
+    "round_almost_half": lambda s, b, h, q, k: s + torch.round(s * 0.0 + 0.49999999999999994),
+    "round_large": lambda s, b, h, q, k: s + (torch.round(s * 0.0 + 4503599627370497.0) - 4503599627370497.0),
+    "trunc": lambda s, b, h, q, k: torch.trunc(s * 3) + s.fix(),
+    "frac": lambda s, b, h, q, k: torch.frac(s * 3),
+    "fmod": lambda s, b, h, q, k: torch.fmod(s, 0.7),
+    "fmod_int": lambda s, b, h, q, k: s + torch.fmod(q - k, 3) + torch.fmod(q - k, -3),
+    "div_trunc": lambda s, b, h, q, k: torch.div(s, 0.3, rounding_mode="trunc"),
+    "div_trunc_int": lambda s, b, h, q, k: s + torch.div(k - q, 3, rounding_mode="trunc"),
+    "erf": lambda s, b, h, q, k: torch.erf(s),
+    "erf_large": lambda s, b, h, q, k: torch.erf(s * 30) + torch.erf(s * 1e30),
+    "erf_small": lambda s, b, h, q, k: torch.erf(s * 1e-8) * 1e8,
+    "erfc": lambda s, b, h, q, k: torch.special.erfc(s),
+    "gelu_exact": lambda s, b, h, q, k: F.gelu(s),
     "relu_squared": lambda s, b, h, q, k: torch.relu(s) ** 2,
     "soft_cap": lambda s, b, h, q, k: 20 * torch.tanh(s / 20),
     "torch_add": lambda s, b, h, q, k: torch.add(s, 1, alpha=2),
@@ -168,3 +187,19 @@ def test_relu_and_clamp_have_torchs_gradient_at_the_edge():
             x = torch.tensor(point, requires_grad=True)
             (expected,) = torch.autograd.grad(function(x), x)
             assert evaluate(slope, {SCORE: point}) == expected.item()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.erf, torch.erfc, F.gelu, torch.round, torch.trunc, torch.frac, lambda x: torch.fmod(x, 0.7)],
+)
+def test_composed_gradients(function):
+    from attn_engine.ir.passes.autodiff import derivative
+
+    slope = derivative(trace_score_mod(lambda s, b, h, q, k: function(s)).fn.result, SCORE)
+    for point in (-40.0, -2.3, -0.46875, -0.1, 0.0, 1e-9, 0.3, 0.46875, 0.47, 1.1, 4.2, 7.0):
+        x = torch.tensor(point, dtype=torch.float64, requires_grad=True)
+        (expected,) = torch.autograd.grad(function(x), x)
+        assert math.isclose(evaluate(slope, {SCORE: point}), expected.item(), rel_tol=1e-9, abs_tol=1e-9), (
+            point
+        )

@@ -6,6 +6,7 @@ import math
 import operator
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from attn_engine.errors import AttnEngineError
 from attn_engine.frontend import CustomIO, meta_tensor, trace_mask_mod, trace_score_mod
 
 BIAS = torch.zeros(4, 5, 6)
+NUMPY = np.ones(4)
 COMPLEX = torch.zeros(4, dtype=torch.complex64)
 CUSTOM = CustomIO({"table": ("heads", 8)})
 
@@ -35,11 +37,29 @@ SCORES = {
     "nothing": (lambda s, b, h, q, k: None, errors.ScoreNotTraced, "return"),
     "tensor": (lambda s, b, h, q, k: torch.zeros(2, 3), errors.ReturnsTensor, "(2, 3)"),
     "captured": (lambda s, b, h, q, k: BIAS, errors.ReturnsTensor, "(4, 5, 6)"),
-    "unknown": (lambda s, b, h, q, k: torch.erf(s), errors.UnknownOperation, "torch.erf"),
+    "unknown": (lambda s, b, h, q, k: torch.special.i0(s), errors.UnknownOperation, "i0"),
     "reduction": (lambda s, b, h, q, k: torch.max(s), errors.UnknownOperation, "torch.maximum"),
     "method": (lambda s, b, h, q, k: s.erfinv(), errors.UnknownMethod, ".erfinv"),
     "in_place": (lambda s, b, h, q, k: s.add_(1), errors.UnknownMethod, ".add_"),
-    "bits": (lambda s, b, h, q, k: s * (q & 1), errors.WrongOperands, "brackets"),
+    "bits": (lambda s, b, h, q, k: s * (q & 3), errors.WrongOperands, "% 4"),
+    "bit": (lambda s, b, h, q, k: s * (q & 4), errors.WrongOperands, "division"),
+    "power": (lambda s, b, h, q, k: s * (q ^ 2), errors.WrongOperands, "`**`"),
+    "shift": (lambda s, b, h, q, k: s * (q >> k), errors.WrongOperands, "// 2**n"),
+    "shift_float": (lambda s, b, h, q, k: s << 2, errors.WrongOperands, "a float and 2"),
+    "numpy_index": (lambda s, b, h, q, k: s * NUMPY[h], errors.IndexedNumpyArray, "torch.from_numpy"),
+    "numpy": (lambda s, b, h, q, k: s * NUMPY, errors.WrongOperands, "a ndarray"),
+    "random": (lambda s, b, h, q, k: s + torch.rand(()), errors.UnknownOperation, "capture it"),
+    "random_like": (
+        lambda s, b, h, q, k: s + torch.randn_like(BIAS)[h],
+        errors.UnknownOperation,
+        "randn_like",
+    ),
+    "random_fill": (
+        lambda s, b, h, q, k: s + torch.empty(()).uniform_(),
+        errors.UnknownOperation,
+        "uniform_",
+    ),
+    "rounding": (lambda s, b, h, q, k: round(s), errors.NumberFromTraced, "torch.round"),
     "invert": (lambda s, b, h, q, k: s * ~q, errors.WrongOperands, "bools"),
     "condition": (lambda s, b, h, q, k: torch.where(q, s, 0), errors.WrongOperands, "bool condition"),
     "string": (lambda s, b, h, q, k: s + "1", errors.WrongOperands, "a str"),
@@ -134,6 +154,13 @@ def test_meta():
 def test_wrong_custom_io(shapes):
     with pytest.raises(errors.WrongCustomIO):
         CustomIO(shapes)
+
+
+@pytest.mark.parametrize("shapes", [["bias"], "bias", 3, []])
+def test_custom_io_of_something_else(shapes):
+    with pytest.raises(errors.NotACustomIO, match="dictionary of names") as caught:
+        CustomIO(shapes)
+    assert ("an int" in str(caught.value)) == (shapes == 3)
 
 
 def _catalogue(base=AttnEngineError):

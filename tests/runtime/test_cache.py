@@ -9,8 +9,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
-from attn_engine.errors import UnsafeCache
+from attn_engine import AttentionEngine, meta_tensor
+from attn_engine.errors import DumpNotWritten, UnsafeCache
 from attn_engine.runtime import cache
 
 
@@ -112,3 +114,19 @@ def test_processes_build_side_by_side(folder: Path):
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     assert [p.communicate()[0].strip() for p in running] == ["True", "True"]
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(cache.VARIABLE, "~/kernels")
+    assert cache.cache_folder() == tmp_path / "kernels"
+
+
+def test_a_dump_that_cannot_be_written_only_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ATTN_ENGINE_DUMP", str(tmp_path / "file" / "dump"))
+    built = AttentionEngine([meta_tensor(None, None, None, 4, dtype=torch.float32)] * 3, backend="torch")
+    q = torch.randn(1, 3, 1, 4)
+    with pytest.warns(DumpNotWritten, match="ATTN_ENGINE_DUMP"):
+        out = built(q, q, q)
+    assert out.isfinite().all()

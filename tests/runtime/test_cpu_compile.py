@@ -10,7 +10,7 @@ import pytest
 from attn_engine.codegen.backends.cpu import render_cpu
 from attn_engine.codegen.lower.forward import lower_forward
 from attn_engine.codegen.schedule import cpu_schedule
-from attn_engine.errors import CompilationFailed
+from attn_engine.errors import BrokenLibrary, CompilationFailed, CompilerNotUsable
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime import cpu_compile
@@ -79,9 +79,53 @@ def test_a_compiler_that_hangs_is_stopped(
 def test_broken_compilers_are_passed_over(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ATTN_ENGINE_CACHE", str(tmp_path / "kernels"))
     monkeypatch.setenv("CXX", script(tmp_path / "broken", body if "json" not in body else "exit 3"))
-    found = find_compiler()
+    with pytest.warns(CompilerNotUsable, match="CXX=.*broken"):
+        found = find_compiler()
     assert found is not None
     assert "broken" not in found.command[0]
+
+
+@pytest.mark.parametrize("text", ["'", " ", "/nowhere/c++ -O2", "a b"])
+def test_a_strange_name_of_a_compiler_is_passed_over(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+):
+    monkeypatch.setenv("ATTN_ENGINE_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setenv("CXX", text)
+    assert find_compiler() is not None
+    assert bool(text.strip()) is any(issubclass(w.category, CompilerNotUsable) for w in recwarn)
+
+
+def test_a_compiler_in_a_folder_with_blanks(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "my compilers"
+    folder.mkdir()
+    monkeypatch.setenv("CXX", script(folder / "c++", f'exec {compiler.command[0]} "$@"'))
+    found = find_compiler()
+    assert found is not None
+    assert found.command == (str(folder / "c++"),)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut off"])
+def test_a_damaged_library_is_compiled_again(
+    damage: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+):
+    kernel = kernel_of(compiler)
+    source = render_cpu(kernel, compiler.target) + f"// {damage}\n"  # loaded by no other test
+    with monkeypatch.context() as unloaded:
+        unloaded.setattr(cpu_compile, "CpuKernel", lambda *_: None)
+        compile_cpu(kernel, source, compiler)
+    (library,) = cpu_compile.cache_folder().glob("*.so")
+    size = library.stat().st_size
+    library.write_bytes(library.read_bytes()[: size // 2] if damage == "cut off" else b"garbage")
+    compile_cpu(kernel, source, compiler)
+    assert library.stat().st_size == size
+
+
+def test_a_library_that_never_loads_is_an_error(compiler: Compiler, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_compile, "_build", lambda path, *_: path.write_bytes(b"garbage"))
+    with pytest.raises(BrokenLibrary, match="cannot be loaded"):
+        compile_cpu(kernel_of(compiler), "int x;", compiler)
 
 
 def test_a_machine_without_compiler_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

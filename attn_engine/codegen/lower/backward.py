@@ -202,13 +202,15 @@ def kv_tile(
         *sweep.loops([*columns, *row_sums], query_loads(program, names), update, in_loop=True),
         *(StoreTile(c.buffer, (BATCH, HEAD, KV_IDX), c.total) for c in columns),
     )
-    first = KV_HEAD * GROUP_OF_HEADS
+    first, group = scalar("first_head"), scalar("group")
     return [
         *key_loads(),
         Let("d_key", Full(0.0, ("kv", "d"))),
         Let("d_value", Full(0.0, ("kv", "dv"))),
         Section("query heads that read this kv head"),
-        Loop("head", first, first + GROUP_OF_HEADS, None, per_head),
+        Let("group", GROUP_OF_HEADS),
+        Let("first_head", KV_HEAD * group),
+        Loop("head", first, first + group, None, per_head),
         Section("store"),
         StoreTile("dK", indices("dK"), D_KEY * SCALE),
         StoreTile("dV", indices("dV"), D_VALUE),

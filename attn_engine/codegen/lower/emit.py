@@ -85,8 +85,8 @@ class Emitter:
 def base_two(e: Expr) -> Expr:
     """exp(x) -> exp2(x * log2(e)): the hardware computes powers of two.
 
-    The factor stays outside a difference: exp2(a * c - b * c) would save an operation where a - b is large and exact, but
-    the rounding of b * c is amplified without bound when a and b are large and nearly equal.
+    The factor stays outside a difference: exp2(a * c - b * c) would save an operation, but the rounding of b * c is
+    amplified without bound when a and b are large and nearly equal.
     """
     match e:
         case Call(Op.EXP, (x,)):
