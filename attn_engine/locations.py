@@ -82,4 +82,8 @@ def is_user_code(code: CodeType) -> bool:
     path = code.co_filename
     if path.startswith(_PACKAGE) and not path.startswith(_LIBRARY):
         return False
-    return not path.startswith("<frozen") and "/torch/" not in path and not path.endswith("/functools.py")
+    if path.startswith(("<frozen", "<eval_with_key>")):  # Python itself, a graph of torch.fx
+        return False
+    return not any(part in path for part in ("/torch/", "/torchinductor_")) and not path.endswith(
+        "/functools.py"
+    )

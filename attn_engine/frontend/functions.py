@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from attn_engine.frontend.bits import bitwise, shift_left, shift_right
-from attn_engine.frontend.error_function import erf, erfc, gelu
 from attn_engine.frontend.operations import (
     absolute,
     add_scaled,
@@ -23,6 +22,7 @@ from attn_engine.frontend.operations import (
     floor,
     floor_divide,
     full_like,
+    gelu,
     hardtanh,
     is_infinite,
     is_nan,
@@ -123,10 +123,6 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "sigmoid": sigmoid,
     "special_expit": sigmoid,
     "expit": sigmoid,
-    "erf": erf,
-    "erfc": erfc,
-    "special_erf": erf,
-    "special_erfc": erfc,
     "sqrt": sqrt,
     "rsqrt": rsqrt,
     "sin": sin,

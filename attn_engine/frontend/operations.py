@@ -203,7 +203,11 @@ def elu(x: Expr, alpha: Expr = ONE) -> Expr:
     return where(apply(Op.LT, zero_like(x), x), to_float(x), curved)
 
 
-def gelu_tanh(x: Expr) -> Expr:
+def gelu(x: Expr, approximate: str = "none") -> Expr:
+    if approximate != "tanh":
+        raise UnknownOperation(
+            operation="gelu", instead='Use torch.nn.functional.gelu(x, approximate="tanh").'
+        )
     inner = multiply(
         Const(math.sqrt(2 / math.pi)), add(x, multiply(Const(0.044715), whole_power(x, 3, True)))
     )

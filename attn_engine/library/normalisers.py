@@ -12,9 +12,9 @@ from attn_engine.frontend import OnlineFunc
 class OnlineSoftmax(OnlineFunc):
     """exp(s) over its row sum, the maximum subtracted (Milakov and Gimelshein, arXiv:1805.02867).
 
-    Row values: lse, the logarithm of the sum of exp(s); row_max; inverse_sum, one over the sum of exp(s - row_max), 0 in a
-    row without keys. The backward pass reads the last two: where scores are large, their sum, lse, has lost the digits
-    that tell the weights apart.
+    Row values: lse, the logarithm of the sum of exp(s); row_max; inverse_sum, one over the sum of exp(s - row_max),
+    0 in a row without keys. The backward pass reads the last two: where scores are large, their sum, lse, has lost
+    the digits that tell the weights apart.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class OnlineSoftmax(OnlineFunc):
         old_max = online_rowscales["row_max"]
         new_max = old_max.max(scores.get_reduce("max"))
         rescale = torch.exp(old_max - new_max)
-        weights = torch.exp(scores - new_max)
+        weights = (scores - new_max).exp()
         new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
         return weights, {"row_max": new_max, "row_sum": new_sum}, rescale
 

@@ -39,7 +39,7 @@ from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention, Scalar
 from attn_engine.locations import Location
 from attn_engine.runtime.dense import evaluate_dense
 
-MOST_ELEMENTS = 2**24
+MOST_ELEMENTS = 2**22
 BLOCK_ELEMENTS = 2**18
 POSITIONS = {BATCH: "batches", HEAD: "heads", Q_IDX: "q_len", KV_IDX: "kv_len"}
 

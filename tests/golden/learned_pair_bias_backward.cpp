@@ -84,7 +84,9 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
     const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
 
     // -- query heads that read this kv head
-    for (int head = kv_head * floor_div(heads, kv_heads); head < kv_head * floor_div(heads, kv_heads) + floor_div(heads, kv_heads); ++head) {
+    const int group = floor_div(heads, kv_heads);
+    const int first_head = kv_head * group;
+    for (int head = first_head; head < first_head + group; ++head) {
       const int q_begin = 0;
       const int q_end = max(floor_div(q_len + 31, 32) * 32, q_begin);
       const int q_full_end = max(min(floor_div(where(kv_start + 64 <= kv_len, q_len, 0), 32) * 32, q_end), q_begin);

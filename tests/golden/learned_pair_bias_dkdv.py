@@ -57,9 +57,9 @@ def dkdv(
     d_value = tl.full([BLOCK_KV, BLOCK_DV], 0.0, tl.float32)
 
     # -- query heads that read this kv head
-    for head in tl.range(
-        kv_head * (heads // kv_heads), kv_head * (heads // kv_heads) + heads // kv_heads
-    ):
+    group = heads // kv_heads
+    first_head = kv_head * group
+    for head in tl.range(first_head, first_head + group):
         q_begin = 0
         q_end = tl.maximum((q_len + 31) // 32 * 32, q_begin)
         q_full_end = tl.maximum(tl.minimum(q_len // 32 * 32, q_end), q_begin)

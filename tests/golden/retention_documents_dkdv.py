@@ -55,9 +55,9 @@ def dkdv(
     d_value = tl.full([BLOCK_KV, BLOCK_DV], 0.0, tl.float32)
 
     # -- query heads that read this kv head
-    for head in tl.range(
-        kv_head * (heads // kv_heads), kv_head * (heads // kv_heads) + heads // kv_heads
-    ):
+    group = heads // kv_heads
+    first_head = kv_head * group
+    for head in tl.range(first_head, first_head + group):
         documents_row = tl.load(
             documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
         )
