@@ -246,7 +246,10 @@ def main(arguments: list[str] | None = None) -> int:
         f"\ntime of each over ours (above 1: attn_engine is faster)\n{'':52}"
         + "".join(f"{c:>9}" for c in CONTENDERS)
     )
-    results = []
+    name = f"cpu-{described['date']!s:.10}{'-quick' * options.quick}.json"
+    path: Path = options.output or Path(__file__).parent / "results" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
     for case in table(options.quick):
         if not re.search(options.only, str(case)):
             continue
@@ -256,12 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
         cells = (f"{ratios[name][1]:9.2f}" if name in ratios else f"{'-':>9}" for name in CONTENDERS)
         print(f"{case!s:52}" + "".join(cells), flush=True)
         results.append({"case": str(case), "ratio quartiles": ratios})
-    default = (
-        Path(__file__).parent / "results" / f"cpu-{described['date']!s:.10}{'-quick' * options.quick}.json"
-    )
-    path: Path = options.output or default
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": described, "results": results}, indent=1) + "\n")
+        # After every case, so that a run that is cut off keeps what it measured.
+        path.write_text(json.dumps({"machine": described, "results": results}, indent=1) + "\n")
     print(f"\nwritten to {path}")
     return 0
 
