@@ -261,7 +261,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
         for count in (1, threads):
             torch.set_num_threads(count)
             o = built(q, k, v)
-            results.append((o, *torch.autograd.grad(o, (q, k, v), weights)))
+            results.append((o, *torch.autograd.grad(o, (q, k, v, slopes), weights)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -13,7 +13,7 @@ state. A name first set inside a loop is not visible after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from attn_engine.ir.expr import Expr, Var
 from attn_engine.ir.ops import Storage
@@ -132,7 +132,6 @@ class Module:
 
     name: str
     kernels: tuple[Kernel, ...]
-    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def kernel(self, name: str) -> Kernel:
         return next(k for k in self.kernels if k.name == name)

@@ -130,6 +130,16 @@ def test_torch_tile_program(normaliser: str, variant: str) -> None:
     _assert_within(run_case("torch", normaliser, VARIANTS[variant], torch.float32, HEADS["gqa"], (70, 200)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_reference_gradients(normaliser: str, variant: str, dtype: str) -> None:
+    for heads in HEADS.values():
+        for lengths in LENGTHS:
+            errors = run_case("reference", normaliser, VARIANTS[variant], DTYPES[dtype], heads, lengths)
+            _assert_within(errors)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 def test_reference(normaliser: str, variant: str) -> None:

@@ -93,7 +93,3 @@ def derivative(result: Expr, wrt: Expr) -> Expr:
     """d(result)/d(wrt)."""
     (gradient,) = gradients(result, Const(1.0), [wrt])
     return gradient
-
-
-def depends_on(result: Expr, inputs: Sequence[Expr]) -> bool:
-    return bool(_reaching(postorder(result), set(inputs)) & {result})

@@ -11,7 +11,6 @@ from attn_engine.ir.expr import Call, Const, Expr, call, transform
 from attn_engine.ir.ops import INFO, DType, Op
 
 Rule = Callable[[Expr], Expr | None]
-OnMatch = Callable[[str, Expr, Expr], None]
 
 
 def fold_constants(e: Expr) -> Expr | None:
@@ -141,7 +140,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def simplify(root: Expr, on_match: OnMatch | None = None) -> Expr:
+def simplify(root: Expr) -> Expr:
     """Rewrite bottom-up with RULES until none applies.
 
     >>> from attn_engine.ir.program import Q_IDX
@@ -150,14 +149,14 @@ def simplify(root: Expr, on_match: OnMatch | None = None) -> Expr:
     """
 
     def change(node: Expr) -> Expr:
-        while (better := _first_match(node, on_match)) is not None:
+        while (better := _first_match(node)) is not None:
             node = better
         return node
 
     return transform(root, change)
 
 
-def _first_match(node: Expr, on_match: OnMatch | None) -> Expr | None:
+def _first_match(node: Expr) -> Expr | None:
     for rule in RULES:
         better = rule(node)
         if (
@@ -166,8 +165,6 @@ def _first_match(node: Expr, on_match: OnMatch | None) -> Expr | None:
             and better.dtype is node.dtype
             and better.axes == node.axes
         ):
-            if on_match is not None:
-                on_match(rule.__name__, node, better)
             return better
     return None
 
