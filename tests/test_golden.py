@@ -89,7 +89,9 @@ def test_showcase(name: str, backend: str, direction: str, golden: Callable[[str
     )
     program = engine.program
     schedule = (
-        cpu_schedule(CpuTarget().lanes(program.element)) if backend == "cpu" else gpu_schedule(64, 64, 2)
+        cpu_schedule(CpuTarget().lanes(program.element, program.dim_qk, program.dim_v))
+        if backend == "cpu"
+        else gpu_schedule(64, 64, 2)
     )
     learned = tuple(c.name for c in program.differentiable_captures)
     render, ending = (_cpp, "cpp") if backend == "cpu" else (_triton, "py")

@@ -43,7 +43,7 @@ class CpuBackend:
     def schedule(self, program: Attention) -> Schedule:
         from attn_engine.runtime.cpu_compile import host_target
 
-        return cpu_schedule(host_target().lanes(program.element))
+        return cpu_schedule(host_target().lanes(program.element, program.dim_qk, program.dim_v))
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
         """Nothing is refused."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import struct
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from attn_engine.codegen.backends.cpu import IN_DOUBLE, CpuTarget
+from attn_engine.codegen.backends.cpu import CpuTarget
 from attn_engine.codegen.backends.cpu_names import INCLUDE
 from attn_engine.errors import BrokenLibrary, CompilationFailed, CompilerNotUsable
 from attn_engine.ir.tile import Kernel
@@ -47,7 +48,7 @@ class Compiler:
 
     @property
     def target(self) -> CpuTarget:
-        return CpuTarget(lanes_float=2 * self.vector_bytes // 4, lanes_double=2 * self.vector_bytes // 8)
+        return CpuTarget(self.vector_bytes, "__AVX512BF16__" in self.features)
 
 
 def find_compiler(processor: str = "native") -> Compiler | None:
@@ -181,7 +182,7 @@ def _include_folder(compiler: Compiler, definition: tuple[str, ...]) -> Path:
 
     def build(folder: Path) -> None:
         shutil.copytree(INCLUDE, folder)
-        header = folder / "tiles.h"
+        header = folder / "kernel.h"
         flags = [flag for flag in compiler.flags if flag != "-shared"]
         _output(
             [*compiler.command, *flags, *definition, "-x", "c++-header", str(header), "-o", f"{header}.gch"]
@@ -196,7 +197,9 @@ def _include_folder(compiler: Compiler, definition: tuple[str, ...]) -> Path:
 def _build(library: Path, source: str, compiler: Compiler) -> None:
     text = library.with_suffix(".cpp")
     text.write_text(source, encoding="utf-8", errors="replace")
-    definition = (f"-D{IN_DOUBLE}=1",) if f"#define {IN_DOUBLE} 1" in source else ()
+    definition = tuple(
+        f"-D{name}={value}" for name, value in re.findall(r"^#define (\w+) (\d+)$", source, re.M)
+    )
     include = _include_folder(compiler, definition)
     command = [*compiler.command, *compiler.flags, f"-I{include}", str(text), "-o", str(library)]
     try:

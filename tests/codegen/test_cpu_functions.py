@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler
 FUNCTIONS = ("exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt", "sin", "cos", "floor", "abs")
 UNITS = {"exp": 2, "exp2": 2, "tanh": 6, "sigmoid": 4, "rsqrt": 2}  # in the last place; 1 where not named
 BODY = """
-#include "tiles.h"
+#include "kernel.h"
 using namespace attention;
 #define LANES_OF(F) extern "C" void lanes_##F(const Real* x, Real* y, long n) { \\
   for (long i = 0; i < n; i += LANES) store(y + i, attention::F(load(x + i))); } \\

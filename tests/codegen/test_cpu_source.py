@@ -23,7 +23,7 @@ SOFTCAP = function(call(Op.TANH, SCORE / 20.0) * 20.0)
 CAUSAL = function(KV_IDX <= Q_IDX)
 
 
-def kernel(p: Attention, name: str, learned: tuple[str, ...] = (), lanes: int = 32) -> Kernel:
+def kernel(p: Attention, name: str, learned: tuple[str, ...] = (), lanes: int = 64) -> Kernel:
     return lower(p, cpu_schedule(lanes), "forward" if name == "forward" else "backward", learned).kernel(name)
 
 
@@ -85,7 +85,7 @@ def test_source_is_clean(name: str):
     assert not re.search(r"[ \t]$", text, re.MULTILINE)
     assert text.count("{") == text.count("}")
     assert "None" not in text
-    assert re.findall(r'#include "(\w+\.h)"', text) == ["tiles.h"]
+    assert re.findall(r'#include "(\w+\.h)"', text) == ["kernel.h"]
 
 
 def test_slots_name_every_argument():
@@ -152,7 +152,7 @@ def test_names_keep_clear_of_the_language_and_the_headers():
 def test_awkward_names_compile():
     compiler = find_compiler()
     assert compiler is not None
-    k = kernel(awkward_program(), "forward", lanes=compiler.target.lanes_float)
+    k = kernel(awkward_program(), "forward", lanes=compiler.target.lanes(Storage.FLOAT32))
     compile_cpu(k, render_cpu(k, compiler.target), compiler)
 
 

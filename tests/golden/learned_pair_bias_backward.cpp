@@ -1,10 +1,11 @@
-// attn_engine golden | score_mod_OnlineSoftmax: backward | cpu | block_q=32 block_kv=64
+// attn_engine golden | score_mod_OnlineSoftmax: backward | cpu | block_q=64 block_kv=64
 // regenerate: engine.source(backend="cpu", kernel="backward")
-#include "tiles.h"
+#define LANE_REGISTERS 4
+#include "kernel.h"
 
 namespace attention {
 
-constexpr int BLOCK_Q = 32, BLOCK_KV = 64, D = 64, DV = 64;
+constexpr int BLOCK_Q = 64, BLOCK_KV = 64, D = 64, DV = 64;
 static_assert(BLOCK_Q == LANES, "one query row per lane");
 
 struct Arguments {  // 8 bytes each: the launcher fills them in this order
@@ -88,8 +89,8 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
     const int first_head = kv_head * group;
     for (int head = first_head; head < first_head + group; ++head) {
       const int q_begin = 0;
-      const int q_end = max(floor_div(q_len + 31, 32) * 32, q_begin);
-      const int q_full_end = max(min(floor_div(where(kv_start + 64 <= kv_len, q_len, 0), 32) * 32, q_end), q_begin);
+      const int q_end = max(floor_div(q_len + 63, 64) * 64, q_begin);
+      const int q_full_end = max(min(floor_div(where(kv_start + 64 <= kv_len, q_len, 0), 64) * 64, q_end), q_begin);
 
       // -- q tiles seen in full: no mask
       const auto full_step = [&](int q_start) __attribute__((noinline)) {

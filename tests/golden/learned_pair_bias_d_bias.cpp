@@ -1,10 +1,11 @@
-// attn_engine golden | score_mod_OnlineSoftmax: backward, d_bias | cpu | block_q=32 block_kv=64
+// attn_engine golden | score_mod_OnlineSoftmax: backward, d_bias | cpu | block_q=64 block_kv=64
 // regenerate: engine.source(backend="cpu", kernel="d_bias")
-#include "tiles.h"
+#define LANE_REGISTERS 4
+#include "kernel.h"
 
 namespace attention {
 
-constexpr int BLOCK_Q = 32, BLOCK_KV = 64, D = 64, DV = 64;
+constexpr int BLOCK_Q = 64, BLOCK_KV = 64, D = 64, DV = 64;
 static_assert(BLOCK_Q == LANES, "one query row per lane");
 
 struct Arguments {  // 8 bytes each: the launcher fills them in this order
@@ -60,7 +61,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     const auto delta = Delta(batch, head, q_idx);
     const int kv_begin = 0;
     const int kv_end = max(floor_div(kv_len + 63, 64) * 64, kv_begin);
-    const int kv_full_end = max(min(floor_div(where(q_start + 32 <= q_len, kv_len, 0), 64) * 64, kv_end), kv_begin);
+    const int kv_full_end = max(min(floor_div(where(q_start + 64 <= q_len, kv_len, 0), 64) * 64, kv_end), kv_begin);
 
     // -- kv tiles seen in full: no mask
     const auto full_step = [&](int kv_start) __attribute__((noinline)) {

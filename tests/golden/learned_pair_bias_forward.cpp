@@ -1,10 +1,11 @@
-// attn_engine golden | score_mod_OnlineSoftmax: forward | cpu | block_q=32 block_kv=64
+// attn_engine golden | score_mod_OnlineSoftmax: forward | cpu | block_q=64 block_kv=64
 // regenerate: engine.source(backend="cpu", kernel="forward")
-#include "tiles.h"
+#define LANE_REGISTERS 4
+#include "kernel.h"
 
 namespace attention {
 
-constexpr int BLOCK_Q = 32, BLOCK_KV = 64, D = 64, DV = 64;
+constexpr int BLOCK_Q = 64, BLOCK_KV = 64, D = 64, DV = 64;
 static_assert(BLOCK_Q == LANES, "one query row per lane");
 
 struct Arguments {  // 8 bytes each: the launcher fills them in this order

@@ -1,10 +1,11 @@
-// attn_engine golden | score_mod_mask_mod_OnlineSoftmax: backward | cpu | block_q=32 block_kv=64
+// attn_engine golden | score_mod_mask_mod_OnlineSoftmax: backward | cpu | block_q=64 block_kv=64
 // regenerate: engine.source(backend="cpu", kernel="backward")
-#include "tiles.h"
+#define LANE_REGISTERS 4
+#include "kernel.h"
 
 namespace attention {
 
-constexpr int BLOCK_Q = 32, BLOCK_KV = 64, D = 64, DV = 64;
+constexpr int BLOCK_Q = 64, BLOCK_KV = 64, D = 64, DV = 64;
 static_assert(BLOCK_Q == LANES, "one query row per lane");
 
 struct Arguments {  // 8 bytes each: the launcher fills them in this order
@@ -95,10 +96,10 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
     for (int head = first_head; head < first_head + group; ++head) {
       const Real slopes_value = slopes(head);
       const int kv_last = min(kv_start + 63, kv_len - 1);
-      const int q_begin = max(floor_div(kv_start, 32) * 32, 0);
-      const int q_end = max(floor_div(min(kv_last + (window - 1) + 1, q_len) + 31, 32) * 32, q_begin);
-      const int q_full_begin = min(max(floor_div(kv_last + 31, 32) * 32, q_begin), q_end);
-      const int q_full_end = max(min(floor_div(where(kv_start + 64 <= kv_len, min(kv_start + (window - 1) + 1, q_len), 0), 32) * 32, q_end), q_full_begin);
+      const int q_begin = max(floor_div(kv_start, 64) * 64, 0);
+      const int q_end = max(floor_div(min(kv_last + (window - 1) + 1, q_len) + 63, 64) * 64, q_begin);
+      const int q_full_begin = min(max(floor_div(kv_last + 63, 64) * 64, q_begin), q_end);
+      const int q_full_end = max(min(floor_div(where(kv_start + 64 <= kv_len, min(kv_start + (window - 1) + 1, q_len), 0), 64) * 64, q_end), q_full_begin);
 
       // -- q tiles seen in part: left edge
       const auto partial_step = [&](int q_start) __attribute__((noinline)) {

@@ -1,10 +1,11 @@
-// attn_engine golden | score_mod_mask_mod_OnlineSoftmax: forward | cpu | block_q=32 block_kv=64
+// attn_engine golden | score_mod_mask_mod_OnlineSoftmax: forward | cpu | block_q=64 block_kv=64
 // regenerate: engine.source(backend="cpu", kernel="forward")
-#include "tiles.h"
+#define LANE_REGISTERS 4
+#include "kernel.h"
 
 namespace attention {
 
-constexpr int BLOCK_Q = 32, BLOCK_KV = 64, D = 64, DV = 64;
+constexpr int BLOCK_Q = 64, BLOCK_KV = 64, D = 64, DV = 64;
 static_assert(BLOCK_Q == LANES, "one query row per lane");
 
 struct Arguments {  // 8 bytes each: the launcher fills them in this order
@@ -68,7 +69,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   Floats row_sum = fill(0.0f);
 
   // -- kv tiles this tile can see
-  const int q_last = min(q_start + 31, q_len - 1);
+  const int q_last = min(q_start + 63, q_len - 1);
   const int kv_begin = max(floor_div(q_start - (window - 1), 64) * 64, 0);
   const int kv_end = max(floor_div(min(q_last + 1, kv_len) + 63, 64) * 64, kv_begin);
   const int kv_full_begin = min(max(floor_div(q_last - (window - 1) + 63, 64) * 64, kv_begin), kv_end);

@@ -34,7 +34,7 @@ class CpuOn:
         self.compiler = compiler
 
     def schedule(self, program: Attention) -> Schedule:
-        return cpu_schedule(self.compiler.target.lanes(program.element))
+        return cpu_schedule(self.compiler.target.lanes(program.element, program.dim_qk, program.dim_v))
 
     def refuse(self, program: Attention, captures: Sequence[object]) -> None: ...
 

@@ -30,6 +30,7 @@ TYPES: Mapping[Storage, str] = {
     Storage.BOOL: "bool",
 }
 IN_DOUBLE = "COMPUTE_IN_DOUBLE"  # the headers then compute in double instead of float
+REGISTERS = "LANE_REGISTERS"  # registers that hold the lanes of one value
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
 COUNTS = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
 LENGTHS = {"q": "q_len", "kv": "kv_len"}
@@ -37,26 +38,40 @@ LENGTHS = {"q": "q_len", "kv": "kv_len"}
 
 @dataclass(frozen=True, slots=True)
 class CpuTarget:
-    """What a kernel is rendered for: how many query rows two vector registers hold."""
+    """What a kernel is rendered for: the bytes of a vector register, and whether bfloat16 are multiplied in pairs.
 
-    lanes_float: int = 32
-    lanes_double: int = 16
+    Without bfloat16_dot they are converted to float32 first.
+    """
 
-    def lanes(self, element: Storage) -> int:
-        """Rows of a query tile for q, k, v of this storage."""
-        return self.lanes_double if element is Storage.FLOAT64 else self.lanes_float
+    vector_bytes: int = 64
+    bfloat16_dot: bool = False
+
+    def width(self, element: Storage) -> int:
+        """Numbers of the compute type in a register."""
+        return self.vector_bytes // (8 if element is Storage.FLOAT64 else 4)
+
+    def lanes(self, element: Storage, dim_qk: int = 64, dim_v: int = 64) -> int:
+        """Rows of a query tile for q, k, v of this storage and these head dimensions.
+
+        Four registers side by side need the fewest loads, where there are 32 of them; the gradients' columns are filled
+        up to as many lanes, so where that would compute more zeros, two.
+        """
+        width = self.width(element)
+        choices = (4, 2) if self.vector_bytes == MANY_REGISTERS else (2,)
+        return min(
+            (n * width for n in choices), key=lambda n: sum(-(-dim // n) * n for dim in (dim_qk, dim_v))
+        )
+
+
+MANY_REGISTERS = 64  # instruction sets with registers of this many bytes have 32 of them
 
 
 def render_cpu(kernel: Kernel, target: CpuTarget) -> str:
     """The C++ source of one kernel; it exports `attn_engine_<kernel name>(Arguments*)`.
 
-    The kernel's query tile must have as many rows as the target has lanes; the compiler checks it again.
+    The kernel's query tile has as many rows as the lanes that the target computes with; the compiler checks it again.
     """
-    renderer = CpuRenderer()
-    source = renderer.render(with_legal_names(kernel))
-    lanes = target.lanes_double if renderer.in_double else target.lanes_float
-    assert kernel.block("q") == lanes, f"a query tile of {lanes} rows, not {kernel.block('q')}"
-    return source
+    return CpuRenderer(target).render(with_legal_names(kernel))
 
 
 def symbol(kernel: Kernel) -> str:
@@ -79,19 +94,25 @@ def argument_slots(kernel: Kernel) -> list[str]:
 class CpuRenderer(NestRenderer):
     """Prints one kernel as one C++ file."""
 
+    def __init__(self, target: CpuTarget) -> None:
+        self.target = target
+
     def render(self, kernel: Kernel) -> str:
         self.kernel = kernel
-        self.in_double = kernel.params[0].storage is Storage.FLOAT64
-        body = self.scheduled(schedule_nests(kernel))
+        element = kernel.params[0].storage
+        self.in_double = element is Storage.FLOAT64
+        paired = element is Storage.BFLOAT16 and self.target.bfloat16_dot
+        body = self.scheduled(schedule_nests(kernel, paired))
         return "\n".join([*self.prologue(), *self.task(body), *self.entry()]) + "\n"
 
     def prologue(self) -> list[str]:
         k = self.kernel
         blocks = ", ".join(f"{BLOCKS[axis]} = {n}" for axis, n in k.tile)
+        registers = k.block("q") // self.target.width(k.params[0].storage)
         return [
             *(self.remark(line) for line in k.header),
-            *([f"#define {IN_DOUBLE} 1"] if self.in_double else []),
-            '#include "tiles.h"',
+            *(f"#define {name}" for name in self.definitions(registers)),
+            '#include "kernel.h"',
             "",
             "namespace attention {",
             "",
@@ -111,6 +132,10 @@ class CpuRenderer(NestRenderer):
             "};",
             "",
         ]
+
+    def definitions(self, registers: int) -> list[str]:
+        """What the headers need to know before they are read."""
+        return [f"{REGISTERS} {registers}", *([f"{IN_DOUBLE} 1"] if self.in_double else [])]
 
     @staticmethod
     def tensor_type(p: Param) -> str:

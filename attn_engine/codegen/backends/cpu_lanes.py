@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 from typing import ClassVar
 
-from attn_engine.codegen.lower.steps import COLUMNS, Shape
+from attn_engine.codegen.lower.steps import COLUMNS, Form, Shape
 from attn_engine.codegen.render import Renderer
 from attn_engine.ir.expr import Call, Expr, Full, Load, Var
 from attn_engine.ir.ops import DType, Number, Op
@@ -62,18 +62,20 @@ class LaneRenderer(Renderer):
     }
     in_double: bool = False
 
-    def start(self, arrays: Mapping[str, Shape]) -> None:
-        """Forget the last kernel; `arrays` gives the shape of every stored value."""
+    def start(self, arrays: Mapping[str, Shape], operands: Mapping[str, Shape]) -> None:
+        """Forget the last kernel; `arrays` gives the shape of every stored value, `operands` of those in pairs."""
         self.arrays = arrays
+        self.operands = operands
         self.scratch: dict[str, str] = {}
         self.packed: set[str] = set()  # tiles with a query row per lane
         self.views: set[str] = set()  # tiles read by rows, as they lie
         self.at_hand: frozenset[str] = frozenset()  # values that the row being printed has in registers
         self.places: Mapping[str, str] = {}  # stored values that use another one's array
         self.row_name = "row"  # how the row being printed is called
+        self.parity = "row"  # what tells its even rows from its odd ones
 
     def scratch_fields(self) -> list[str]:
-        return [f"Real {declaration};" for declaration in self.scratch.values()]
+        return [f"{declaration};" for declaration in self.scratch.values()]
 
     @staticmethod
     def remark(text: str) -> str:
@@ -97,7 +99,15 @@ class LaneRenderer(Renderer):
             else BLOCKS[shape.rows or "kv"]
         )
         columns = "" if shape.lanes is None else f"[{self.row_length(shape)}]"
-        self.scratch[array] = f"{array}[{rows}]{columns}"
+        self.scratch[array] = f"Real {array}[{rows}]{columns}"
+        return array
+
+    def operand(self, name: str, form: Form) -> str:
+        """The scratch array that holds a computed operand of paired products; declares it."""
+        shape, array = self.operands[name], f"{name}_{form.value}"
+        rows = f"round_up({BLOCKS[shape.rows or 'kv']}, {'2' if form is Form.PAIRS else 'ROWS'})"
+        kind, rows = ("Pair", f"{rows} / 2") if form is Form.PAIRS else ("BFloat16", rows)
+        self.scratch[array] = f"{kind} {array}[{rows}][{self.row_length(shape)}]"
         return array
 
     @staticmethod

@@ -8,8 +8,10 @@ from attn_engine.codegen.backends.cpu_lanes import BLOCKS, LaneRenderer
 from attn_engine.codegen.lower.nests import Branch, Item, Nest, Schedule, Sweep
 from attn_engine.codegen.lower.steps import (
     COLUMNS,
+    Form,
     Pack,
     Product,
+    Shape,
     Step,
     Unpack,
     View,
@@ -18,7 +20,7 @@ from attn_engine.codegen.lower.steps import (
     names_read,
     stored_by_column,
 )
-from attn_engine.ir.expr import Expr, Load, Reduce
+from attn_engine.ir.expr import Expr, Load, Reduce, Var
 from attn_engine.ir.tile import Accumulate, Let, Section, Stmt, StoreTile
 
 TRIPS = {"q": "q_rows", "kv": "kv_rows", "d": "D", "dv": "DV"}  # rows that a nest visits
@@ -31,8 +33,9 @@ class NestRenderer(LaneRenderer):
 
     def scheduled(self, schedule: Schedule) -> list[str]:
         """The lines of a kernel's body."""
-        self.start(schedule.arrays)
+        self.start(schedule.arrays, schedule.operands)
         self.states = schedule.states
+        self.pair_lengths: dict[str, str] = {}  # columns of tiles that lie in pairs of rows
         self._declared: set[str] = set()
         self._checked_axis: str | None = (
             "kv"  # rows of this axis beyond the end are masked by the kernel itself
@@ -111,10 +114,7 @@ class NestRenderer(LaneRenderer):
             case Product() as product:
                 rows = self.product_rows(n, product)
             case _:
-                body = self.indented(self.row(n, n.steps, ""))
-                rows = [f"for (int row = 0; row < {TRIPS[n.shape.rows]}; ++row) {{", *body, "}"]
-                if len(body) == 1:
-                    rows = [f"{rows[0].removesuffix(' {')} {body[0].strip()}"]
+                rows = self.plain_rows(n)
         if n.shape.lanes in COLUMNS:
             head = f"for (int column = 0; column < {BLOCKS[n.shape.lanes]}; column += LANES) {{"
             rows = (
@@ -124,6 +124,24 @@ class NestRenderer(LaneRenderer):
             )
         return [*matrices, *totals, *rows]
 
+    def plain_rows(self, n: Nest) -> list[str]:
+        """The nest's steps row by row; by two where some are kept in pairs: the last may be one row beyond the end."""
+        trips = TRIPS[n.shape.rows or ""]
+        evens = self.evens(n)
+        self.parity = "half" if evens else "row"
+        body = self.row(n, n.steps, "")
+        if evens:
+            inner = ["UNROLL for (int half = 0; half < 2; ++half) {", "  const int row = pair + half;"]
+            inner = [*evens, *inner, *self.indented(body), "}"]
+            return [f"for (int pair = 0; pair < {trips}; pair += 2) {{", *self.indented(inner), "}"]
+        head = f"for (int row = 0; row < {trips}; ++row)"
+        return [f"{head} {body[0]}"] if len(body) == 1 else [f"{head} {{", *self.indented(body), "}"]
+
+    @staticmethod
+    def evens(n: Nest) -> list[str]:
+        """Declarations of the rows that wait for their partners."""
+        return [f"Floats even_{name};" for name, forms in n.forms.items() if Form.PAIRS in forms]
+
     def total(self, s: Let) -> str:
         assert isinstance(s.value, Reduce)
         start = EMPTY[s.value.kind]
@@ -132,12 +150,12 @@ class NestRenderer(LaneRenderer):
     def product_rows(self, n: Nest, product: Product) -> list[str]:
         """ROWS rows at a time: start from init, multiply-add, then the rest of the nest on the registers."""
         assert n.shape.rows is not None
-        self.row_name = "block + r"
+        self.row_name, self.parity = "block + r", "r"
         self.at_hand = frozenset()
         init = self.expr(product.init)
         self.row_name = "row"
         call = f"multiply_add(sums, {TRIPS[product.depth]}, {self.numbers(product)}, {self.lanes(product)});"
-        kept = product.name in n.stored and len(n.steps) == 1
+        kept = product.name in n.stored and len(n.steps) == 1 and not n.forms
         rest = (
             [
                 f"UNROLL for (int r = 0; r < ROWS; ++r) store({self.element(product.name, 'block + r')}, sums[r]);"
@@ -155,32 +173,50 @@ class NestRenderer(LaneRenderer):
             "  Floats sums[ROWS];",
             f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = {init};",
             f"  {call}",
+            *self.indented(self.evens(n)),
             *self.indented(rest),
             "}",
         ]
 
     def numbers(self, product: Product) -> str:
-        """Pointer, row stride and depth stride of the operand that is read number by number."""
-        name, rows = product.a.name, product.shape.rows
-        array = self.array_of(name)
-        if array is None:
-            first, stride, axes = name, f"{name}.stride", [a for a in product.a.axes if a not in COLUMNS]
+        """Pointer, row stride and depth stride of the operand that is read number by number (or pair by pair)."""
+        name, lies = product.a.name, self.lies(product.a)
+        form = product.form_of_numbers(lies)
+        step = 2 if form is Form.ROWS else 1
+        if name in self.operands:
+            first, stride = self.operand(name, form), self.row_length(self.operands[name])
+        elif (array := self.array_of(name)) is not None:
+            first, stride = array, self.row_length(self.arrays[self.places.get(name, name)])
+        elif form is Form.PAIRS:
+            first, stride = f"{name}_pairs", self.pair_lengths[name]
         else:
-            shape = self.arrays[self.places.get(name, name)]
-            first, stride, axes = array, self.row_length(shape), [shape.rows]
-        if axes[0] == rows:
-            return f"{first}[block], {stride}, 1"
+            first = name if form is Form.NUMBERS else f"{name}_rows"
+            stride = f"{first}.stride"
+        if lies.rows == product.shape.rows:
+            return f"{first}[block], {stride}, {step}"
         return f"{first}[0] + block, 1, {stride}"
+
+    def lies(self, x: Var) -> Shape:
+        """Rows and lanes of an operand in memory."""
+        place = self.places.get(x.name, x.name)
+        if found := self.operands.get(x.name) or self.arrays.get(place):
+            return found
+        columns = next(a for a in x.axes if a in COLUMNS)
+        return Shape(next(a for a in x.axes if a != columns), columns)
 
     def lanes(self, product: Product) -> str:
         """Pointer and stride of the operand that is read lane by lane."""
-        name = product.b.name
-        array = self.array_of(name)
+        name, form = product.b.name, product.form_of_lanes
         offset = " + column" if product.shape.lanes in COLUMNS else ""
-        if array is not None:
+        if name in self.operands:
+            return f"{self.operand(name, form)}[0]{offset}, {self.row_length(self.operands[name])}"
+        if (array := self.array_of(name)) is not None:
             return f"{array}[0]{offset}, {self.row_length(self.arrays[self.places.get(name, name)])}"
+        paired = form is Form.PAIRS
         if product.shape.lanes == "q":
-            return f"{name}_packed[0], LANES"
+            return f"{name}_packed{'_pairs' * paired}[0], LANES"
+        if paired:
+            return f"{name}_pairs[0]{offset}, {self.pair_lengths[name]}"
         return f"{name}[0]{offset}, {name}.stride"
 
     def row(self, n: Nest, steps: tuple[Step, ...], product: str) -> list[str]:
@@ -196,10 +232,12 @@ class NestRenderer(LaneRenderer):
             lines.append(
                 f"store({self.element(product, 'row')}, {product if product in known else 'sums[r]'});"
             )
+        if product in n.forms:
+            lines += self.keep_operand(n, product, product if product in known else "sums[r]")
         for i, s in enumerate(steps):
             self.at_hand = known
             later = {r for x in steps[i + 1 :] for r in names_read(x)}
-            lines += self.row_step(n, s, bool(product), later)
+            lines += self.row_step(n, s, bool(product) or bool(self.evens(n)), later)
             if name := name_made(s):
                 known |= {name}
         self.at_hand = frozenset()
@@ -226,6 +264,11 @@ class NestRenderer(LaneRenderer):
 
     def made(self, n: Nest, s: Let, value: str, later: set[str]) -> list[str]:
         note = [self.remark(s.source)] if s.source else []
+        if s.name in n.forms:
+            note += [f"const auto {s.name} = {value};", *self.keep_operand(n, s.name, s.name)]
+            if s.name in n.stored:
+                note.append(f"store({self.element(s.name, 'row')}, {s.name});")
+            return note
         if s.name not in n.stored:
             return [*note, f"const auto {s.name} = {value};"]
         element = self.element(s.name, "row")
@@ -235,18 +278,26 @@ class NestRenderer(LaneRenderer):
             return [*note, f"const auto {s.name} = {value};", keep]
         return [*note, f"store({element}, {value});" if wide else f"{element} = {value};"]
 
+    def keep_operand(self, n: Nest, name: str, value: str) -> list[str]:
+        """Store one row of an operand of paired products, in every form in which they read it."""
+        offset = " + column" if self.operands[name].lanes in COLUMNS else ""
+        lines: list[str] = []
+        for form in n.forms[name]:
+            array = self.operand(name, form)
+            if form is Form.PAIRS:
+                lines.append(f"store_pairs({array}[row / 2]{offset}, {self.parity}, even_{name}, {value});")
+            else:
+                lines.append(f"store_elements({array}[row]{offset}, {value});")
+        return lines
+
     # -- statements outside row loops
 
     def flat(self, s: Step) -> list[str]:
         match s:
-            case View(name, load, padding):
-                return self.view(name, load, padding)
-            case Pack(name, load, factor):
-                columns = BLOCKS[load.axes[-1]]
-                self.packed.add(name)
-                self.scratch[f"{name}_packed"] = f"{name}_packed[{columns}][LANES]"
-                matrix, times = self.matrix(load.tensor, load.indices), self.expr(factor)
-                return [f"pack_lanes<{columns}>({name}_packed, {matrix}, q_start, q_rows, {times});"]
+            case View(name, load, padding, form):
+                return self.view(name, load, padding, form)
+            case Pack():
+                return [self.pack(s)]
             case Unpack(tensor, indices, name):
                 columns, matrix = BLOCKS[indices[-1].axes[0]], self.matrix(tensor, indices)
                 return [f"unpack_lanes<{columns}>({matrix}, q_start, q_rows, {self.array_of(name)});"]
@@ -257,16 +308,32 @@ class NestRenderer(LaneRenderer):
             case Product():
                 raise AssertionError("a product has rows")
 
-    def view(self, name: str, load: Load, padding: str) -> list[str]:
+    def pack(self, s: Pack) -> str:
+        columns, matrix = BLOCKS[s.load.axes[-1]], self.matrix(s.load.tensor, s.load.indices)
+        if s.form is Form.PAIRS:
+            array = f"{s.name}_packed_pairs"
+            self.scratch[array] = f"Pair {array}[round_up({columns}, 2) / 2][LANES]"
+            return f"pack_lane_pairs<{columns}>({array}, {matrix}, q_start, q_rows);"
+        array = f"{s.name}_packed"
+        self.packed.add(s.name)
+        self.scratch[array] = f"Real {array}[{columns}][LANES]"
+        return f"pack_lanes<{columns}>({array}, {matrix}, q_start, q_rows, {self.expr(s.factor)});"
+
+    def view(self, name: str, load: Load, padding: str, form: Form) -> list[str]:
         row_axis, column_axis = load.axes[0], load.axes[-1]
-        columns = BLOCKS[column_axis]
+        rows, columns = BLOCKS[row_axis], BLOCKS[column_axis]
         padded = f"round_up({columns}, {padding})" if padding else columns
-        self.scratch[f"{name}_spare"] = f"{name}_spare[{BLOCKS[row_axis]}][{padded}]"
+        place = f"{self.matrix(load.tensor, load.indices)}, {row_axis}_start, {TRIPS[row_axis]}"
+        if form is Form.PAIRS:
+            self.pair_lengths[name] = padded
+            self.scratch[f"{name}_pairs"] = f"Pair {name}_pairs[round_up({rows}, 2) / 2][{padded}]"
+            return [f"pack_row_pairs<{columns}>({name}_pairs, {place});"]
+        if form is Form.ROWS:
+            self.scratch[f"{name}_spare"] = f"BFloat16 {name}_spare[{rows}][round_up({columns}, 2)]"
+            return [f"const ElementRows {name}_rows = element_rows_of<{columns}>({place}, {name}_spare);"]
+        self.scratch[f"{name}_spare"] = f"Real {name}_spare[{rows}][{padded}]"
         self.views.add(name)
-        arguments = (
-            f"{self.matrix(load.tensor, load.indices)}, {row_axis}_start, {TRIPS[row_axis]}, {name}_spare"
-        )
-        return [f"const Rows {name} = tile_of<{columns}>({arguments});"]
+        return [f"const Rows {name} = tile_of<{columns}>({place}, {name}_spare);"]
 
     def matrix(self, tensor: str, indices: tuple[Expr, ...]) -> str:
         """The rows of a tensor at the leading indices."""

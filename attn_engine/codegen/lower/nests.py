@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from attn_engine.codegen.lower.steps import (
+    Form,
     Product,
     Shape,
     Splitter,
@@ -20,6 +21,7 @@ from attn_engine.codegen.lower.steps import (
     is_total,
     name_made,
     names_read,
+    numbers_read,
     prepare,
     shape_of,
     step_shape,
@@ -36,12 +38,14 @@ class Nest:
     """`steps` at every row of shape.rows, or once where that is None.
 
     stored: names kept in arrays. places: the array of each stored name of this block that uses another one's.
+    forms: names kept for paired products, in these forms.
     """
 
     shape: Shape
     steps: tuple[Step, ...]
     stored: frozenset[str] = frozenset()
     places: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)
+    forms: Mapping[str, tuple[Form, ...]] = field(default_factory=dict[str, "tuple[Form, ...]"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +73,28 @@ Item = Section | Nest | Sweep | Branch
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A scheduled kernel: `arrays` gives the shape of every scratch array, `states` the names that loops overwrite."""
+    """A scheduled kernel.
+
+    arrays: the shape of every scratch array; operands: of every value that paired products read, in forms of its own;
+    states: the names that loops overwrite.
+    """
 
     kernel: Kernel
     body: tuple[Item, ...]
     arrays: Mapping[str, Shape]
+    operands: Mapping[str, Shape]
     states: frozenset[str]
 
 
-def schedule_nests(kernel: Kernel) -> Schedule:
-    """Turn the statements of every block into nests."""
-    kernel, factors = prepare(kernel)
-    splitter = Splitter(kernel, factors)
+def schedule_nests(kernel: Kernel, paired: bool = False) -> Schedule:
+    """Turn the statements of every block into nests; `paired`: products multiply pairs of bfloat16."""
+    kernel, factors = prepare(kernel, paired)
+    splitter = Splitter(kernel, factors, paired)
     drafts = draft(kernel.body, splitter, {})
     arrays: dict[str, Shape] = {}
-    body = finish(drafts, frozenset(), arrays)
-    return Schedule(kernel, body, arrays, frozenset(rewritten(drafts, set())))
+    operands = computed_operands(drafts)
+    body = finish(drafts, frozenset(), arrays, operand_forms(drafts, operands))
+    return Schedule(kernel, body, arrays, operands, frozenset(rewritten(drafts, set())))
 
 
 # -- drafts: blocks cut into straight runs of statements
@@ -112,11 +122,11 @@ class OpenNest:
         return {step.name for step in self.steps if isinstance(step, Let) and is_total(step, self.shape.rows)}
 
     def outside_reads(self) -> set[str]:
-        """Names that this nest reads before it makes them."""
+        """Names whose numbers this nest reads before it makes them."""
         made: set[str] = set()
         found: set[str] = set()
         for step in self.steps:
-            found |= names_read(step) - made
+            found |= numbers_read(step) - made
             if name := name_made(step):
                 made.add(name)
         return found
@@ -252,7 +262,40 @@ def rewritten(drafts: list[Draft], outer: set[str]) -> Iterable[str]:
                     made.add(step.name)
 
 
-def finish(drafts: list[Draft], outer: frozenset[str], arrays: dict[str, Shape]) -> tuple[Item, ...]:
+def all_products(drafts: list[Draft]) -> list[Product]:
+    steps = (step for run in all_blocks(drafts) for nest in run.nests for step in nest.steps)
+    return [step for step in steps if isinstance(step, Product) and step.paired]
+
+
+def computed_operands(drafts: list[Draft]) -> dict[str, Shape]:
+    """How the operands of paired products that are no tiles of tensors lie."""
+    read = {name for p in all_products(drafts) for name in (p.a.name, p.b.name)}
+    return {
+        name: array_shape(nest, name)
+        for run in all_blocks(drafts)
+        for nest in run.nests
+        for step in nest.steps
+        if (name := name_made(step)) in read and name and isinstance(step, Let | Product)
+    }
+
+
+def operand_forms(drafts: list[Draft], operands: Mapping[str, Shape]) -> dict[str, tuple[Form, ...]]:
+    """The forms in which paired products read each of them."""
+    forms: dict[str, dict[Form, None]] = {}
+    for p in all_products(drafts):
+        if p.a.name in operands:
+            forms.setdefault(p.a.name, {})[p.form_of_numbers(operands[p.a.name])] = None
+        if p.b.name in operands:
+            forms.setdefault(p.b.name, {})[p.form_of_lanes] = None
+    return {name: tuple(found) for name, found in forms.items()}
+
+
+Forms = Mapping[str, tuple[Form, ...]]
+
+
+def finish(
+    drafts: list[Draft], outer: frozenset[str], arrays: dict[str, Shape], forms: Forms
+) -> tuple[Item, ...]:
     """Decide what each nest of a block stores; `outer` names what enclosing blocks keep in arrays."""
     reads = outer | {
         name for run in all_blocks(drafts) for nest in run.nests for name in nest.outside_reads()
@@ -263,13 +306,13 @@ def finish(drafts: list[Draft], outer: frozenset[str], arrays: dict[str, Shape])
             case Section():
                 items.append(d)
             case Run(nests):
-                items += close(nests, reads, arrays)
+                items += close(nests, reads, arrays, forms)
             case (Loop() as loop, inner):
-                items.append(Sweep(loop, finish(inner, outer | arrays.keys() & made_in(drafts), arrays)))
+                inside = outer | arrays.keys() & made_in(drafts)
+                items.append(Sweep(loop, finish(inner, inside, arrays, forms)))
             case (If() as branch, inner):
-                items.append(
-                    Branch(branch.condition, finish(inner, outer | arrays.keys() & made_in(drafts), arrays))
-                )
+                inside = outer | arrays.keys() & made_in(drafts)
+                items.append(Branch(branch.condition, finish(inner, inside, arrays, forms)))
     return tuple(items)
 
 
@@ -279,7 +322,7 @@ def made_in(drafts: list[Draft]) -> set[str]:
     return {name for run in runs for n in run.nests for step in n.steps if (name := name_made(step))}
 
 
-def close(nests: list[OpenNest], reads: frozenset[str], arrays: dict[str, Shape]) -> list[Item]:
+def close(nests: list[OpenNest], reads: frozenset[str], arrays: dict[str, Shape], forms: Forms) -> list[Item]:
     """Values of a row that some nest reads from outside are stored."""
     stored = [frozenset(kept(n, reads)) for n in nests]
     places = share(nests, stored)
@@ -287,7 +330,14 @@ def close(nests: list[OpenNest], reads: frozenset[str], arrays: dict[str, Shape]
         for name in names - places.keys():
             shape = array_shape(nest, name)
             assert arrays.setdefault(name, shape) == shape, f"{name} changes shape"
-    return [Nest(n.shape, tuple(n.steps), s, places) for n, s in zip(nests, stored, strict=True)]
+    return [
+        Nest(n.shape, tuple(n.steps), s, places, {name: forms[name] for name in made_by(n) if name in forms})
+        for n, s in zip(nests, stored, strict=True)
+    ]
+
+
+def made_by(nest: OpenNest) -> list[str]:
+    return [name for step in nest.steps if (name := name_made(step))]
 
 
 def kept(nest: OpenNest, reads: frozenset[str]) -> Iterable[str]:

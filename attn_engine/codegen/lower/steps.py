@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from attn_engine.ir.expr import (
     Call,
@@ -55,9 +56,20 @@ class Shape:
     lanes: str | None
 
 
+class Form(Enum):
+    """How an operand of the micro-kernel lies. The last two are for processors that multiply bfloat16 in pairs."""
+
+    NUMBERS = "numbers"  # in the compute type
+    ROWS = "rows"  # in bfloat16; the contracted axis runs along a row
+    PAIRS = "pairs"  # in bfloat16, rows two by two; the contracted axis runs down the rows
+
+
 @dataclass(frozen=True, slots=True)
 class Product:
-    """name = init + a . b, the micro-kernel. `a` gives numbers, `b` gives lanes; `depth` is the contracted axis."""
+    """name = init + a . b, the micro-kernel. `a` gives numbers, `b` gives lanes; `depth` is the contracted axis.
+
+    paired: in bfloat16, two neighbours of the contracted axis at a time.
+    """
 
     name: str
     init: Expr
@@ -65,29 +77,42 @@ class Product:
     b: Var
     shape: Shape
     source: str = ""
+    paired: bool = False
 
     @property
     def depth(self) -> str:
         (axis,) = set(self.a.axes) & set(self.b.axes)
         return axis
 
+    def form_of_numbers(self, lies: Shape) -> Form:
+        """How `a` is read, where it lies like this."""
+        if not self.paired:
+            return Form.NUMBERS
+        return Form.ROWS if lies.lanes == self.depth else Form.PAIRS
+
+    @property
+    def form_of_lanes(self) -> Form:
+        return Form.PAIRS if self.paired else Form.NUMBERS
+
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The rows of a tensor as they lie; `padding` says to what its columns must be filled up ("", "ROWS", "LANES")."""
+    """The rows of a tensor; `padding` says to what its columns must be filled up ("", "ROWS", "LANES")."""
 
     name: str
     load: Load
     padding: str
+    form: Form = Form.NUMBERS
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """The rows of a tensor, times `factor`, transposed: one row per lane."""
+    """The rows of a tensor, times `factor`, transposed: one row per lane. In pairs: of neighbouring columns."""
 
     name: str
     load: Load
     factor: Expr
+    form: Form = Form.NUMBERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +176,13 @@ def names_read(step: Step) -> set[str]:
             return {v.name for e in expressions(step) for v in variables(e)}
 
 
+def numbers_read(step: Step) -> set[str]:
+    """Names whose values the step needs in the compute type."""
+    if isinstance(step, Product) and step.paired:
+        return {v.name for v in variables(step.init)}
+    return names_read(step)
+
+
 def name_made(step: Step) -> str | None:
     return None if isinstance(step, StoreTile | Accumulate | Unpack) else step.name
 
@@ -163,15 +195,20 @@ def is_total(step: Step, rows: str | None) -> bool:
 # -- kernel-wide preparation
 
 
-def prepare(kernel: Kernel) -> tuple[Kernel, dict[str, Expr]]:
-    """The kernel without casts, and the factor by which each packed tile is multiplied."""
+def prepare(kernel: Kernel, paired: bool = False) -> tuple[Kernel, dict[str, Expr]]:
+    """The kernel without casts, and the factor by which each packed tile is multiplied.
+
+    Paired products multiply tiles as they are: a factor would have to be rounded with them.
+    """
     body = map_expressions(kernel.body, lambda e: transform(transform(e, _drop_cast), _gather_factors))
+    if paired:
+        return replace(kernel, body=body), {}
     body, factors = fold_scale(replace(kernel, body=body))
     return replace(kernel, body=body), factors
 
 
 def _drop_cast(e: Expr) -> Expr | None:
-    """The compute type is as wide as the element type, so rounding before a product only costs."""
+    """Operands in the compute type lose nothing, and paired products round theirs in any case."""
     return e.x if isinstance(e, Cast) else None
 
 
@@ -236,9 +273,10 @@ def fold_scale(kernel: Kernel) -> tuple[tuple[Stmt, ...], dict[str, Expr]]:
 class Splitter:
     """Gives every product and reduction a step of its own, so that each step runs over one row axis."""
 
-    def __init__(self, kernel: Kernel, factors: dict[str, Expr]) -> None:
+    def __init__(self, kernel: Kernel, factors: dict[str, Expr], paired: bool = False) -> None:
         self._factors = factors
-        self._uses = TileUses(kernel.body)
+        self._paired = paired
+        self._uses = TileUses(kernel.body, paired)
         self.steps: list[Step] = []
         self._taken: set[str] = set()
 
@@ -266,10 +304,10 @@ class Splitter:
     def let(self, name: str, value: Expr, source: str = "") -> None:
         match value:
             case Load() if is_tile_load(value):
-                if name in self._uses.packed:
-                    self.steps.append(Pack(name, value, self._factors.get(name, Const(1.0))))
-                if name in self._uses.paddings:
-                    self.steps.append(View(name, value, self._uses.paddings[name]))
+                for form in self._uses.packed.get(name, ()):
+                    self.steps.append(Pack(name, value, self._factors.get(name, Const(1.0)), form))
+                for form, padding in self._uses.views.get(name, {}).items():
+                    self.steps.append(View(name, value, padding, form))
             case Dot():
                 self.product(name, Full(0.0, value.axes), value, source)
             case Call(Op.ADD, (init, Dot() as dot)) | Call(Op.ADD, (Dot() as dot, init)) if (
@@ -305,7 +343,7 @@ class Splitter:
         shape = shape or shape_of(dot.axes)
         a, b = (x if isinstance(x, Var) else self.own_let(f"{name}_operand", x) for x in dot.operands)
         lanes, numbers = (a, b) if shape.lanes in a.axes else (b, a)
-        self.steps.append(Product(name, init, numbers, lanes, shape, source))
+        self.steps.append(Product(name, init, numbers, lanes, shape, source, self._paired))
 
     def unpack(self, s: StoreTile) -> None:
         if isinstance(s.value, Var):
@@ -323,14 +361,15 @@ class Splitter:
 
 
 class TileUses:
-    """How loaded tiles are read. `paddings`: those read by rows, with what their columns must be filled up to;
-    `packed`: those read with a query row per lane.
+    """How loaded tiles are read. `views`: those read by rows, in which forms, and to what their columns must be filled
+    up in each; `packed`: those read with a query row per lane, in which forms.
     """
 
-    def __init__(self, body: tuple[Stmt, ...]) -> None:
+    def __init__(self, body: tuple[Stmt, ...], paired: bool = False) -> None:
         self._loaded = {s.name for s in walk(body) if isinstance(s, Let) and is_tile_load(s.value)}
-        self.paddings: dict[str, str] = {}
-        self.packed: set[str] = set()
+        self._paired = paired
+        self.views: dict[str, dict[Form, str]] = {}
+        self.packed: dict[str, dict[Form, None]] = {}
         for s in walk(body):
             by_column = isinstance(s, Accumulate) and stored_by_column(s)
             for e in expressions(s):
@@ -344,20 +383,25 @@ class TileUses:
             if isinstance(node, Dot):
                 self._in_product(x, node, by_column)
             elif "q" in x.axes:
-                self.packed.add(x.name)
+                self._packed(x.name, Form.NUMBERS)
             else:
-                self._by_rows(x.name, "LANES")
+                self._by_rows(x.name, Form.NUMBERS, "LANES")
 
     def _in_product(self, x: Var, product: Dot, by_column: bool) -> None:
         other = product.b if x is product.a else product.a
+        along, down = (Form.ROWS, Form.PAIRS) if self._paired else (Form.NUMBERS, Form.NUMBERS)
         if product.contracted in COLUMNS and "q" in x.axes:
-            self.packed.add(x.name)
+            self._packed(x.name, down)
         elif product.contracted in COLUMNS:
-            self._by_rows(x.name, "")  # numbers: a row for each row of the result
+            self._by_rows(x.name, along, "")  # numbers: a row for each row of the result
         elif "q" in other.axes and "kv" in x.axes and not by_column:
-            self._by_rows(x.name, "ROWS")  # numbers, read down its columns
+            self._by_rows(x.name, down, "ROWS")  # numbers, read down its columns
         else:
-            self._by_rows(x.name, "LANES")
+            self._by_rows(x.name, down, "LANES")
 
-    def _by_rows(self, name: str, padding: str) -> None:
-        self.paddings[name] = max(self.paddings.get(name, ""), padding, key=["", "ROWS", "LANES"].index)
+    def _packed(self, name: str, form: Form) -> None:
+        self.packed.setdefault(name, {})[form] = None
+
+    def _by_rows(self, name: str, form: Form, padding: str) -> None:
+        views = self.views.setdefault(name, {})
+        views[form] = max(views.get(form, ""), padding, key=["", "ROWS", "LANES"].index)

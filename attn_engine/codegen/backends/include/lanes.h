@@ -28,15 +28,21 @@ using Real = float;
 using Int = int32_t;
 #endif
 
-// Bytes of a register, and rows of a register block: ROWS * PARTS accumulators, so that all stay in registers.
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, ROWS = 8;
-#elif defined(__AVX2__)
-constexpr int VECTOR_BYTES = 32, ROWS = 4;
-#else
-constexpr int VECTOR_BYTES = 16, ROWS = 4;
+#if !defined(LANE_REGISTERS)
+#define LANE_REGISTERS 2
 #endif
-constexpr int WIDTH = VECTOR_BYTES / sizeof(Real), PARTS = 2, LANES = PARTS * WIDTH;
+
+// Bytes of a register, and how many ACCUMULATORS leave room for the operands.
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, ACCUMULATORS = 16;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32, ACCUMULATORS = 8;
+#else
+constexpr int VECTOR_BYTES = 16, ACCUMULATORS = 8;
+#endif
+// Registers of one value, and rows of a register block.
+constexpr int PARTS = LANE_REGISTERS, ROWS = ACCUMULATORS / PARTS;
+constexpr int WIDTH = VECTOR_BYTES / sizeof(Real), LANES = PARTS * WIDTH;
 
 typedef Real FloatVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(Real)), may_alias));
 typedef Int IntVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(Int)), may_alias));

@@ -1,0 +1,4 @@
+// Everything that a generated kernel uses.
+#pragma once
+#include "tiles.h"
+#include "pairs.h"
