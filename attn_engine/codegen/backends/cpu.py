@@ -1,7 +1,7 @@
 """C++ for CPUs: a query row per lane, products through a register-blocked micro-kernel, all else fused around it.
 
 Arithmetic lives in include/*.h; codegen/lower/nests.py decides what shares a loop; this file prints the file around the
-kernel, cpu_nests.py the loops.
+kernel, cpu_nests.py the loops. For few query rows, with keys in lanes, cpu_rows.py prints them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_names import with_legal_names
 from attn_engine.codegen.backends.cpu_nests import NestRenderer
+from attn_engine.codegen.backends.cpu_rows import RowNestRenderer
 from attn_engine.codegen.lower.nests import schedule_nests
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import Kernel, Param
@@ -50,8 +52,10 @@ class CpuTarget:
 def render_cpu(kernel: Kernel, target: CpuTarget) -> str:
     """The C++ source of one kernel; it exports `attn_engine_<kernel name>(Arguments*)`.
 
-    The kernel's query tile must have as many rows as the target has lanes; the compiler checks it again.
+    Where query rows are lanes, the query tile must have as many as the target; the compiler checks it again.
     """
+    if kernel.lanes[0] == "kv":
+        return FewRowsRenderer().render(with_legal_names(kernel))
     renderer = CpuRenderer()
     source = renderer.render(with_legal_names(kernel))
     lanes = target.lanes_double if renderer.in_double else target.lanes_float
@@ -79,6 +83,9 @@ def argument_slots(kernel: Kernel) -> list[str]:
 class CpuRenderer(NestRenderer):
     """Prints one kernel as one C++ file."""
 
+    headers: ClassVar[tuple[str, ...]] = ("tiles.h",)
+    tile_rule: ClassVar[str] = 'BLOCK_Q == LANES, "one query row per lane"'
+
     def render(self, kernel: Kernel) -> str:
         self.kernel = kernel
         self.in_double = kernel.params[0].storage is Storage.FLOAT64
@@ -91,12 +98,12 @@ class CpuRenderer(NestRenderer):
         return [
             *(self.remark(line) for line in k.header),
             *([f"#define {IN_DOUBLE} 1"] if self.in_double else []),
-            '#include "tiles.h"',
+            *(f'#include "{name}"' for name in self.headers),
             "",
             "namespace attention {",
             "",
             f"constexpr int {blocks};",
-            'static_assert(BLOCK_Q == LANES, "one query row per lane");',
+            f"static_assert({self.tile_rule});",
             "",
             "struct Arguments {  // 8 bytes each: the launcher fills them in this order",
             "  int64_t next_task;  // shared by the threads",
@@ -188,3 +195,10 @@ class CpuRenderer(NestRenderer):
             "",
             "}  // namespace attention",
         ]
+
+
+class FewRowsRenderer(RowNestRenderer, CpuRenderer):
+    """The same file around loops over query rows, with keys and columns in lanes."""
+
+    headers: ClassVar[tuple[str, ...]] = ("tiles.h", "rows.h")
+    tile_rule: ClassVar[str] = 'BLOCK_KV % LANES == 0, "whole vectors of keys"'
