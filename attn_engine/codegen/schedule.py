@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -11,6 +11,17 @@ class Edges(Enum):
 
     SPLIT = "split"  # a loop for each: left edge, full, right edge (a CPU prints the two bodies once each)
     BRANCH = "branch"  # one loop, the mask under an `if` (fewest registers on a GPU, one pipeline)
+
+
+class Lanes(Enum):
+    """Which axes of the forward kernel lie across a CPU's vectors, the first choice first; others are loops."""
+
+    QUERIES = (
+        "q",
+        "d",
+        "dv",
+    )  # a query row per lane: nothing is reduced across lanes, but few rows fill few lanes
+    KEYS = ("kv", "d", "dv")  # keys and columns: as fast for one query row as for eight
 
 
 class Gradients(Enum):
@@ -28,6 +39,7 @@ class Schedule:
 
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
+    lanes: how a CPU's forward kernel uses its vectors.
     """
 
     block_q: int
@@ -40,6 +52,7 @@ class Schedule:
     num_stages: int = 2
     backward_warps: int = 8
     backward_stages: int = 2
+    lanes: Lanes = Lanes.QUERIES
 
     def __str__(self) -> str:
         kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
@@ -53,6 +66,12 @@ class Schedule:
 def cpu_schedule(lanes: int) -> Schedule:
     """One query row per lane; a kv tile of 64 rows keeps K, V and the scores in the L2 cache."""
     return Schedule(lanes, 64, lanes, 64, Edges.SPLIT, Gradients.ONE_KERNEL)
+
+
+def few_rows_schedule(rows: int, lanes: int = 32) -> Schedule:
+    """A forward pass of 1, 2, 4 or 8 query rows per tile, keys in lanes; the backward pass of `cpu_schedule(lanes)`."""
+    assert rows in (1, 2, 4, 8), rows
+    return replace(cpu_schedule(lanes), block_q=rows, block_kv=128, lanes=Lanes.KEYS)
 
 
 def torch_schedule() -> Schedule:

@@ -2,7 +2,7 @@
 
     stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title) | If(condition, body)
            | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
-    kernel = Kernel(name, params, scalars, grid, order, tile, body, header)
+    kernel = Kernel(name, params, scalars, grid, order, tile, body, header, heavy_last, lanes)
     module = Module(program, kernels)
 
 A tile value is an `Expr` over named axes. The order of a tile's dimensions belongs to the kernel (`Kernel.order`),
@@ -107,6 +107,7 @@ class Kernel:
     """One kernel: parameters, what its program ids are, and what a program instance does.
 
     grid: axes of the launch, fastest first, such as ("q", "head", "batch"); a tile axis counts tiles, others ones.
+    lanes: for a machine without tile instructions, the axes that lie across a vector, the first choice first.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Kernel:
     body: tuple[Stmt, ...]
     header: tuple[str, ...] = ()
     heavy_last: bool = False  # later tiles of the first grid axis have more work: hand them out first
+    lanes: tuple[str, ...] = ("q", "d", "dv")
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)

@@ -1,7 +1,7 @@
 """C++ for CPUs: a query row per lane, products through a register-blocked micro-kernel, all else fused around it.
 
 Arithmetic lives in include/*.h; codegen/lower/nests.py decides what shares a loop; this file prints the file around the
-kernel, cpu_nests.py the loops.
+kernel, cpu_nests.py the loops. For few query rows, with keys in lanes, cpu_rows.py prints them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_names import with_legal_names
 from attn_engine.codegen.backends.cpu_nests import NestRenderer
+from attn_engine.codegen.backends.cpu_rows import RowNestRenderer
 from attn_engine.codegen.lower.nests import schedule_nests
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import Kernel, Param
@@ -69,9 +71,10 @@ MANY_REGISTERS = 64  # instruction sets with registers of this many bytes have 3
 def render_cpu(kernel: Kernel, target: CpuTarget) -> str:
     """The C++ source of one kernel; it exports `attn_engine_<kernel name>(Arguments*)`.
 
-    The kernel's query tile has as many rows as the lanes that the target computes with; the compiler checks it again.
+    Where query rows are lanes, the query tile must have as many as the target; the compiler checks it again.
     """
-    return CpuRenderer(target).render(with_legal_names(kernel))
+    renderer = FewRowsRenderer if kernel.lanes[0] == "kv" else CpuRenderer
+    return renderer(target).render(with_legal_names(kernel))
 
 
 def symbol(kernel: Kernel) -> str:
@@ -94,30 +97,29 @@ def argument_slots(kernel: Kernel) -> list[str]:
 class CpuRenderer(NestRenderer):
     """Prints one kernel as one C++ file."""
 
+    tile_rule: ClassVar[str] = 'BLOCK_Q == LANES, "one query row per lane"'
+
     def __init__(self, target: CpuTarget) -> None:
         self.target = target
 
     def render(self, kernel: Kernel) -> str:
         self.kernel = kernel
-        element = kernel.params[0].storage
-        self.in_double = element is Storage.FLOAT64
-        paired = element is Storage.BFLOAT16 and self.target.bfloat16_dot
-        body = self.scheduled(schedule_nests(kernel, paired))
+        self.in_double = self.storage is Storage.FLOAT64
+        body = self.scheduled(schedule_nests(kernel, self.paired))
         return "\n".join([*self.prologue(), *self.task(body), *self.entry()]) + "\n"
 
     def prologue(self) -> list[str]:
         k = self.kernel
         blocks = ", ".join(f"{BLOCKS[axis]} = {n}" for axis, n in k.tile)
-        registers = k.block("q") // self.target.width(k.params[0].storage)
         return [
             *(self.remark(line) for line in k.header),
-            *(f"#define {name}" for name in self.definitions(registers)),
+            *(f"#define {name}" for name in self.definitions()),
             '#include "kernel.h"',
             "",
             "namespace attention {",
             "",
             f"constexpr int {blocks};",
-            'static_assert(BLOCK_Q == LANES, "one query row per lane");',
+            f"static_assert({self.tile_rule});",
             "",
             "struct Arguments {  // 8 bytes each: the launcher fills them in this order",
             "  int64_t next_task;  // shared by the threads",
@@ -133,9 +135,23 @@ class CpuRenderer(NestRenderer):
             "",
         ]
 
-    def definitions(self, registers: int) -> list[str]:
+    @property
+    def storage(self) -> Storage:
+        return self.kernel.params[0].storage
+
+    @property
+    def paired(self) -> bool:
+        """Whether products multiply pairs of bfloat16."""
+        return self.storage is Storage.BFLOAT16 and self.target.bfloat16_dot
+
+    @property
+    def registers(self) -> int:
+        """Registers that hold the lanes of one value."""
+        return self.kernel.block("q") // self.target.width(self.storage)
+
+    def definitions(self) -> list[str]:
         """What the headers need to know before they are read."""
-        return [f"{REGISTERS} {registers}", *([f"{IN_DOUBLE} 1"] if self.in_double else [])]
+        return [f"{REGISTERS} {self.registers}", *([f"{IN_DOUBLE} 1"] if self.in_double else [])]
 
     @staticmethod
     def tensor_type(p: Param) -> str:
@@ -213,3 +229,17 @@ class CpuRenderer(NestRenderer):
             "",
             "}  // namespace attention",
         ]
+
+
+class FewRowsRenderer(RowNestRenderer, CpuRenderer):
+    """The same file around loops over query rows, with keys and columns in lanes; elements convert when loaded."""
+
+    tile_rule: ClassVar[str] = 'BLOCK_KV % LANES == 0, "whole vectors of keys"'
+
+    @property
+    def paired(self) -> bool:
+        return False
+
+    @property
+    def registers(self) -> int:
+        return 2

@@ -60,6 +60,9 @@ class LaneRenderer(Renderer):
             )
         },
     }
+    number_axes: ClassVar[frozenset[str]] = frozenset(
+        {"kv"}
+    )  # a value over these alone is a number in its row
     in_double: bool = False
 
     def start(self, arrays: Mapping[str, Shape], operands: Mapping[str, Shape]) -> None:
@@ -138,9 +141,9 @@ class LaneRenderer(Renderer):
         return super().expr(e, axes, parent)
 
     def call(self, e: Call, axes: tuple[str, ...], parent: int) -> str:
-        plain = all(not a.axes for a in e.args)
+        plain = not set(e.axes) - self.number_axes
         match e:
-            case Call(Op.AND | Op.OR as op, (a, b)) if not set(e.axes) - {"kv"}:
+            case Call(Op.AND | Op.OR as op, (a, b)) if plain:
                 symbol, level = ("||", 1) if op is Op.OR else ("&&", 2)
                 text = f"{self.expr(a, axes, level)} {symbol} {self.expr(b, axes, level)}"
                 return f"({text})" if parent and parent != level else text
@@ -156,7 +159,7 @@ class LaneRenderer(Renderer):
         return ""  # operators take any mixture of lanes and numbers
 
     def full(self, e: Full) -> str:
-        return f"fill({self.number(e.value)})" if set(e.axes) - {"kv"} else self.number(e.value)
+        return f"fill({self.number(e.value)})" if set(e.axes) - self.number_axes else self.number(e.value)
 
     def load(self, e: Load, axes: tuple[str, ...]) -> str:
         return f"{e.tensor}({', '.join(self.expr(i) for i in e.indices)})"

@@ -109,7 +109,7 @@ class NestRenderer(LaneRenderer):
             self.at_hand = frozenset()
             return [line for step in n.steps for line in self.flat(step)]
         matrices = dict.fromkeys(line for s in n.steps for line in self.matrix_of(s))
-        totals = [self.total(s) for s in n.steps if isinstance(s, Let) and is_total(s, n.shape.rows)]
+        totals = [self.total(s) for s in n.steps if isinstance(s, Let) and is_total(s, {n.shape.rows})]
         match n.steps[0]:
             case Product() as product:
                 rows = self.product_rows(n, product)
@@ -366,8 +366,8 @@ class NestRenderer(LaneRenderer):
             value = self.expr(s.value)
             return f"{verb}_row<{columns}>({s.tensor}_matrix, {row}_start + row, column, {value});"
         indices = ", ".join(self.expr(i) for i in s.indices)
-        across = any("q" in i.axes for i in s.indices)
+        across = "q" not in self.number_axes and any("q" in i.axes for i in s.indices)
         value = self.expr(s.value)
         value = f"floats({value})" if across and "q" not in s.value.axes else value
-        count = "q_rows" if across or "q" in s.value.axes else "1"
+        count = "q_rows" if across or set(s.value.axes) - self.number_axes else "1"
         return f"{verb}({s.tensor}, {count}, {value}{', ' if indices else ''}{indices});"

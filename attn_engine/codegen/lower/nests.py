@@ -23,7 +23,6 @@ from attn_engine.codegen.lower.steps import (
     names_read,
     numbers_read,
     prepare,
-    shape_of,
     step_shape,
 )
 from attn_engine.ir.expr import Expr
@@ -106,8 +105,11 @@ class OpenNest:
 
     shape: Shape
     steps: list[Step] = field(default_factory=list[Step])
+    complete: bool = False
 
     def accepts(self, shape: Shape) -> bool:
+        if self.complete:
+            return False
         if self.shape.rows is None or shape.rows is None:
             return self.shape.rows is shape.rows
         if self.shape.rows != shape.rows:
@@ -119,7 +121,7 @@ class OpenNest:
         self.steps.append(step)
 
     def totals(self) -> set[str]:
-        return {step.name for step in self.steps if isinstance(step, Let) and is_total(step, self.shape.rows)}
+        return {name for s in self.steps if is_total(s, self.shape.loops) and (name := name_made(s))}
 
     def outside_reads(self) -> set[str]:
         """Names whose numbers this nest reads before it makes them."""
@@ -155,8 +157,8 @@ def draft(body: tuple[Stmt, ...], splitter: Splitter, outer: Mapping[str, Let]) 
     def flush() -> None:
         if pending:
             steps = splitter.block(pending)
-            cheap.update({s.name: s for s in steps if is_cheap(s)})
-            drafts.append(Run(remake_cheap_values(fuse(steps), cheap)))
+            cheap.update({s.name: s for s in steps if is_cheap(s, splitter.order)})
+            drafts.append(Run(remake_cheap_values(fuse(steps, splitter.order, cheap), cheap)))
             pending.clear()
 
     for s in body:
@@ -185,13 +187,16 @@ def all_blocks(drafts: list[Draft]) -> Iterable[Run]:
             yield from all_blocks(d[1])
 
 
-def fuse(steps: list[Step]) -> list[OpenNest]:
-    """Put each step into the first nest of its shape that runs no earlier than what it needs; keep the order inside."""
+def fuse(steps: list[Step], order: tuple[str, ...], cheap: Mapping[str, Let]) -> list[OpenNest]:
+    """Put each step into the first nest of its shape that runs no earlier than what it needs; keep the order inside.
+
+    order: Kernel.lanes. cheap: what a nest makes again, so that it reads what that is made from.
+    """
     nests: list[OpenNest] = []
     home: dict[str, OpenNest] = {}
     readers: dict[str, list[OpenNest]] = {}
     for step in steps:
-        shape, starts, reads = step_shape(step), isinstance(step, Product), names_read(step)
+        shape, starts, reads = step_shape(step, order), isinstance(step, Product), all_reads(step, cheap)
 
         def soonest(nest: OpenNest, at_hand: bool, shape: Shape = shape, starts: bool = starts) -> int:
             """The first place after `nest`, or `nest` itself when this step can join it."""
@@ -204,7 +209,8 @@ def fuse(steps: list[Step]) -> list[OpenNest]:
         earliest = max(needs, default=0)
         target = None if starts else next((n for n in nests[earliest:] if n.accepts(shape)), None)
         if target is None:
-            target = OpenNest(shape)
+            # With keys in lanes a product fills its array in one call: nothing joins it in registers.
+            target = OpenNest(shape, complete=starts and order[0] == "kv")
             nests.insert(earliest, target)
         target.add(step, shape)
         if made:
@@ -214,9 +220,21 @@ def fuse(steps: list[Step]) -> list[OpenNest]:
     return nests
 
 
-def is_cheap(step: Step) -> TypeGuard[Let]:
+def all_reads(step: Step, cheap: Mapping[str, Let]) -> set[str]:
+    """Names that the step reads, and those that the cheap ones among them are made from."""
+    found: set[str] = set()
+    pending = list(names_read(step))
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending += names_read(cheap[name]) if name in cheap else ()
+    return found
+
+
+def is_cheap(step: Step, order: tuple[str, ...]) -> TypeGuard[Let]:
     """Integers and conditions of a row: computed again where another nest reads them, for arrays hold numbers."""
-    rows = step_shape(step).rows
+    rows = step_shape(step, order).rows
     return isinstance(step, Let) and rows is not None and step.value.dtype in (DType.BOOL, DType.INT)
 
 
@@ -345,7 +363,7 @@ def kept(nest: OpenNest, reads: frozenset[str]) -> Iterable[str]:
     for step in nest.steps:
         name = name_made(step)
         number = isinstance(step, Product) or (isinstance(step, Let) and step.value.dtype is DType.FLOAT)
-        if name in reads and number and nest.shape.rows is not None and not is_total(step, nest.shape.rows):
+        if name in reads and number and nest.shape.rows is not None and not is_total(step, {nest.shape.rows}):
             yield name
 
 
@@ -354,7 +372,8 @@ def array_shape(nest: OpenNest, name: str) -> Shape:
     if isinstance(step, Product):
         return step.shape
     assert isinstance(step, Let)
-    return shape_of(step.value.axes)
+    axes = step.value.axes
+    return Shape(*(axis if axis in axes else None for axis in (nest.shape.rows, nest.shape.lanes)))
 
 
 def share(nests: list[OpenNest], stored: list[frozenset[str]]) -> dict[str, str]:
@@ -368,12 +387,16 @@ def share(nests: list[OpenNest], stored: list[frozenset[str]]) -> dict[str, str]
         in_products = {r for s in nest.steps if isinstance(s, Product) for r in names_read(s)}
         for k, step in enumerate(nest.steps):
             name = name_made(step)
-            if name not in stored[i] or array_shape(nest, name) != Shape("kv", "q"):
+            if name not in stored[i] or not holds_pairs(array_shape(nest, name)):
                 continue
             read_after = {r for s in nest.steps[k + 1 :] for r in names_read(s)}
             dead = first_made & names_read(step) - later - in_products - read_after - carried - set(places)
             if dead and name not in names_read(step):
                 places[name] = min(dead)
                 first_made.remove(places[name])
-        first_made |= {n for n in stored[i] if array_shape(nest, n) == Shape("kv", "q")} - set(places)
+        first_made |= {n for n in stored[i] if holds_pairs(array_shape(nest, n))} - set(places)
     return places
+
+
+def holds_pairs(shape: Shape) -> bool:
+    return {shape.rows, shape.lanes} == {"q", "kv"}

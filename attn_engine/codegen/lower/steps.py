@@ -3,9 +3,10 @@
     step = Let | Product(name, init, a, b) | View(name, load) | Pack(name, load, factor)
          | StoreTile | Accumulate | Unpack(tensor, indices, name)
 
-One axis of a step is the row loop that runs it, another lies across the vector's lanes (`Shape`). A query row is a lane
-wherever the query axis occurs, so that row sums and maxima are vertical; the gradients' products, which contract the
-query axis or go to memory row by row, have a column per lane.
+One axis of a step is the row loop that runs it, another lies across the vector's lanes (`Shape`). Which one, the kernel
+says (`Kernel.lanes`). Usually a query row is a lane wherever the query axis occurs, so that row sums and maxima are
+vertical; the gradients' products, which contract the query axis or go to memory row by row, have a column per lane.
+For few query rows, keys are lanes: a vector after the other along each row.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ class Shape:
 
     rows: str | None
     lanes: str | None
+
+    @property
+    def loops(self) -> set[str | None]:
+        """The axes that are loops: lanes too, except query rows, whose tile is one vector."""
+        return {self.rows, self.lanes} - {"q" if self.lanes == "q" else None}
 
 
 class Form(Enum):
@@ -107,7 +113,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """The rows of a tensor, times `factor`, transposed: one row per lane. In pairs: of neighbouring columns."""
+    """The rows of a tensor, times `factor`; transposed where a row is a lane. In pairs: of neighbouring columns."""
 
     name: str
     load: Load
@@ -127,11 +133,10 @@ class Unpack:
 Step = Let | Product | View | Pack | StoreTile | Accumulate | Unpack
 
 
-def shape_of(axes: Sequence[str]) -> Shape:
-    """Query rows in lanes, else columns in lanes, else numbers."""
-    present = [a for a in ("q", *COLUMNS) if a in axes]
-    lanes = present[0] if present else None
-    return Shape(next((a for a in axes if a != lanes), None), lanes)
+def shape_of(axes: Sequence[str], order: Sequence[str]) -> Shape:
+    """The first axis of `order` that is there in lanes, else numbers. Vectors of keys belong to a query row."""
+    lanes = next((a for a in order if a in axes), None)
+    return Shape(next((a for a in axes if a != lanes), "q" if lanes == "kv" else None), lanes)
 
 
 def is_tile_load(e: Expr) -> bool:
@@ -144,19 +149,19 @@ def stored_by_column(s: StoreTile | Accumulate) -> bool:
     return isinstance(last, Var) and bool(set(last.axes) & set(COLUMNS))
 
 
-def step_shape(step: Step) -> Shape:
+def step_shape(step: Step, order: Sequence[str]) -> Shape:
     match step:
         case Product(shape=shape):
             return shape
         case Let(_, Reduce(_, x)):
-            return shape_of(x.axes)
+            return shape_of(x.axes, order)
         case Let(_, value):
-            return shape_of(value.axes)
+            return shape_of(value.axes, order)
         case StoreTile() | Accumulate() if stored_by_column(step):
             rows, columns = step.indices[-2].axes, step.indices[-1].axes
             return Shape(rows[0], columns[0])
         case StoreTile(_, indices, value) | Accumulate(_, indices, value):
-            return shape_of([a for a in ("q", "kv") if any(a in e.axes for e in (*indices, value))])
+            return shape_of([a for a in ("q", "kv") if any(a in e.axes for e in (*indices, value))], order)
         case View() | Pack() | Unpack():
             return Shape(None, None)
 
@@ -187,9 +192,9 @@ def name_made(step: Step) -> str | None:
     return None if isinstance(step, StoreTile | Accumulate | Unpack) else step.name
 
 
-def is_total(step: Step, rows: str | None) -> bool:
-    """A reduction along the row loop: known only after it."""
-    return isinstance(step, Let) and isinstance(step.value, Reduce) and step.value.axis == rows
+def is_total(step: Step, loops: set[str | None]) -> bool:
+    """A reduction along one of the loops that run the step: known only after it."""
+    return isinstance(step, Let) and isinstance(step.value, Reduce) and step.value.axis in loops
 
 
 # -- kernel-wide preparation
@@ -277,6 +282,7 @@ class Splitter:
         self._factors = factors
         self._paired = paired
         self._uses = TileUses(kernel.body, paired)
+        self.order = kernel.lanes
         self.steps: list[Step] = []
         self._taken: set[str] = set()
 
@@ -289,7 +295,7 @@ class Splitter:
             match s:
                 case Let(name, value, source):
                     self.let(name, value, source)
-                case StoreTile() if stored_by_column(s) and s.indices[-2].axes == ("q",):
+                case StoreTile() if stored_by_column(s) and s.indices[-2].axes == self.order[:1]:
                     self.unpack(s)
                 case StoreTile(tensor, indices, value):
                     self.steps.append(StoreTile(tensor, indices, self.split(value)))
@@ -340,7 +346,7 @@ class Splitter:
         return Var(name, DType.FLOAT, e.axes)
 
     def product(self, name: str, init: Expr, dot: Dot, source: str, shape: Shape | None = None) -> None:
-        shape = shape or shape_of(dot.axes)
+        shape = shape or shape_of(dot.axes, self.order)
         a, b = (x if isinstance(x, Var) else self.own_let(f"{name}_operand", x) for x in dot.operands)
         lanes, numbers = (a, b) if shape.lanes in a.axes else (b, a)
         self.steps.append(Product(name, init, numbers, lanes, shape, source, self._paired))
@@ -356,7 +362,7 @@ class Splitter:
         """A product that goes to memory row by row: columns in lanes, nothing transposed."""
         assert isinstance(s.value, Dot), "a tile of rows is accumulated straight from a product"
         name = f"{s.tensor}_tile"
-        self.product(name, Full(0.0, s.value.axes), s.value, "", step_shape(s))
+        self.product(name, Full(0.0, s.value.axes), s.value, "", step_shape(s, self.order))
         self.steps.append(Accumulate(s.tensor, s.indices, Var(name, DType.FLOAT, s.value.axes)))
 
 

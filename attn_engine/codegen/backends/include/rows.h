@@ -1,0 +1,188 @@
+// Few query rows: keys and columns in lanes. Rows of K and V are read in place, each once for all query rows, and are
+// converted on the way into registers: with one query row these products run as fast as memory delivers.
+#pragma once
+#include "tiles.h"
+
+namespace attention {
+
+constexpr int smaller_of(int a, int b) { return a < b ? a : b; }
+constexpr int at_least_one(int n) { return n < 1 ? 1 : n; }
+
+template <class T> INLINE Matrix<T> from_row(const Matrix<T>& x, int first) {
+  return {x.at(first, 0), x.row_stride, x.column_stride, x.rows - first};
+}
+
+// -- a row as vectors: slices of WIDTH columns; where the width does not divide the row, the last slice ends with the row
+
+template <int COLUMNS> constexpr int SLICES = (COLUMNS + WIDTH - 1) / WIDTH;
+template <int COLUMNS> constexpr int OVERLAP = COLUMNS < WIDTH ? 0 : SLICES<COLUMNS> * WIDTH - COLUMNS;
+
+template <int COLUMNS> INLINE int slice_start(int slice) {
+  return slice * WIDTH - (slice == SLICES<COLUMNS> - 1 ? OVERLAP<COLUMNS> : 0);
+}
+
+/// Zero in the lanes of the last slice that belong to the slice before it.
+template <int COLUMNS> INLINE FloatVector without_overlap(FloatVector v, int slice) {
+  if (OVERLAP<COLUMNS> == 0 || slice < SLICES<COLUMNS> - 1) return v;
+  IntVector own;
+  UNROLL for (int i = 0; i < WIDTH; ++i) own[i] = i < OVERLAP<COLUMNS> ? 0 : -1;
+  return (FloatVector)((IntVector)v & own);
+}
+
+template <int COLUMNS, class T> INLINE FloatVector load_slice(const T* row, int slice) {
+  if constexpr (COLUMNS < WIDTH) {
+    T padded[WIDTH] = {};
+    __builtin_memcpy((void*)padded, row, COLUMNS * sizeof(T));
+    return load_vector(padded);
+  } else {
+    return load_vector(row + slice_start<COLUMNS>(slice));
+  }
+}
+
+/// to[row] = slices of x[first + row] * factor; rows from `count` on are zero.
+template <int COLUMNS, int QUERIES, int PADDED, class T>
+OUTLINE void pack_rows(Real (&to)[QUERIES][PADDED], const Matrix<T>& x, int first, int count, Real factor) {
+  for (int row = 0; row < QUERIES; ++row) {
+    Real numbers[COLUMNS] = {};
+    if (row < count) read_row(numbers, x, first + row, COLUMNS);
+    for (int s = 0; s < SLICES<COLUMNS>; ++s)
+      *(FloatVector*)(to[row] + s * WIDTH) = without_overlap<COLUMNS>(load_slice<COLUMNS>(numbers, s), s) * factor;
+  }
+}
+
+// -- across lanes
+
+/// Lane l of the result is a[l] + a[l ^ STEP] where l has no bit STEP, else b[l] + b[l ^ STEP].
+template <int STEP> INLINE FloatVector add_neighbours(FloatVector a, FloatVector b) {
+  IntVector here, there;
+  UNROLL for (int l = 0; l < WIDTH; ++l) {
+    here[l] = l & STEP ? WIDTH + l : l;
+    there[l] = here[l] ^ STEP;
+  }
+#if defined(__clang__)
+  FloatVector x, y;
+  UNROLL for (int l = 0; l < WIDTH; ++l) {
+    x[l] = l & STEP ? b[l] : a[l];
+    y[l] = l & STEP ? b[l ^ STEP] : a[l ^ STEP];
+  }
+  return x + y;
+#else
+  return __builtin_shuffle(a, b, here) + __builtin_shuffle(a, b, there);
+#endif
+}
+
+/// Lane i of the result is the sum of v[i]'s lanes: a tree, in which vectors are halved and joined.
+template <int STEP = WIDTH / 2> INLINE FloatVector sums_of(FloatVector (&v)[WIDTH]) {
+  UNROLL for (int i = 0; i < STEP; ++i) v[i] = add_neighbours<STEP>(v[i], v[i + STEP]);
+  if constexpr (STEP > 1) return sums_of<STEP / 2>(v);
+  else return v[0];
+}
+
+template <class F> INLINE Real fold_halves(Floats x, F f) {
+  Real lanes[LANES];
+  store(lanes, x);
+  UNROLL for (int n = LANES / 2; n > 0; n /= 2)
+    UNROLL for (int i = 0; i < n; ++i) lanes[i] = f(lanes[i], lanes[i + n]);
+  return lanes[0];
+}
+INLINE Real sum_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { return a + b; }); }
+INLINE Real max_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { return a > b ? a : b; }); }
+INLINE Real min_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { return a < b ? a : b; }); }
+
+// -- query . key: the columns of both in lanes
+
+/// scores[r][j] for QUERIES rows r and as many keys j as fill a vector with results: an accumulator for each pair.
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
+INLINE void multiply_keys(Real (*scores)[LENGTH], const Real (*query)[PADDED], const T* key, int64_t stride) {
+  constexpr int KEYS = WIDTH / QUERIES;
+  FloatVector sums[WIDTH] = {};
+  const auto add_slice = [&](int s) __attribute__((always_inline)) {
+    FloatVector numbers[QUERIES];
+    UNROLL for (int r = 0; r < QUERIES; ++r) numbers[r] = *(const FloatVector*)(query[r] + s * WIDTH);
+    UNROLL for (int j = 0; j < KEYS; ++j) {
+      const FloatVector columns = without_overlap<COLUMNS>(load_slice<COLUMNS>(key + j * stride, s), s);
+      UNROLL for (int r = 0; r < QUERIES; ++r) sums[r * KEYS + j] += numbers[r] * columns;
+    }
+  };
+  for (int s = 0; s < SLICES<COLUMNS> - 1; ++s) add_slice(s);
+  add_slice(SLICES<COLUMNS> - 1);
+  Real results[WIDTH];
+  *(FloatVector*)results = sums_of(sums);
+  UNROLL for (int r = 0; r < QUERIES; ++r) __builtin_memcpy(scores[r], results + r * KEYS, KEYS * sizeof(Real));
+}
+
+/// scores[r][j] = query[r] . keys[j] for j < count; zero in the rest of the last vector.
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
+OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)[QUERIES][PADDED], const Matrix<T>& keys,
+                            int count) {
+  constexpr int TOGETHER = smaller_of(QUERIES, WIDTH), KEYS = WIDTH / TOGETHER;
+  for (int j = 0; j < count; j += KEYS) {
+    const bool in_place = keys.column_stride == 1 && j + KEYS <= count;
+    Real copied[KEYS][COLUMNS];
+    if (!in_place)
+      for (int i = 0; i < KEYS; ++i) read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
+    for (int r = 0; r < QUERIES; r += TOGETHER) {
+      Real(*to)[LENGTH] = (Real(*)[LENGTH])(scores[r] + j);
+      if (in_place) multiply_keys<COLUMNS, TOGETHER>(to, query + r, keys.at(j, 0), keys.row_stride);
+      else multiply_keys<COLUMNS, TOGETHER>(to, query + r, copied[0], COLUMNS);
+    }
+  }
+  for (int r = 0; r < QUERIES; ++r)
+    for (int j = count; j < round_up(count, LANES); ++j) scores[r][j] = 0;
+}
+
+// -- weights . value: numbers times rows, the columns in lanes
+
+/// out[r][slices] += sum over j of weights[r][j] * values[j][slices], for COUNT slices. The depth is shared between as
+/// many accumulators as there are registers for: one row and few columns would wait for each addition otherwise.
+template <int COLUMNS, int QUERIES, int COUNT, int PADDED, int LENGTH, class T>
+INLINE void add_slices(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], const T* values,
+                       int64_t stride, int count, int first) {
+  constexpr int SHARES = at_least_one(ACCUMULATORS / (COUNT * QUERIES));
+  FloatVector sums[SHARES][QUERIES][COUNT] = {};
+  const auto add_row = [&](int j, int share) __attribute__((always_inline)) {
+    UNROLL for (int c = 0; c < COUNT; ++c) {
+      const FloatVector columns = load_slice<COLUMNS>(values + j * stride, first + c);
+      UNROLL for (int r = 0; r < QUERIES; ++r) sums[share][r][c] += weights[r][j] * columns;
+    }
+  };
+  int j = 0;
+  for (; j + SHARES <= count; j += SHARES)
+    UNROLL for (int share = 0; share < SHARES; ++share) add_row(j + share, share);
+  for (; j < count; ++j) add_row(j, 0);
+  UNROLL for (int r = 0; r < QUERIES; ++r)
+    UNROLL for (int c = 0; c < COUNT; ++c) {
+      FloatVector total = sums[0][r][c];
+      UNROLL for (int share = 1; share < SHARES; ++share) total += sums[share][r][c];
+      *(FloatVector*)(out[r] + slice_start<COLUMNS>(first + c)) += without_overlap<COLUMNS>(total, first + c);
+    }
+}
+
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
+INLINE void add_rows(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], const T* values,
+                     int64_t stride, int count) {
+  constexpr int AT_ONCE = smaller_of(SLICES<COLUMNS>, at_least_one(ACCUMULATORS / QUERIES));
+  constexpr int REST = SLICES<COLUMNS> % AT_ONCE;
+  int first = 0;
+  for (; first + AT_ONCE <= SLICES<COLUMNS> - REST; first += AT_ONCE)
+    add_slices<COLUMNS, QUERIES, AT_ONCE>(out, weights, values, stride, count, first);
+  if constexpr (REST > 0) add_slices<COLUMNS, QUERIES, REST>(out, weights, values, stride, count, first);
+}
+
+/// out[r] += sum over j < count of weights[r][j] * values[j].
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
+OUTLINE void add_products(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], const Matrix<T>& values,
+                          int count) {
+  if (values.column_stride == 1) {
+    add_rows<COLUMNS>(out, weights, values.at(0, 0), values.row_stride, count);
+    return;
+  }
+  for (int j = 0; j < count; ++j) {
+    Real copied[1][COLUMNS], weight[QUERIES][1];
+    read_row(copied[0], values, j, COLUMNS);
+    for (int r = 0; r < QUERIES; ++r) weight[r][0] = weights[r][j];
+    add_rows<COLUMNS>(out, weight, copied[0], COLUMNS, 1);
+  }
+}
+
+}  // namespace attention
