@@ -5,23 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from attn_engine.ir.tile import Lanes
+
 
 class Edges(Enum):
     """How loop tiles that the mask cuts are told from those that it does not."""
 
     SPLIT = "split"  # a loop for each: left edge, full, right edge (a CPU prints the two bodies once each)
     BRANCH = "branch"  # one loop, the mask under an `if` (fewest registers on a GPU, one pipeline)
-
-
-class Lanes(Enum):
-    """Which axes of the forward kernel lie across a CPU's vectors, the first choice first; others are loops."""
-
-    QUERIES = (
-        "q",
-        "d",
-        "dv",
-    )  # a query row per lane: nothing is reduced across lanes, but few rows fill few lanes
-    KEYS = ("kv", "d", "dv")  # keys and columns: as fast for one query row as for eight
 
 
 class Gradients(Enum):
@@ -39,7 +30,7 @@ class Schedule:
 
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
-    lanes: how a CPU's forward kernel uses its vectors.
+    lanes: what lies across a CPU's vectors in the forward kernel; backward_lanes: in the one-kernel backward pass.
     """
 
     block_q: int
@@ -53,6 +44,7 @@ class Schedule:
     backward_warps: int = 8
     backward_stages: int = 2
     lanes: Lanes = Lanes.QUERIES
+    backward_lanes: Lanes = Lanes.QUERIES
 
     def __str__(self) -> str:
         kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
@@ -64,14 +56,24 @@ class Schedule:
 
 
 def cpu_schedule(lanes: int) -> Schedule:
-    """One query row per lane; a kv tile of 64 rows keeps K, V and the scores in the L2 cache."""
-    return Schedule(lanes, 64, lanes, 64, Edges.SPLIT, Gradients.ONE_KERNEL)
+    """One query row per lane; a kv tile of 64 rows keeps K, V and the scores in the L2 cache.
+
+    The backward pass owns keys: a key per lane lets it read every q tile in place. With narrow vectors it would go over
+    the queries too often.
+    """
+    if lanes < WIDE:
+        return Schedule(lanes, 64, lanes, 64, Edges.SPLIT, Gradients.ONE_KERNEL)
+    one = Gradients.ONE_KERNEL
+    return Schedule(lanes, 64, lanes, lanes, Edges.SPLIT, one, backward_lanes=Lanes.KEYS)
+
+
+WIDE = 32
 
 
 def few_rows_schedule(rows: int, lanes: int = 32) -> Schedule:
     """A forward pass of 1, 2, 4 or 8 query rows per tile, keys in lanes; the backward pass of `cpu_schedule(lanes)`."""
     assert rows in (1, 2, 4, 8), rows
-    return replace(cpu_schedule(lanes), block_q=rows, block_kv=128, lanes=Lanes.KEYS)
+    return replace(cpu_schedule(lanes), block_q=rows, block_kv=128, lanes=Lanes.FEW_ROWS)
 
 
 def torch_schedule() -> Schedule:

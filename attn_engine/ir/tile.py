@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from attn_engine.ir.expr import Expr, Var
 from attn_engine.ir.ops import Storage
@@ -102,12 +103,34 @@ class Param:
     output: bool = False
 
 
+class Lanes(Enum):
+    """What lies across the vectors of a machine without tile instructions; all else is loops."""
+
+    QUERIES = "queries"  # a tile of query rows is one vector: nothing of a row is reduced across lanes
+    KEYS = "keys"  # a tile of keys is one vector: for kernels that own keys and loop over queries
+    FEW_ROWS = "few rows"  # loops over query rows, in them over vectors of keys and of columns
+
+    @property
+    def axis(self) -> str:
+        """The axis that lies in lanes wherever it occurs; columns do where it does not."""
+        return "q" if self is Lanes.QUERIES else "kv"
+
+    @property
+    def packed(self) -> str:
+        """The axis whose tiles are copied into the order of the vectors; others are read as they lie."""
+        return "kv" if self is Lanes.KEYS else "q"
+
+    @property
+    def whole(self) -> bool:
+        """Whether one vector holds a tile of that axis."""
+        return self is not Lanes.FEW_ROWS
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One kernel: parameters, what its program ids are, and what a program instance does.
 
     grid: axes of the launch, fastest first, such as ("q", "head", "batch"); a tile axis counts tiles, others ones.
-    lanes: for a machine without tile instructions, the axes that lie across a vector, the first choice first.
     """
 
     name: str
@@ -119,7 +142,7 @@ class Kernel:
     body: tuple[Stmt, ...]
     header: tuple[str, ...] = ()
     heavy_last: bool = False  # later tiles of the first grid axis have more work: hand them out first
-    lanes: tuple[str, ...] = ("q", "d", "dv")
+    lanes: Lanes = Lanes.QUERIES
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_names import with_legal_names
@@ -73,7 +72,7 @@ def render_cpu(kernel: Kernel, target: CpuTarget) -> str:
 
     Where query rows are lanes, the query tile must have as many as the target; the compiler checks it again.
     """
-    renderer = FewRowsRenderer if kernel.lanes[0] == "kv" else CpuRenderer
+    renderer = CpuRenderer if kernel.lanes.whole else FewRowsRenderer
     return renderer(target).render(with_legal_names(kernel))
 
 
@@ -96,8 +95,6 @@ def argument_slots(kernel: Kernel) -> list[str]:
 
 class CpuRenderer(NestRenderer):
     """Prints one kernel as one C++ file."""
-
-    tile_rule: ClassVar[str] = 'BLOCK_Q == LANES, "one query row per lane"'
 
     def __init__(self, target: CpuTarget) -> None:
         self.target = target
@@ -136,6 +133,11 @@ class CpuRenderer(NestRenderer):
         ]
 
     @property
+    def tile_rule(self) -> str:
+        what = "query row" if self.axis == "q" else "key"
+        return f'{BLOCKS[self.axis]} == LANES, "one {what} per lane"'
+
+    @property
     def storage(self) -> Storage:
         return self.kernel.params[0].storage
 
@@ -147,7 +149,7 @@ class CpuRenderer(NestRenderer):
     @property
     def registers(self) -> int:
         """Registers that hold the lanes of one value."""
-        return self.kernel.block("q") // self.target.width(self.storage)
+        return self.kernel.block(self.axis) // self.target.width(self.storage)
 
     def definitions(self) -> list[str]:
         """What the headers need to know before they are read."""
@@ -234,7 +236,9 @@ class CpuRenderer(NestRenderer):
 class FewRowsRenderer(RowNestRenderer, CpuRenderer):
     """The same file around loops over query rows, with keys and columns in lanes; elements convert when loaded."""
 
-    tile_rule: ClassVar[str] = 'BLOCK_KV % LANES == 0, "whole vectors of keys"'
+    @property
+    def tile_rule(self) -> str:
+        return 'BLOCK_KV % LANES == 0, "whole vectors of keys"'
 
     @property
     def paired(self) -> bool:

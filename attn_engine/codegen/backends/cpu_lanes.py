@@ -11,6 +11,7 @@ from attn_engine.codegen.lower.steps import COLUMNS, Form, Shape
 from attn_engine.codegen.render import Renderer
 from attn_engine.ir.expr import Call, Expr, Full, Load, Var
 from attn_engine.ir.ops import DType, Number, Op
+from attn_engine.ir.tile import Kernel
 
 BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "D", "dv": "DV"}
 SCALARS = {DType.INT: "int", DType.BOOL: "bool", DType.FLOAT: "Real", DType.ELEMENT: "Real"}
@@ -60,10 +61,18 @@ class LaneRenderer(Renderer):
             )
         },
     }
-    number_axes: ClassVar[frozenset[str]] = frozenset(
-        {"kv"}
-    )  # a value over these alone is a number in its row
+    kernel: Kernel
     in_double: bool = False
+
+    @property
+    def axis(self) -> str:
+        """The axis that lies in lanes."""
+        return self.kernel.lanes.axis
+
+    @property
+    def number_axes(self) -> set[str]:
+        """A value over these alone is a number in its row."""
+        return {"q", "kv"} - {self.axis}
 
     def start(self, arrays: Mapping[str, Shape], operands: Mapping[str, Shape]) -> None:
         """Forget the last kernel; `arrays` gives the shape of every stored value, `operands` of those in pairs."""
@@ -113,9 +122,8 @@ class LaneRenderer(Renderer):
         self.scratch[array] = f"{kind} {array}[{rows}][{self.row_length(shape)}]"
         return array
 
-    @staticmethod
-    def row_length(shape: Shape) -> str:
-        return "LANES" if shape.lanes == "q" else f"round_up({BLOCKS[shape.lanes or 'd']}, LANES)"
+    def row_length(self, shape: Shape) -> str:
+        return "LANES" if shape.lanes == self.axis else f"round_up({BLOCKS[shape.lanes or 'd']}, LANES)"
 
     def element(self, name: str, row: str) -> str:
         """Where a stored value keeps its row."""
@@ -134,7 +142,7 @@ class LaneRenderer(Renderer):
                     if wide
                     else self.element(e.name, self.row_name)
                 )
-            if e.name in self.packed and "q" in e.axes:
+            if e.name in self.packed and self.axis in e.axes:
                 return f"load({e.name}_packed[{self.row_name}])"
             if e.name in self.views:
                 return f"load({e.name}[{self.row_name}] + column)"

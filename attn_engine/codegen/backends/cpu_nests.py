@@ -93,8 +93,8 @@ class NestRenderer(LaneRenderer):
         lines: list[str] = []
         if f"{axis}_rows" in words:
             lines.append(f"const int {axis}_rows = min({BLOCKS[axis]}, {axis}_len - {axis}_start);")
-        if axis == "q" and "q_idx" in words:
-            lines.append("const Positions q_idx = positions(q_start);")
+        if axis == self.axis and f"{axis}_idx" in words:
+            lines.append(f"const Positions {axis}_idx = positions({axis}_start);")
         return lines
 
     @staticmethod
@@ -213,7 +213,7 @@ class NestRenderer(LaneRenderer):
         if (array := self.array_of(name)) is not None:
             return f"{array}[0]{offset}, {self.row_length(self.arrays[self.places.get(name, name)])}"
         paired = form is Form.PAIRS
-        if product.shape.lanes == "q":
+        if product.shape.lanes == self.axis:
             return f"{name}_packed{'_pairs' * paired}[0], LANES"
         if paired:
             return f"{name}_pairs[0]{offset}, {self.pair_lengths[name]}"
@@ -241,8 +241,8 @@ class NestRenderer(LaneRenderer):
             if name := name_made(s):
                 known |= {name}
         self.at_hand = frozenset()
-        if n.shape.rows == "kv" and re.search(r"\bkv_idx\b", "\n".join(lines)):
-            lines.insert(0, "const int kv_idx = kv_start + row;")
+        if re.search(rf"\b{n.shape.rows}_idx\b", "\n".join(lines)):
+            lines.insert(0, f"const int {n.shape.rows}_idx = {n.shape.rows}_start + row;")
         return lines
 
     def row_step(self, n: Nest, s: Step, blocked: bool, later: set[str]) -> list[str]:
@@ -254,7 +254,7 @@ class NestRenderer(LaneRenderer):
                 update = f"{name} = {TOTALS[kind].format(total=name, x=self.expr(x))};"
                 return [f"{guard if beyond else ''}{update}"]
             case Let(name, Reduce(kind, x)):
-                return self.made(n, s, f"{kind}_lanes({self.expr(x)}, q_rows)", later)
+                return self.made(n, s, f"{kind}_lanes({self.expr(x)}, {TRIPS[self.axis]})", later)
             case Let(name, value):
                 return self.made(n, s, self.expr(value), later)
             case StoreTile() | Accumulate():
@@ -300,7 +300,8 @@ class NestRenderer(LaneRenderer):
                 return [self.pack(s)]
             case Unpack(tensor, indices, name):
                 columns, matrix = BLOCKS[indices[-1].axes[0]], self.matrix(tensor, indices)
-                return [f"unpack_lanes<{columns}>({matrix}, q_start, q_rows, {self.array_of(name)});"]
+                place = f"{self.axis}_start, {TRIPS[self.axis]}"
+                return [f"unpack_lanes<{columns}>({matrix}, {place}, {self.array_of(name)});"]
             case Let(name, value, source):
                 return [*([self.remark(source)] if source else []), *self.variable(name, value)]
             case StoreTile() | Accumulate():
@@ -309,15 +310,16 @@ class NestRenderer(LaneRenderer):
                 raise AssertionError("a product has rows")
 
     def pack(self, s: Pack) -> str:
-        columns, matrix = BLOCKS[s.load.axes[-1]], self.matrix(s.load.tensor, s.load.indices)
+        columns = BLOCKS[s.load.axes[-1]]
+        place = f"{self.matrix(s.load.tensor, s.load.indices)}, {self.axis}_start, {TRIPS[self.axis]}"
         if s.form is Form.PAIRS:
             array = f"{s.name}_packed_pairs"
             self.scratch[array] = f"Pair {array}[round_up({columns}, 2) / 2][LANES]"
-            return f"pack_lane_pairs<{columns}>({array}, {matrix}, q_start, q_rows);"
+            return f"pack_lane_pairs<{columns}>({array}, {place});"
         array = f"{s.name}_packed"
         self.packed.add(s.name)
         self.scratch[array] = f"Real {array}[{columns}][LANES]"
-        return f"pack_lanes<{columns}>({array}, {matrix}, q_start, q_rows, {self.expr(s.factor)});"
+        return f"pack_lanes<{columns}>({array}, {place}, {self.expr(s.factor)});"
 
     def view(self, name: str, load: Load, padding: str, form: Form) -> list[str]:
         row_axis, column_axis = load.axes[0], load.axes[-1]
@@ -341,9 +343,9 @@ class NestRenderer(LaneRenderer):
 
     def variable(self, name: str, value: Expr) -> list[str]:
         across = isinstance(value, Reduce)
-        text = f"{value.kind}_lanes({self.expr(value.x)}, q_rows)" if across else self.expr(value)
+        text = f"{value.kind}_lanes({self.expr(value.x)}, {TRIPS[self.axis]})" if across else self.expr(value)
         if name in self.states:
-            wide = "q" in value.axes
+            wide = self.axis in value.axes
             kind = "Floats" if wide else self.scalar_type(value.dtype)
             declaration = "" if name in self._declared else f"{kind} "
             self._declared.add(name)
@@ -366,8 +368,8 @@ class NestRenderer(LaneRenderer):
             value = self.expr(s.value)
             return f"{verb}_row<{columns}>({s.tensor}_matrix, {row}_start + row, column, {value});"
         indices = ", ".join(self.expr(i) for i in s.indices)
-        across = "q" not in self.number_axes and any("q" in i.axes for i in s.indices)
+        across = self.kernel.lanes.whole and any(self.axis in i.axes for i in s.indices)
         value = self.expr(s.value)
-        value = f"floats({value})" if across and "q" not in s.value.axes else value
-        count = "q_rows" if across or set(s.value.axes) - self.number_axes else "1"
+        value = f"floats({value})" if across and self.axis not in s.value.axes else value
+        count = TRIPS[self.axis] if across or set(s.value.axes) - self.number_axes else "1"
         return f"{verb}({s.tensor}, {count}, {value}{', ' if indices else ''}{indices});"

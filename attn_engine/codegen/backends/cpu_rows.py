@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
 
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_nests import EMPTY, TOTALS, NestRenderer
@@ -17,8 +16,6 @@ ENDS = {"kv": "kv_rows", "d": "D", "dv": "DV"}  # columns that a loop over vecto
 
 class RowNestRenderer(NestRenderer):
     """Prints a schedule whose kernel has keys in lanes: a loop over query rows, in it a loop over vectors."""
-
-    number_axes: ClassVar[frozenset[str]] = frozenset({"q"})
 
     def tile_positions(self, axis: str, words: set[str]) -> list[str]:
         return super().tile_positions(axis, words - {"q_idx"})  # a number of each row

@@ -8,6 +8,7 @@ that owns q tiles. All of them share `recompute`: weights and score gradients of
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from attn_engine.codegen.lower.capture import (
     CaptureGradient,
@@ -159,9 +160,10 @@ def lower_d_key_value(
     split = [Section("kv tiles of this split"), *split_bounds(tiles["kv"])]
     loop = Loop("kv_start", scalar("split_begin"), scalar("split_end"), "kv", tuple(body), "kv_tile")
     grid = ("split", "kv_head", "batch")
-    return backward_kernel(
+    kernel = backward_kernel(
         program, name, grid, ORDER_KV, tiles, tuple(outputs), [*split, loop], (scalar("splits"),)
     )
+    return replace(kernel, lanes=schedule.backward_lanes)
 
 
 def split_bounds(n: int) -> list[Stmt]:

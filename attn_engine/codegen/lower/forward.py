@@ -67,7 +67,7 @@ def lower_forward(program: Attention, schedule: Schedule) -> Kernel:
         body=tuple(body),
         header=(f"{program.name}: forward",),
         heavy_last=later_rows_see_more(plan),
-        lanes=schedule.lanes.value,
+        lanes=schedule.lanes,
     )
 
 

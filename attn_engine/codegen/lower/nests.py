@@ -19,6 +19,7 @@ from attn_engine.codegen.lower.steps import (
     Splitter,
     Step,
     is_total,
+    loops_of,
     name_made,
     names_read,
     numbers_read,
@@ -27,7 +28,7 @@ from attn_engine.codegen.lower.steps import (
 )
 from attn_engine.ir.expr import Expr
 from attn_engine.ir.ops import DType
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, If, Kernel, Lanes, Let, Loop, Section, Stmt, StoreTile
 
 FLAT = Shape(None, None)
 
@@ -104,6 +105,7 @@ class OpenNest:
     """A nest still being filled."""
 
     shape: Shape
+    lanes: Lanes
     steps: list[Step] = field(default_factory=list[Step])
     complete: bool = False
 
@@ -114,14 +116,18 @@ class OpenNest:
             return self.shape.rows is shape.rows
         if self.shape.rows != shape.rows:
             return False
-        return self.shape.lanes == shape.lanes or {self.shape.lanes, shape.lanes} == {None, "q"}
+        return self.shape.lanes == shape.lanes or {self.shape.lanes, shape.lanes} == {None, self.lanes.axis}
 
     def add(self, step: Step, shape: Shape) -> None:
         self.shape = Shape(self.shape.rows, self.shape.lanes or shape.lanes)
         self.steps.append(step)
 
     def totals(self) -> set[str]:
-        return {name for s in self.steps if is_total(s, self.shape.loops) and (name := name_made(s))}
+        return {
+            name
+            for s in self.steps
+            if is_total(s, loops_of(self.shape, self.lanes)) and (name := name_made(s))
+        }
 
     def outside_reads(self) -> set[str]:
         """Names whose numbers this nest reads before it makes them."""
@@ -157,8 +163,8 @@ def draft(body: tuple[Stmt, ...], splitter: Splitter, outer: Mapping[str, Let]) 
     def flush() -> None:
         if pending:
             steps = splitter.block(pending)
-            cheap.update({s.name: s for s in steps if is_cheap(s, splitter.order)})
-            drafts.append(Run(remake_cheap_values(fuse(steps, splitter.order, cheap), cheap)))
+            cheap.update({s.name: s for s in steps if is_cheap(s, splitter.lanes)})
+            drafts.append(Run(remake_cheap_values(fuse(steps, splitter.lanes, cheap), cheap)))
             pending.clear()
 
     for s in body:
@@ -187,16 +193,16 @@ def all_blocks(drafts: list[Draft]) -> Iterable[Run]:
             yield from all_blocks(d[1])
 
 
-def fuse(steps: list[Step], order: tuple[str, ...], cheap: Mapping[str, Let]) -> list[OpenNest]:
+def fuse(steps: list[Step], lanes: Lanes, cheap: Mapping[str, Let]) -> list[OpenNest]:
     """Put each step into the first nest of its shape that runs no earlier than what it needs; keep the order inside.
 
-    order: Kernel.lanes. cheap: what a nest makes again, so that it reads what that is made from.
+    cheap: what a nest makes again, so that it reads what that is made from.
     """
     nests: list[OpenNest] = []
     home: dict[str, OpenNest] = {}
     readers: dict[str, list[OpenNest]] = {}
     for step in steps:
-        shape, starts, reads = step_shape(step, order), isinstance(step, Product), all_reads(step, cheap)
+        shape, starts, reads = step_shape(step, lanes), isinstance(step, Product), all_reads(step, cheap)
 
         def soonest(nest: OpenNest, at_hand: bool, shape: Shape = shape, starts: bool = starts) -> int:
             """The first place after `nest`, or `nest` itself when this step can join it."""
@@ -209,8 +215,8 @@ def fuse(steps: list[Step], order: tuple[str, ...], cheap: Mapping[str, Let]) ->
         earliest = max(needs, default=0)
         target = None if starts else next((n for n in nests[earliest:] if n.accepts(shape)), None)
         if target is None:
-            # With keys in lanes a product fills its array in one call: nothing joins it in registers.
-            target = OpenNest(shape, complete=starts and order[0] == "kv")
+            # For few rows a product fills its array in one call: nothing joins it in registers.
+            target = OpenNest(shape, lanes, complete=starts and not lanes.whole)
             nests.insert(earliest, target)
         target.add(step, shape)
         if made:
@@ -232,9 +238,9 @@ def all_reads(step: Step, cheap: Mapping[str, Let]) -> set[str]:
     return found
 
 
-def is_cheap(step: Step, order: tuple[str, ...]) -> TypeGuard[Let]:
+def is_cheap(step: Step, lanes: Lanes) -> TypeGuard[Let]:
     """Integers and conditions of a row: computed again where another nest reads them, for arrays hold numbers."""
-    rows = step_shape(step, order).rows
+    rows = step_shape(step, lanes).rows
     return isinstance(step, Let) and rows is not None and step.value.dtype in (DType.BOOL, DType.INT)
 
 

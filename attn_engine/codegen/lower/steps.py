@@ -36,6 +36,7 @@ from attn_engine.ir.tile import (
     Accumulate,
     If,
     Kernel,
+    Lanes,
     Let,
     Loop,
     Section,
@@ -55,11 +56,6 @@ class Shape:
 
     rows: str | None
     lanes: str | None
-
-    @property
-    def loops(self) -> set[str | None]:
-        """The axes that are loops: lanes too, except query rows, whose tile is one vector."""
-        return {self.rows, self.lanes} - {"q" if self.lanes == "q" else None}
 
 
 class Form(Enum):
@@ -133,10 +129,16 @@ class Unpack:
 Step = Let | Product | View | Pack | StoreTile | Accumulate | Unpack
 
 
-def shape_of(axes: Sequence[str], order: Sequence[str]) -> Shape:
-    """The first axis of `order` that is there in lanes, else numbers. Vectors of keys belong to a query row."""
-    lanes = next((a for a in order if a in axes), None)
-    return Shape(next((a for a in axes if a != lanes), "q" if lanes == "kv" else None), lanes)
+def shape_of(axes: Sequence[str], lanes: Lanes) -> Shape:
+    """The kernel's axis of lanes, else columns in lanes, else numbers. Of many vectors each belongs to a query row."""
+    across = next((a for a in (lanes.axis, *COLUMNS) if a in axes), None)
+    row = "q" if across == lanes.axis and not lanes.whole else None
+    return Shape(next((a for a in axes if a != across), row), across)
+
+
+def loops_of(shape: Shape, lanes: Lanes) -> set[str | None]:
+    """The axes that are loops: lanes too, except where one vector holds the tile."""
+    return {shape.rows, shape.lanes} - {lanes.axis if lanes.whole else None}
 
 
 def is_tile_load(e: Expr) -> bool:
@@ -149,19 +151,19 @@ def stored_by_column(s: StoreTile | Accumulate) -> bool:
     return isinstance(last, Var) and bool(set(last.axes) & set(COLUMNS))
 
 
-def step_shape(step: Step, order: Sequence[str]) -> Shape:
+def step_shape(step: Step, lanes: Lanes) -> Shape:
     match step:
         case Product(shape=shape):
             return shape
         case Let(_, Reduce(_, x)):
-            return shape_of(x.axes, order)
+            return shape_of(x.axes, lanes)
         case Let(_, value):
-            return shape_of(value.axes, order)
+            return shape_of(value.axes, lanes)
         case StoreTile() | Accumulate() if stored_by_column(step):
             rows, columns = step.indices[-2].axes, step.indices[-1].axes
             return Shape(rows[0], columns[0])
         case StoreTile(_, indices, value) | Accumulate(_, indices, value):
-            return shape_of([a for a in ("q", "kv") if any(a in e.axes for e in (*indices, value))], order)
+            return shape_of([a for a in ("q", "kv") if any(a in e.axes for e in (*indices, value))], lanes)
         case View() | Pack() | Unpack():
             return Shape(None, None)
 
@@ -245,7 +247,11 @@ def fold_scale(kernel: Kernel) -> tuple[tuple[Stmt, ...], dict[str, Expr]]:
 
     def packed(e: Dot) -> str | None:
         """The operand of a product over columns that has a query row per lane."""
-        found = [x.name for x in e.operands if isinstance(x, Var) and "q" in x.axes and x.name in tiles]
+        found = [
+            x.name
+            for x in e.operands
+            if isinstance(x, Var) and kernel.lanes.packed in x.axes and x.name in tiles
+        ]
         return found[0] if found and e.contracted in COLUMNS else None
 
     def scaled(e: Expr) -> tuple[Dot, Expr] | None:
@@ -281,8 +287,8 @@ class Splitter:
     def __init__(self, kernel: Kernel, factors: dict[str, Expr], paired: bool = False) -> None:
         self._factors = factors
         self._paired = paired
-        self._uses = TileUses(kernel.body, paired)
-        self.order = kernel.lanes
+        self._uses = TileUses(kernel, paired)
+        self.lanes = kernel.lanes
         self.steps: list[Step] = []
         self._taken: set[str] = set()
 
@@ -295,7 +301,7 @@ class Splitter:
             match s:
                 case Let(name, value, source):
                     self.let(name, value, source)
-                case StoreTile() if stored_by_column(s) and s.indices[-2].axes == self.order[:1]:
+                case StoreTile() if stored_by_column(s) and s.indices[-2].axes == (self.lanes.axis,):
                     self.unpack(s)
                 case StoreTile(tensor, indices, value):
                     self.steps.append(StoreTile(tensor, indices, self.split(value)))
@@ -346,7 +352,7 @@ class Splitter:
         return Var(name, DType.FLOAT, e.axes)
 
     def product(self, name: str, init: Expr, dot: Dot, source: str, shape: Shape | None = None) -> None:
-        shape = shape or shape_of(dot.axes, self.order)
+        shape = shape or shape_of(dot.axes, self.lanes)
         a, b = (x if isinstance(x, Var) else self.own_let(f"{name}_operand", x) for x in dot.operands)
         lanes, numbers = (a, b) if shape.lanes in a.axes else (b, a)
         self.steps.append(Product(name, init, numbers, lanes, shape, source, self._paired))
@@ -362,17 +368,19 @@ class Splitter:
         """A product that goes to memory row by row: columns in lanes, nothing transposed."""
         assert isinstance(s.value, Dot), "a tile of rows is accumulated straight from a product"
         name = f"{s.tensor}_tile"
-        self.product(name, Full(0.0, s.value.axes), s.value, "", step_shape(s, self.order))
+        self.product(name, Full(0.0, s.value.axes), s.value, "", step_shape(s, self.lanes))
         self.steps.append(Accumulate(s.tensor, s.indices, Var(name, DType.FLOAT, s.value.axes)))
 
 
 class TileUses:
     """How loaded tiles are read. `views`: those read by rows, in which forms, and to what their columns must be filled
-    up in each; `packed`: those read with a query row per lane, in which forms.
+    up in each; `packed`: those read with a row per lane, in which forms.
     """
 
-    def __init__(self, body: tuple[Stmt, ...], paired: bool = False) -> None:
+    def __init__(self, kernel: Kernel, paired: bool = False) -> None:
+        body = kernel.body
         self._loaded = {s.name for s in walk(body) if isinstance(s, Let) and is_tile_load(s.value)}
+        self._axis = kernel.lanes.packed
         self._paired = paired
         self.views: dict[str, dict[Form, str]] = {}
         self.packed: dict[str, dict[Form, None]] = {}
@@ -388,7 +396,7 @@ class TileUses:
                 continue
             if isinstance(node, Dot):
                 self._in_product(x, node, by_column)
-            elif "q" in x.axes:
+            elif self._axis in x.axes:
                 self._packed(x.name, Form.NUMBERS)
             else:
                 self._by_rows(x.name, Form.NUMBERS, "LANES")
@@ -396,11 +404,11 @@ class TileUses:
     def _in_product(self, x: Var, product: Dot, by_column: bool) -> None:
         other = product.b if x is product.a else product.a
         along, down = (Form.ROWS, Form.PAIRS) if self._paired else (Form.NUMBERS, Form.NUMBERS)
-        if product.contracted in COLUMNS and "q" in x.axes:
+        if product.contracted in COLUMNS and self._axis in x.axes:
             self._packed(x.name, down)
         elif product.contracted in COLUMNS:
             self._by_rows(x.name, along, "")  # numbers: a row for each row of the result
-        elif "q" in other.axes and "kv" in x.axes and not by_column:
+        elif self._axis in other.axes and product.contracted != self._axis and not by_column:
             self._by_rows(x.name, down, "ROWS")  # numbers, read down its columns
         else:
             self._by_rows(x.name, down, "LANES")
