@@ -6,8 +6,9 @@ captured tensor of another dtype, a number that decided a Python branch or that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention, OnlineRule
+from attn_engine.runtime.operator import Call
 from attn_engine.runtime.storage import STORAGES
 
 
@@ -72,31 +74,52 @@ class Description:
 
 @dataclass(frozen=True)
 class TracedProgram:
-    """A program and where its captured values come from."""
+    """A program and where its captured values come from.
+
+    calls: the kernels that run it, by type of device; the engine fills it.
+    """
 
     program: Attention
     score: Trace | None
     mask: Trace | None
     rule: RuleTrace
     storages: dict[str, Storage]
+    calls: dict[str, tuple[Call, int]] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property
     def traces(self) -> tuple[Trace, ...]:
         return tuple(t for t in (self.score, self.mask) if t is not None)
 
     def stale(self, storages: Mapping[str, Storage]) -> bool:
         """Whether tracing again could give another program."""
-        return self.storages != storages or any(t.opaque or t.stale() for t in (*self.traces, self.rule))
+        if self.storages != storages or self._opaque:
+            return True
+        return self.rule.stale() or any([t.stale() for t in self.traces])
 
     def tensors(self, custom: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The captured tensors of this moment, by kernel name, in the program's order."""
-        found: dict[str, Tensor] = {}
-        for trace in self.traces:
-            found.update((t.name, t.accessor()) for t in trace.tensors)
-            found.update((name, custom[given]) for name, given in trace.custom)
-        return {c.name: found[c.name] for c in self.program.captures}
+        return {
+            name: read() if read is not None else custom[given] for name, read, given in self._tensor_reads
+        }
 
     def scalars(self) -> dict[str, Number]:
         """The captured numbers of this moment, in the program's order."""
-        found = {s.var.name: s.accessor() for trace in self.traces for s in trace.scalars}
-        return {s.name: found[s.name] for s in self.program.scalars}
+        return {name: read() for name, read in self._scalar_reads}
+
+    @cached_property
+    def _opaque(self) -> bool:
+        return any(t.opaque for t in (*self.traces, self.rule))
+
+    @cached_property
+    def _tensor_reads(self) -> tuple[tuple[str, Callable[[], Tensor] | None, str], ...]:
+        """Per captured tensor its name in the kernel, and how to read it or which custom input it is."""
+        found = {}
+        for trace in self.traces:
+            found.update({t.name: (t.accessor, "") for t in trace.tensors})
+            found.update({name: (None, given) for name, given in trace.custom})
+        return tuple((c.name, *found[c.name]) for c in self.program.captures)
+
+    @cached_property
+    def _scalar_reads(self) -> tuple[tuple[str, Callable[[], Number]], ...]:
+        found = {s.var.name: s.accessor for trace in self.traces for s in trace.scalars}
+        return tuple((s.name, found[s.name]) for s in self.program.scalars)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -34,9 +35,7 @@ WANTED_BACKWARD_TASKS = 8
 class Launchable(Protocol):
     """A compiled kernel."""
 
-    def launch(
-        self, tensors: dict[str, Tensor], scalars: dict[str, Number], sizes: dict[str, int]
-    ) -> None: ...
+    def launch(self, tensors: Tensors, scalars: Scalars, sizes: Mapping[str, int]) -> None: ...
 
 
 class Backend(Protocol):
@@ -94,8 +93,8 @@ class CompiledAttention:
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
         _, (kernel,) = self.kernels("forward")
-        saved = {saved_param(name): self._rows(q) for name, _ in self.program.rule.saved}
-        kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved}, dict(scalars), sizes_of(q, k))
+        saved = {name: self._rows(q) for name in self._saved}
+        kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved}, scalars, sizes_of(q, k))
         return list(saved.values())
 
     def backward(
@@ -125,28 +124,32 @@ class CompiledAttention:
             "dK": dk,
             "dV": dv,
             **captured,
+            **dict(zip(self._saved, saved, strict=True)),
+            "Delta": self._rows(q),
         }
-        names = [saved_param(name) for name, _ in self.program.rule.saved]
-        tensors.update(zip(names, saved, strict=True))
-        tensors["Delta"] = self._rows(q)
         splits = 1
         if self.schedule.gradients is Gradients.ONE_KERNEL:
             splits = self._splits(k)
             numbers["splits"] = sizes["splits"] = splits
-            tensors["dQ_parts"] = _zeros_like_parts(dq, splits, self._compute)
+            tensors["dQ_parts"] = _parts_of(dq, splits, self._compute)
         else:
             tensors["dQ"] = dq
         tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in captures})
         for kernel, launchable in zip(module.kernels, kernels, strict=True):
             launchable.launch({p.name: tensors[p.name] for p in kernel.params}, numbers, sizes)
         if "dQ_parts" in tensors:
-            dq.copy_(tensors["dQ_parts"].sum(0).mul_(scalars["scale"]))
+            _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
         numbers = {**numbers, **sizes}
         return {name: _captured_gradient(name, captures, tensors, numbers) for name in learned}
 
-    @property
+    @cached_property
     def _compute(self) -> torch.dtype:
         return compute_dtype(self.program.element)
+
+    @cached_property
+    def _saved(self) -> tuple[str, ...]:
+        """The kernels' names of the saved row values."""
+        return tuple(saved_param(name) for name, _ in self.program.rule.saved)
 
     def _rows(self, q: Tensor) -> Tensor:
         return torch.empty(q.shape[:3], dtype=self._compute, device=q.device)
@@ -173,33 +176,41 @@ def _captured_gradient(
 ) -> Tensor:
     """Everything that was collected for one captured tensor, summed in a fixed order, in its shape and dtype."""
     tensor = tensors[name]
+    reads = [c for c in captures if c.load.tensor == name]
+    # Several reads by pairs share one buffer: count it once.
+    pairs = [tensors[buffer] for buffer in {c.buffer: None for c in reads if c.route is Route.PAIR}]
+    sums = [c for c in reads if c.route is not Route.PAIR]
+    if len(pairs) == 1 and not sums:
+        return pairs[0].to(tensor.dtype)
     total = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
-    pairs: dict[str, Tensor] = {}
-    for c in captures:
-        if c.load.tensor != name:
-            continue
+    for c in sums:
         buffer = tensors[c.buffer]
-        if c.route is Route.PAIR:
-            pairs[c.buffer] = buffer  # several reads by pairs share one buffer: count it once
-        else:
-            scatter_sums(total, c, buffer.sum(0) if buffer.ndim == 4 else buffer, tensors, numbers)
-    for buffer in pairs.values():
+        scatter_sums(total, c, buffer.sum(0) if buffer.ndim == 4 else buffer, tensors, numbers)
+    for buffer in pairs:
         total += buffer
     return total.to(tensor.dtype)
 
 
 def sizes_of(q: Tensor, k: Tensor) -> dict[str, int]:
-    return {
-        "batches": q.shape[0],
-        "heads": q.shape[1],
-        "kv_heads": k.shape[1],
-        "q_len": q.shape[2],
-        "kv_len": k.shape[2],
-    }
+    batches, heads, q_len, _ = q.shape
+    _, kv_heads, kv_len, _ = k.shape
+    return {"batches": batches, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len}
 
 
-def _zeros_like_parts(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
-    """(splits, B, H, Sq, D) zeros whose slices lie in memory in dq's order of dimensions."""
+def _sum_parts(dq: Tensor, parts: Tensor, scale: Number) -> None:
+    """dq = scale times the sum of `parts`, added one after the other and without further memory."""
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    total *= scale
+    if total.data_ptr() != dq.data_ptr():
+        dq.copy_(total)
+
+
+def _parts_of(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
+    """(splits, B, H, Sq, D) zeros: dq itself where it can hold the sum, else slices in dq's order of dimensions."""
+    if splits == 1 and dq.dtype is dtype:
+        return dq.zero_().unsqueeze(0)
     order = sorted(range(4), key=lambda i: (-dq.stride(i), i))
     base = torch.zeros((splits, *(dq.shape[i] for i in order)), dtype=dtype, device=dq.device)
     back = [order.index(i) + 1 for i in range(4)]
