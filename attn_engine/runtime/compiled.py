@@ -33,7 +33,7 @@ WANTED_BACKWARD_TASKS = 8
 
 
 class Launchable(Protocol):
-    """A compiled kernel."""
+    """A compiled kernel. `tensors` has its arguments by name, and may have others."""
 
     def launch(self, tensors: Tensors, scalars: Scalars, sizes: Mapping[str, int]) -> None: ...
 
@@ -55,6 +55,14 @@ class Backend(Protocol):
     def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable: ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Direction:
+    """The kernels of the forward or the backward pass in order, and the captured gradients that they compute."""
+
+    kernels: tuple[Launchable, ...]
+    captures: tuple[CaptureGradient, ...]
+
+
 @dataclass(eq=False)
 class CompiledAttention:
     """The kernels of one program on one backend. Thread-safe: a race compiles twice and keeps one."""
@@ -62,7 +70,7 @@ class CompiledAttention:
     program: Attention
     backend: Backend
     schedule: Schedule
-    _modules: dict[tuple[str, tuple[str, ...]], tuple[Module, list[Launchable]]] = field(default_factory=dict)
+    _directions: dict[tuple[str, tuple[str, ...]], Direction] = field(default_factory=dict)
 
     def module(self, direction: str, learned: tuple[str, ...] = ()) -> Module:
         return lower(self.program, self.schedule, direction, learned)
@@ -78,22 +86,24 @@ class CompiledAttention:
             return False
         return True
 
-    def kernels(self, direction: str, learned: tuple[str, ...] = ()) -> tuple[Module, list[Launchable]]:
+    def kernels(self, direction: str, learned: tuple[str, ...] = ()) -> Direction:
         """Lowered and compiled kernels of a direction, from this object's cache."""
-        found = self._modules.get((direction, learned))
+        found = self._directions.get((direction, learned))
         if found is None:
-            self.backend.refuse(self.program, capture_gradients(self.program, learned))
-            module = self.module(direction, learned)
-            found = module, [self.backend.compile(k, self.schedule) for k in module.kernels]
-            self._modules[direction, learned] = found
+            captures = capture_gradients(self.program, learned)
+            self.backend.refuse(self.program, captures)
+            kernels = self.module(direction, learned).kernels
+            found = Direction(tuple(self.backend.compile(k, self.schedule) for k in kernels), captures)
+            self._directions[direction, learned] = found
         return found
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
-        _, (kernel,) = self.kernels("forward")
-        saved = {name: self._rows(q) for name in self._saved}
+        (kernel,) = self.kernels("forward").kernels
+        rows = q.shape[:3]
+        saved = {name: q.new_empty(rows, dtype=self._compute) for name in self._saved}
         kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved}, scalars, sizes_of(q, k))
         return list(saved.values())
 
@@ -111,8 +121,7 @@ class CompiledAttention:
         """Fill dq, dk, dv; returns the gradients of the tensors in `learned`, in their own shapes and dtypes."""
         q, k, v = inputs
         dq, dk, dv = gradients
-        module, kernels = self.kernels("backward", learned)
-        captures = capture_gradients(self.program, learned)
+        direction = self.kernels("backward", learned)
         sizes = sizes_of(q, k)
         numbers = dict(scalars)
         tensors: dict[str, Tensor] = {
@@ -125,7 +134,7 @@ class CompiledAttention:
             "dV": dv,
             **captured,
             **dict(zip(self._saved, saved, strict=True)),
-            "Delta": self._rows(q),
+            "Delta": q.new_empty(q.shape[:3], dtype=self._compute),
         }
         splits = 1
         if self.schedule.gradients is Gradients.ONE_KERNEL:
@@ -134,13 +143,13 @@ class CompiledAttention:
             tensors["dQ_parts"] = _parts_of(dq, splits, self._compute)
         else:
             tensors["dQ"] = dq
-        tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in captures})
-        for kernel, launchable in zip(module.kernels, kernels, strict=True):
-            launchable.launch({p.name: tensors[p.name] for p in kernel.params}, numbers, sizes)
+        tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in direction.captures})
+        for kernel in direction.kernels:
+            kernel.launch(tensors, numbers, sizes)
         if "dQ_parts" in tensors:
             _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
-        numbers = {**numbers, **sizes}
-        return {name: _captured_gradient(name, captures, tensors, numbers) for name in learned}
+        numbers.update(sizes)
+        return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
 
     @cached_property
     def _compute(self) -> torch.dtype:
@@ -150,9 +159,6 @@ class CompiledAttention:
     def _saved(self) -> tuple[str, ...]:
         """The kernels' names of the saved row values."""
         return tuple(saved_param(name) for name, _ in self.program.rule.saved)
-
-    def _rows(self, q: Tensor) -> Tensor:
-        return torch.empty(q.shape[:3], dtype=self._compute, device=q.device)
 
     def _splits(self, k: Tensor) -> int:
         """Shares of the kv axis: from the shapes alone, so that the same call always adds in the same order."""
@@ -199,12 +205,14 @@ def sizes_of(q: Tensor, k: Tensor) -> dict[str, int]:
 
 def _sum_parts(dq: Tensor, parts: Tensor, scale: Number) -> None:
     """dq = scale times the sum of `parts`, added one after the other and without further memory."""
+    splits = parts.shape[0]
+    if splits == 1 and parts.dtype is dq.dtype:  # the kernel added to dq itself
+        dq.mul_(scale)
+        return
     total = parts[0]
-    for part in parts[1:]:
-        total += part
-    total *= scale
-    if total.data_ptr() != dq.data_ptr():
-        dq.copy_(total)
+    for i in range(1, splits):
+        total += parts[i]
+    dq.copy_(total.mul_(scale))
 
 
 def _parts_of(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
