@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +28,9 @@ from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention, OnlineRule
 from attn_engine.runtime.operator import Call
 from attn_engine.runtime.storage import STORAGES
+
+# A captured tensor: its name in the kernel, how to read it, or else which custom input it is.
+TensorRead = tuple[str, Callable[[], Tensor] | None, str]
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ class Description:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TracedProgram:
     """A program and where its captured values come from.
 
-    calls: the kernels that run it, by type of device; the engine fills it.
+    calls: the kernels that run it, by type of device; the engine fills it. What each call needs is laid out once.
     """
 
     program: Attention
@@ -84,11 +86,18 @@ class TracedProgram:
     mask: Trace | None
     rule: RuleTrace
     storages: dict[str, Storage]
-    calls: dict[str, tuple[Call, int]] = field(default_factory=dict, compare=False, repr=False)
+    calls: dict[str, tuple[Call, int]] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def traces(self) -> tuple[Trace, ...]:
-        return tuple(t for t in (self.score, self.mask) if t is not None)
+    def __post_init__(self) -> None:
+        self.traces: tuple[Trace, ...] = tuple(t for t in (self.score, self.mask) if t is not None)
+        self._opaque = any(t.opaque for t in (*self.traces, self.rule))
+        tensors: dict[str, TensorRead] = {}
+        for trace in self.traces:
+            tensors.update({t.name: (t.name, t.accessor, "") for t in trace.tensors})
+            tensors.update({name: (name, None, given) for name, given in trace.custom})
+        scalars = {s.var.name: s.accessor for trace in self.traces for s in trace.scalars}
+        self._tensor_reads = [tensors[c.name] for c in self.program.captures]
+        self._scalar_reads = [(s.name, scalars[s.name]) for s in self.program.scalars]
 
     def stale(self, storages: Mapping[str, Storage]) -> bool:
         """Whether tracing again could give another program."""
@@ -105,21 +114,3 @@ class TracedProgram:
     def scalars(self) -> dict[str, Number]:
         """The captured numbers of this moment, in the program's order."""
         return {name: read() for name, read in self._scalar_reads}
-
-    @cached_property
-    def _opaque(self) -> bool:
-        return any(t.opaque for t in (*self.traces, self.rule))
-
-    @cached_property
-    def _tensor_reads(self) -> tuple[tuple[str, Callable[[], Tensor] | None, str], ...]:
-        """Per captured tensor its name in the kernel, and how to read it or which custom input it is."""
-        found = {}
-        for trace in self.traces:
-            found.update({t.name: (t.accessor, "") for t in trace.tensors})
-            found.update({name: (None, given) for name, given in trace.custom})
-        return tuple((c.name, *found[c.name]) for c in self.program.captures)
-
-    @cached_property
-    def _scalar_reads(self) -> tuple[tuple[str, Callable[[], Number]], ...]:
-        found = {s.var.name: s.accessor for trace in self.traces for s in trace.scalars}
-        return tuple((s.name, found[s.name]) for s in self.program.scalars)
