@@ -331,9 +331,10 @@ class AttentionEngine:
         return x.transpose(1, 2) if self.layout == "bshd" else x
 
     def _call(self, traced: TracedProgram, device: str) -> tuple[Call, int]:
-        found = traced.calls.get(device)
+        name = self._backend_for(device)
+        found = traced.calls.get(name)
         if found is None:
-            found = traced.calls[device] = self._call_of(traced, self._backend_for(device))
+            found = traced.calls[name] = self._call_of(traced, name)
         return found
 
     def _call_of(self, traced: TracedProgram, name: str) -> tuple[Call, int]:

@@ -78,7 +78,7 @@ class Description:
 class TracedProgram:
     """A program and where its captured values come from.
 
-    calls: the kernels that run it, by type of device; the engine fills it. What each call needs is laid out once.
+    calls: the kernels that run it, by backend; the engine fills it. What each call needs is laid out once.
     """
 
     program: Attention
@@ -103,7 +103,7 @@ class TracedProgram:
         """Whether tracing again could give another program."""
         if self.storages != storages or self._opaque:
             return True
-        return self.rule.stale() or any([t.stale() for t in self.traces])
+        return self.rule.stale() or any(t.stale() for t in self.traces)
 
     def tensors(self, custom: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The captured tensors of this moment, by kernel name, in the program's order."""

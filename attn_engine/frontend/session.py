@@ -65,7 +65,6 @@ class Guard:
     expected: object
 
 
-
 def guards_hold(guards: Iterable[Guard]) -> bool:
     """Whether all that a trace has taken for granted is still so."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,9 +126,11 @@ def _shape_problem(
 
 
 def custom_by_name(
-    names: Sequence[str], positional: Sequence[Tensor], named: Mapping[str, Tensor]
+    names: Collection[str], positional: Sequence[Tensor], named: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Custom inputs by name, from tensors in the declared order and by keyword; each exactly once."""
+    if not (names or positional or named):
+        return {}
     expected = ", ".join(names) or "none"
     if len(positional) > len(names):
         raise ExtraCustomInput(name=f"number {len(names) + 1}", expected=expected)

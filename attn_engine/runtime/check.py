@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_engine.ir.ops import Number
 from attn_engine.runtime.operator import Call, apply
 from attn_engine.runtime.reference import reference
 
