@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --only 'alibi.*forward$'
 
 Inputs are B=1, H=4, S=64, D=64 in float32, where kernels take a few ten microseconds. The contenders run in turns,
-round after round. Per case: microseconds of a call, those of them inside the compiled kernels, the rest, and the time of
-PyTorch's scaled_dot_product_attention over ours (above 1: attn_engine is faster); medians over the rounds. A bias or a
+round after round. Per case: microseconds of a call, those of them inside the compiled kernels, the rest, and the time
+of PyTorch's scaled_dot_product_attention over ours (above 1: attn_engine is faster); medians over the rounds. A bias or a
 mask is made beforehand for PyTorch. The last lines are about the first call: the import, and one kernel from the
 compiler and from the cache on disk.
 """
@@ -151,38 +151,41 @@ def measure(runs: dict[str, Run], rounds: int, repeats: int = 60) -> dict[str, f
     return {name: round(statistics.median(values), 2) for name, values in found.items()}
 
 
-IMPORT = """
-import time, torch
+FIRST_CALL = """
+import sys, time, torch
 start = time.perf_counter()
 import attn_engine
 print(time.perf_counter() - start)
+
+def kernel(**options):
+    from attn_engine.runtime.cpu_compile import compile_cpu
+
+    meta = [attn_engine.meta_tensor(None, None, None, 64, dtype=torch.float32)] * 3
+    built = attn_engine.AttentionEngine(meta, backend="cpu", **options)
+    compiled = built._call(built._present, "cpu")[0].compiled
+    (forward,) = compiled.module("forward").kernels
+    source = compiled.backend.source(forward, compiled.schedule)
+    start = time.perf_counter()
+    compile_cpu(forward, source)
+    return time.perf_counter() - start
+
+kernel()  # finds the compiler, and has it read the headers
+print(kernel(mask_mod=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx))
 """
 
 
 def first_call(rounds: int = 3) -> dict[str, float]:
-    """Seconds: the import beside torch's, a forward kernel from the compiler, and again from the disk cache."""
+    """Seconds in a fresh process: the import beside torch's, a kernel from the compiler, and from the disk cache."""
     found: dict[str, list[float]] = {"import": [], "compile a kernel": [], "load a kernel": []}
-    kept = os.environ.get("ATTN_ENGINE_CACHE")
     for _ in range(rounds):
-        done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-        found["import"].append(float(done.stdout))
         with tempfile.TemporaryDirectory() as folder:
-            os.environ["ATTN_ENGINE_CACHE"] = folder
-            contenders("plain").ours(*torch.randn(3, 1, HEADS, LENGTH, DIM))  # compiles the headers, too
+            environment = {**os.environ, "ATTN_ENGINE_CACHE": folder}
             for name in ("compile a kernel", "load a kernel"):
-                built = contenders("alibi").ours
-                compiled = built._call(built._present, "cpu")[0].compiled  # pyright: ignore
-                (kernel,) = compiled.module("forward").kernels
-                source = compiled.backend.source(kernel, compiled.schedule)
-                start = time.perf_counter()
-                from attn_engine.runtime.cpu_compile import compile_cpu
-
-                compile_cpu(kernel, source)
-                found[name].append(time.perf_counter() - start)
-    if kept is None:
-        os.environ.pop("ATTN_ENGINE_CACHE", None)
-    else:
-        os.environ["ATTN_ENGINE_CACHE"] = kept
+                command = [sys.executable, "-c", FIRST_CALL]
+                done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+                imported, kernel = map(float, done.stdout.split())
+                found["import"].append(imported)
+                found[name].append(kernel)
     return {name: round(statistics.median(values), 4) for name, values in found.items()}
 
 
