@@ -5,8 +5,8 @@
 
 Inputs are B=1, H=4, S=64, D=64 in float32, where kernels take a few ten microseconds. The contenders run in turns,
 round after round. Per case: microseconds of a call, those of them inside the compiled kernels, the rest, and the time
-of PyTorch's scaled_dot_product_attention over ours (above 1: attn_engine is faster); medians over the rounds. A bias or a
-mask is made beforehand for PyTorch. The last lines are about the first call: the import, and one kernel from the
+of PyTorch's scaled_dot_product_attention over ours (above 1: attn_engine is faster); medians over the rounds. A bias
+or a mask is made beforehand for PyTorch. The last lines are about the first call: the import, and one kernel from the
 compiler and from the cache on disk.
 """
 
