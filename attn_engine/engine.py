@@ -200,10 +200,10 @@ class AttentionEngine:
             o, *rows = self._in_graph(q, k, v, custom_inputs, named)
         else:
             refuse_transforms((q, k, v, *custom_inputs, *named.values()))
-            traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
-            refuse_transforms(captured)
+            traced, captured, numbers = self._bind(q, k, v, custom_inputs, named)
+            refuse_transforms(captured.values())
             call, key = self._call(traced, q.device.type)
-            o, *rows = apply(call, key, q, k, v, captured, scalars)
+            o, *rows = apply(call, key, q, k, v, captured, numbers)
         if return_final_rowscales:
             return o, dict(zip((name for name, _ in self.program.rule.saved), rows, strict=True))
         return o
@@ -232,10 +232,9 @@ class AttentionEngine:
         dtype: torch.dtype,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values, evaluated densely."""
-        traced, captured, scalars = self._bind(q, k, v, custom_inputs, named)
-        tensors = dict(zip((c.name for c in traced.program.captures), captured, strict=True))
+        traced, captured, numbers = self._bind(q, k, v, custom_inputs, named)
         q, k, v = (self._logical(x) for x in (q, k, v))
-        o, rows = reference(traced.program, q, k, v, tensors, self._numbers(traced, scalars), dtype)
+        o, rows = reference(traced.program, q, k, v, captured, numbers, dtype)
         return self._logical(o), rows
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> Any:
@@ -297,19 +296,19 @@ class AttentionEngine:
 
     def _bind(
         self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
-    ) -> tuple[TracedProgram, list[Tensor], list[Number]]:
-        """The program of this call, its captured tensors and its numbers, all checked."""
-        custom = custom_by_name(list(self.custom_io), custom_inputs, named)
+    ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number]]:
+        """The program of this call, its captured tensors and its numbers ("scale" first), all checked."""
+        custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
         self._checks(traced.program, q, k, v, custom, tensors, numbers)
-        return traced, list(tensors.values()), [self.scale, *numbers.values()]
+        return traced, tensors, {"scale": self.scale, **numbers}
 
     def _in_graph(
         self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
     ) -> Sequence[Tensor]:
         """A call that torch.compile traces: one operator on the tensors, which checks them when the graph runs."""
-        custom = custom_by_name(list(self.custom_io), custom_inputs, named)
+        custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         kinds = tuple(x.dtype for x in custom.values())
         key = _key_of(self._number, q.device.type, kinds)
         traced = self._present
@@ -328,14 +327,17 @@ class AttentionEngine:
             self._traced = self._description.trace(storages)
         return self._traced
 
-    def _numbers(self, traced: TracedProgram, scalars: Sequence[Number]) -> dict[str, Number]:
-        return dict(zip(("scale", *(s.name for s in traced.program.scalars)), scalars, strict=True))
-
     def _logical(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2) if self.layout == "bshd" else x
 
     def _call(self, traced: TracedProgram, device: str) -> tuple[Call, int]:
         name = self._backend_for(device)
+        found = traced.calls.get(name)
+        if found is None:
+            found = traced.calls[name] = self._call_of(traced, name)
+        return found
+
+    def _call_of(self, traced: TracedProgram, name: str) -> tuple[Call, int]:
         found = self._calls.get((traced.program, name))
         if found is None:
             checks = GraphChecks(self._description, traced, self._checks)

@@ -6,8 +6,8 @@ captured tensor of another dtype, a number that decided a Python branch or that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,7 +26,11 @@ from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention, OnlineRule
+from attn_engine.runtime.operator import Call
 from attn_engine.runtime.storage import STORAGES
+
+# A captured tensor: its name in the kernel, how to read it, or else which custom input it is.
+TensorRead = tuple[str, Callable[[], Tensor] | None, str]
 
 
 @dataclass(frozen=True)
@@ -70,33 +74,43 @@ class Description:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TracedProgram:
-    """A program and where its captured values come from."""
+    """A program and where its captured values come from.
+
+    calls: the kernels that run it, by backend; the engine fills it. What each call needs is laid out once.
+    """
 
     program: Attention
     score: Trace | None
     mask: Trace | None
     rule: RuleTrace
     storages: dict[str, Storage]
+    calls: dict[str, tuple[Call, int]] = field(default_factory=dict, repr=False)
 
-    @property
-    def traces(self) -> tuple[Trace, ...]:
-        return tuple(t for t in (self.score, self.mask) if t is not None)
+    def __post_init__(self) -> None:
+        self.traces: tuple[Trace, ...] = tuple(t for t in (self.score, self.mask) if t is not None)
+        self._opaque = any(t.opaque for t in (*self.traces, self.rule))
+        tensors: dict[str, TensorRead] = {}
+        for trace in self.traces:
+            tensors.update({t.name: (t.name, t.accessor, "") for t in trace.tensors})
+            tensors.update({name: (name, None, given) for name, given in trace.custom})
+        scalars = {s.var.name: s.accessor for trace in self.traces for s in trace.scalars}
+        self._tensor_reads = [tensors[c.name] for c in self.program.captures]
+        self._scalar_reads = [(s.name, scalars[s.name]) for s in self.program.scalars]
 
     def stale(self, storages: Mapping[str, Storage]) -> bool:
         """Whether tracing again could give another program."""
-        return self.storages != storages or any(t.opaque or t.stale() for t in (*self.traces, self.rule))
+        if self.storages != storages or self._opaque:
+            return True
+        return self.rule.stale() or any(t.stale() for t in self.traces)
 
     def tensors(self, custom: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The captured tensors of this moment, by kernel name, in the program's order."""
-        found: dict[str, Tensor] = {}
-        for trace in self.traces:
-            found.update((t.name, t.accessor()) for t in trace.tensors)
-            found.update((name, custom[given]) for name, given in trace.custom)
-        return {c.name: found[c.name] for c in self.program.captures}
+        return {
+            name: read() if read is not None else custom[given] for name, read, given in self._tensor_reads
+        }
 
     def scalars(self) -> dict[str, Number]:
         """The captured numbers of this moment, in the program's order."""
-        found = {s.var.name: s.accessor() for trace in self.traces for s in trace.scalars}
-        return {s.name: found[s.name] for s in self.program.scalars}
+        return {name: read() for name, read in self._scalar_reads}

@@ -43,6 +43,8 @@ class BoundTensor:
     """A captured tensor of the kernel, and where to find it at a call (a closure cell, a global, ... read anew)."""
 
     name: str
+    storage: Storage
+    rank: int
     accessor: Callable[[], torch.Tensor]
 
 
@@ -62,17 +64,17 @@ class Guard:
     read: Callable[[], object]
     expected: object
 
-    def holds(self) -> bool:
-        now = self.read()
-        return now is self.expected or (type(now) is type(self.expected) and bool(now == self.expected))
-
 
 def guards_hold(guards: Iterable[Guard]) -> bool:
     """Whether all that a trace has taken for granted is still so."""
     try:
-        return all(g.holds() for g in guards)
+        for guard in guards:
+            now, expected = guard.read(), guard.expected
+            if now is not expected and (type(now) is not type(expected) or not bool(now == expected)):
+                return False
     except READ_FAILURES:
         return False  # a captured thing is gone or is something else now
+    return True
 
 
 @dataclass(frozen=True, slots=True)

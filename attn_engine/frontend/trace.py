@@ -81,21 +81,16 @@ class Trace:
     def stale(self) -> bool:
         """Whether something the trace took for granted has changed, so that tracing again may give another program."""
         try:
-            return not (
-                guards_hold(self.guards)
-                and all(_same_kind(s) for s in self.scalars)
-                and all(self._same_storage(t) for t in self.tensors)
-            )
+            for scalar in self.scalars:
+                if number_kind(scalar.accessor()) is not scalar.var.kind:
+                    return True
+            for tensor in self.tensors:
+                now = tensor.accessor()
+                if STORAGES.get(now.dtype) is not tensor.storage or now.ndim != tensor.rank:
+                    return True
         except READ_FAILURES:
             return True
-
-    def _same_storage(self, tensor: BoundTensor) -> bool:
-        now, known = tensor.accessor(), next(c for c in self.fn.captures if c.name == tensor.name)
-        return STORAGES.get(now.dtype) is known.storage and now.ndim == known.rank
-
-
-def _same_kind(scalar: BoundScalar) -> bool:
-    return number_kind(scalar.accessor()) is scalar.var.kind
+        return not guards_hold(self.guards)
 
 
 def trace_score_mod(
@@ -176,7 +171,7 @@ class _Run:
         for kernel_name in used:
             tensor = session.tensors[kernel_name]
             if tensor.read is not None:
-                bound.append(BoundTensor(kernel_name, tensor.read))
+                bound.append(BoundTensor(kernel_name, tensor.storage, tensor.rank, tensor.read))
             else:
                 custom.append((kernel_name, tensor.custom_input or kernel_name))
         numbers = tuple(session.scalars[v] for v in scalars)

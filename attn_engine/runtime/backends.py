@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -65,7 +65,9 @@ class TileProgram:
 
     kernel: Kernel
 
-    def launch(self, tensors: dict[str, Tensor], scalars: dict[str, Number], sizes: dict[str, int]) -> None:
+    def launch(
+        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Number], sizes: Mapping[str, int]
+    ) -> None:
         from attn_engine.runtime.tile_program import run_kernel
 
         run_kernel(self.kernel, tensors, scalars, sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,9 +126,11 @@ def _shape_problem(
 
 
 def custom_by_name(
-    names: Sequence[str], positional: Sequence[Tensor], named: Mapping[str, Tensor]
+    names: Collection[str], positional: Sequence[Tensor], named: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Custom inputs by name, from tensors in the declared order and by keyword; each exactly once."""
+    if not (names or positional or named):
+        return {}
     expected = ", ".join(names) or "none"
     if len(positional) > len(names):
         raise ExtraCustomInput(name=f"number {len(names) + 1}", expected=expected)
@@ -201,13 +203,18 @@ def check_int64(name: str, x: Tensor) -> None:
             )
 
 
-def call_signature(x: Tensor, contents: bool = False) -> object:
-    """What the checks of a tensor depend on; with `contents`, and for integers, also what is in it."""
+def shape_signature(x: Tensor) -> tuple[object, ...]:
+    """What the checks of q, k and v depend on."""
     if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return type(x).__name__
-    if contents or not (x.is_floating_point() or x.dtype is torch.bool):
-        return (x.shape, x.dtype, x.device, _fingerprint(x))
-    return (x.shape, x.dtype, x.device)
+        return (type(x),)
+    return x.shape, x.dtype, x.device
+
+
+def call_signature(x: Tensor, contents: bool = False) -> tuple[object, ...]:
+    """What the checks of a captured tensor depend on; with `contents`, and for integers, also what is in it."""
+    if contents or not (x.dtype.is_floating_point or x.dtype is torch.bool):
+        return x.shape, x.dtype, x.device, _fingerprint(x)
+    return x.shape, x.dtype, x.device
 
 
 # By identity: a version counter tells about changes of one tensor, not that another one took its place in memory.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +18,21 @@ from attn_engine.runtime.bind import (
     check_captured,
     check_custom_input,
     check_inputs,
+    shape_signature,
 )
 from attn_engine.runtime.captured_indices import POSITIONS
 from attn_engine.runtime.compiled import sizes_of
 
 MOST_REMEMBERED = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What is known of a program's calls: the kinds of call that were checked, and the tensors to look into."""
+
+    program: Attention
+    contents: frozenset[str]
+    signatures: dict[object, None] = field(default_factory=dict[object, None])
 
 
 @dataclass(eq=False)
@@ -37,7 +46,8 @@ class CallChecks:
     custom_shapes: Mapping[str, Sequence[str | int]]
     backend: str
     device: str | None
-    _passed: dict[object, None] = field(default_factory=dict[object, None])
+    _passed: dict[Attention, Passed] = field(default_factory=dict[Attention, Passed])
+    _latest: Passed | None = None
 
     def __call__(
         self,
@@ -50,23 +60,25 @@ class CallChecks:
         numbers: Mapping[str, Number],
     ) -> None:
         """Raise a typed error for the first thing that is wrong; `custom` may lack inputs that nothing reads."""
-        exact = content_tensors(program)
-        signature = (
-            program,
-            *map(call_signature, (q, k, v)),
-            *((n, call_signature(x, n in exact)) for n, x in (*custom.items(), *tensors.items())),
-            *numbers.values(),
-        )
-        if signature in self._passed:
+        passed = self._latest
+        if passed is None or passed.program is not program:
+            passed = self._latest = self._passed_of(program)
+        signature: tuple[object, ...] = (*shape_signature(q), *shape_signature(k), *shape_signature(v))
+        for name, x in custom.items():
+            signature += (name, *call_signature(x, name in passed.contents))
+        for name, x in tensors.items():
+            signature += (name, *call_signature(x, name in passed.contents))
+        signature += (*numbers.values(),)
+        if signature in passed.signatures:
             return
         self.check_shapes(q, k, v)
         sizes = sizes_of(self._logical(q), self._logical(k))
         for name, x in custom.items():
             check_custom_input(name, x, self.custom_shapes[name], sizes)
         check_captured(program, tensors, numbers, sizes, q.device)
-        if len(self._passed) >= MOST_REMEMBERED:
-            self._passed.clear()
-        self._passed[signature] = None
+        if len(passed.signatures) >= MOST_REMEMBERED:
+            passed.signatures.clear()
+        passed.signatures[signature] = None
 
     def check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """The part that needs no contents: dtypes, devices and shapes of q, k and v."""
@@ -75,11 +87,17 @@ class CallChecks:
             instead = 'Move the tensors, or use backend="auto".'
             raise BackendDeviceMismatch(backend=self.backend, device=q.device, instead=instead)
 
+    def _passed_of(self, program: Attention) -> Passed:
+        """The memory that equal programs share."""
+        found = self._passed.get(program)
+        if found is None:
+            return self._passed.setdefault(program, Passed(program, content_tensors(program)))
+        return replace(found, program=program)
+
     def _logical(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2) if self.expected.layout == "bshd" else x
 
 
-@cache
 def content_tensors(program: Attention) -> frozenset[str]:
     """Captured tensors whose contents decide which indices are reached: the mask's, where an index is computed."""
     computed = any(
@@ -91,7 +109,7 @@ def content_tensors(program: Attention) -> frozenset[str]:
     return frozenset(c.name for c in program.mask.captures) if computed and program.mask else frozenset()
 
 
-def refuse_transforms(tensors: Sequence[object]) -> None:
+def refuse_transforms(tensors: Iterable[object]) -> None:
     """Raise TransformNotSupported under torch.func's transforms and forward-mode differentiation."""
     dual = torch.autograd.forward_ad._current_level >= 0
     for x in tensors:

@@ -36,6 +36,10 @@ def scatter_sums(
     if total.ndim == 0:
         total += reduced.sum()
         return
+    axes = (BATCH, HEAD, position)
+    if len(used) == total.ndim and all(i in axes for i in gradient.load.indices):
+        _add_positions(total, reduced, [axes.index(i) for i in gradient.load.indices])
+        return
     grid = torch.meshgrid(*(torch.arange(n, device=sums.device) for n in reduced.shape), indexing="ij")
     places: dict[Var, Tensor | Number] = dict(
         zip((BATCH, HEAD, position), (g.reshape(-1) for g in grid), strict=True)
@@ -48,3 +52,11 @@ def scatter_sums(
         where = torch.as_tensor(where, device=sums.device).to(torch.int64).expand(reduced.numel())
         index.append(where.clamp(0, total.shape[axis] - 1))
     total.index_put_(tuple(index), reduced.reshape(-1), accumulate=True)
+
+
+def _add_positions(total: Tensor, reduced: Tensor, axes: list[int]) -> None:
+    """Every index is a position, each another: nothing is added twice. Positions beyond the tensor were never read."""
+    others = [axis for axis in range(3) if axis not in axes]
+    sums = reduced.permute(*axes, *others).reshape([reduced.shape[axis] for axis in axes])
+    shared = tuple(slice(min(n, m)) for n, m in zip(total.shape, sums.shape, strict=True))
+    total[shared] += sums[shared]

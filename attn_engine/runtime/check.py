@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_engine.ir.ops import Number
 from attn_engine.runtime.operator import Call, apply
 from attn_engine.runtime.reference import reference
 
@@ -79,17 +78,14 @@ def compare(
     The gradients are those of sum(o * r) for a fixed random r, with respect to q, k, v and each floating tensor that
     score_mod reads, custom or captured. The caller's tensors and their .grad are left alone.
     """
-    traced, captured, scalars = engine._bind(q, k, v, custom_inputs, named)
+    traced, tensors, numbers = engine._bind(q, k, v, custom_inputs, named)
     call, key = engine._call(traced, q.device.type)
     program = traced.program
     floating = tuple(c.name for c in program.differentiable_captures)
     learned = call.compiled.supported(floating)
-    tensors = dict(zip((c.name for c in program.captures), captured, strict=True))
-    names: list[str] = ["scale", *(s.name for s in program.scalars)]
-    numbers: dict[str, Number] = dict(zip(names, scalars, strict=True))
 
     def compiled(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
-        o, *rows = apply(call, key, q, k, v, list(tensors.values()), scalars)
+        o, *rows = apply(call, key, q, k, v, tensors, numbers)
         return call.logical(o), dict(zip((name for name, _ in program.rule.saved), rows, strict=True))
 
     def dense(dtype: torch.dtype) -> Run:

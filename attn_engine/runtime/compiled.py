@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -32,11 +33,9 @@ WANTED_BACKWARD_TASKS = 8
 
 
 class Launchable(Protocol):
-    """A compiled kernel."""
+    """A compiled kernel. `tensors` has its arguments by name, and may have others."""
 
-    def launch(
-        self, tensors: dict[str, Tensor], scalars: dict[str, Number], sizes: dict[str, int]
-    ) -> None: ...
+    def launch(self, tensors: Tensors, scalars: Scalars, sizes: Mapping[str, int]) -> None: ...
 
 
 class Backend(Protocol):
@@ -56,6 +55,14 @@ class Backend(Protocol):
     def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable: ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Direction:
+    """The kernels of the forward or the backward pass in order, and the captured gradients that they compute."""
+
+    kernels: tuple[Launchable, ...]
+    captures: tuple[CaptureGradient, ...]
+
+
 @dataclass(eq=False)
 class CompiledAttention:
     """The kernels of one program on one backend. Thread-safe: a race compiles twice and keeps one."""
@@ -63,7 +70,7 @@ class CompiledAttention:
     program: Attention
     backend: Backend
     schedule: Schedule
-    _modules: dict[tuple[str, tuple[str, ...]], tuple[Module, list[Launchable]]] = field(default_factory=dict)
+    _directions: dict[tuple[str, tuple[str, ...]], Direction] = field(default_factory=dict)
 
     def module(self, direction: str, learned: tuple[str, ...] = ()) -> Module:
         return lower(self.program, self.schedule, direction, learned)
@@ -79,23 +86,25 @@ class CompiledAttention:
             return False
         return True
 
-    def kernels(self, direction: str, learned: tuple[str, ...] = ()) -> tuple[Module, list[Launchable]]:
+    def kernels(self, direction: str, learned: tuple[str, ...] = ()) -> Direction:
         """Lowered and compiled kernels of a direction, from this object's cache."""
-        found = self._modules.get((direction, learned))
+        found = self._directions.get((direction, learned))
         if found is None:
-            self.backend.refuse(self.program, capture_gradients(self.program, learned))
-            module = self.module(direction, learned)
-            found = module, [self.backend.compile(k, self.schedule) for k in module.kernels]
-            self._modules[direction, learned] = found
+            captures = capture_gradients(self.program, learned)
+            self.backend.refuse(self.program, captures)
+            kernels = self.module(direction, learned).kernels
+            found = Direction(tuple(self.backend.compile(k, self.schedule) for k in kernels), captures)
+            self._directions[direction, learned] = found
         return found
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
-        _, (kernel,) = self.kernels("forward")
-        saved = {saved_param(name): self._rows(q) for name, _ in self.program.rule.saved}
-        kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved}, dict(scalars), sizes_of(q, k))
+        (kernel,) = self.kernels("forward").kernels
+        rows = q.shape[:3]
+        saved = {name: q.new_empty(rows, dtype=self._compute) for name in self._saved}
+        kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved}, scalars, sizes_of(q, k))
         return list(saved.values())
 
     def backward(
@@ -112,8 +121,7 @@ class CompiledAttention:
         """Fill dq, dk, dv; returns the gradients of the tensors in `learned`, in their own shapes and dtypes."""
         q, k, v = inputs
         dq, dk, dv = gradients
-        module, kernels = self.kernels("backward", learned)
-        captures = capture_gradients(self.program, learned)
+        direction = self.kernels("backward", learned)
         sizes = sizes_of(q, k)
         numbers = dict(scalars)
         tensors: dict[str, Tensor] = {
@@ -125,31 +133,32 @@ class CompiledAttention:
             "dK": dk,
             "dV": dv,
             **captured,
+            **dict(zip(self._saved, saved, strict=True)),
+            "Delta": q.new_empty(q.shape[:3], dtype=self._compute),
         }
-        names = [saved_param(name) for name, _ in self.program.rule.saved]
-        tensors.update(zip(names, saved, strict=True))
-        tensors["Delta"] = self._rows(q)
         splits = 1
         if self.schedule.gradients is Gradients.ONE_KERNEL:
             splits = self._splits(k)
             numbers["splits"] = sizes["splits"] = splits
-            tensors["dQ_parts"] = _zeros_like_parts(dq, splits, self._compute)
+            tensors["dQ_parts"] = _parts_of(dq, splits, self._compute)
         else:
             tensors["dQ"] = dq
-        tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in captures})
-        for kernel, launchable in zip(module.kernels, kernels, strict=True):
-            launchable.launch({p.name: tensors[p.name] for p in kernel.params}, numbers, sizes)
+        tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in direction.captures})
+        for kernel in direction.kernels:
+            kernel.launch(tensors, numbers, sizes)
         if "dQ_parts" in tensors:
-            dq.copy_(tensors["dQ_parts"].sum(0).mul_(scalars["scale"]))
-        numbers = {**numbers, **sizes}
-        return {name: _captured_gradient(name, captures, tensors, numbers) for name in learned}
+            _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
+        numbers.update(sizes)
+        return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
 
-    @property
+    @cached_property
     def _compute(self) -> torch.dtype:
         return compute_dtype(self.program.element)
 
-    def _rows(self, q: Tensor) -> Tensor:
-        return torch.empty(q.shape[:3], dtype=self._compute, device=q.device)
+    @cached_property
+    def _saved(self) -> tuple[str, ...]:
+        """The kernels' names of the saved row values."""
+        return tuple(saved_param(name) for name, _ in self.program.rule.saved)
 
     def _splits(self, k: Tensor) -> int:
         """Shares of the kv axis: from the shapes alone, so that the same call always adds in the same order."""
@@ -173,33 +182,43 @@ def _captured_gradient(
 ) -> Tensor:
     """Everything that was collected for one captured tensor, summed in a fixed order, in its shape and dtype."""
     tensor = tensors[name]
+    reads = [c for c in captures if c.load.tensor == name]
+    # Several reads by pairs share one buffer: count it once.
+    pairs = [tensors[buffer] for buffer in {c.buffer: None for c in reads if c.route is Route.PAIR}]
+    sums = [c for c in reads if c.route is not Route.PAIR]
+    if len(pairs) == 1 and not sums:
+        return pairs[0].to(tensor.dtype)
     total = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
-    pairs: dict[str, Tensor] = {}
-    for c in captures:
-        if c.load.tensor != name:
-            continue
+    for c in sums:
         buffer = tensors[c.buffer]
-        if c.route is Route.PAIR:
-            pairs[c.buffer] = buffer  # several reads by pairs share one buffer: count it once
-        else:
-            scatter_sums(total, c, buffer.sum(0) if buffer.ndim == 4 else buffer, tensors, numbers)
-    for buffer in pairs.values():
+        scatter_sums(total, c, buffer.sum(0) if buffer.ndim == 4 else buffer, tensors, numbers)
+    for buffer in pairs:
         total += buffer
     return total.to(tensor.dtype)
 
 
 def sizes_of(q: Tensor, k: Tensor) -> dict[str, int]:
-    return {
-        "batches": q.shape[0],
-        "heads": q.shape[1],
-        "kv_heads": k.shape[1],
-        "q_len": q.shape[2],
-        "kv_len": k.shape[2],
-    }
+    batches, heads, q_len, _ = q.shape
+    _, kv_heads, kv_len, _ = k.shape
+    return {"batches": batches, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len}
 
 
-def _zeros_like_parts(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
-    """(splits, B, H, Sq, D) zeros whose slices lie in memory in dq's order of dimensions."""
+def _sum_parts(dq: Tensor, parts: Tensor, scale: Number) -> None:
+    """dq = scale times the sum of `parts`, added one after the other and without further memory."""
+    splits = parts.shape[0]
+    if splits == 1 and parts.dtype is dq.dtype:  # the kernel added to dq itself
+        dq.mul_(scale)
+        return
+    total = parts[0]
+    for i in range(1, splits):
+        total += parts[i]
+    dq.copy_(total.mul_(scale))
+
+
+def _parts_of(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
+    """(splits, B, H, Sq, D) zeros: dq itself where it can hold the sum, else slices in dq's order of dimensions."""
+    if splits == 1 and dq.dtype is dtype:
+        return dq.zero_().unsqueeze(0)
     order = sorted(range(4), key=lambda i: (-dq.stride(i), i))
     base = torch.zeros((splits, *(dq.shape[i] for i in order)), dtype=dtype, device=dq.device)
     back = [order.index(i) + 1 for i in range(4)]

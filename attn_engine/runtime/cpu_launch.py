@@ -53,11 +53,13 @@ class CpuKernel:
         slots = "".join("q" * (1 + 2 * max(len(p.shape), 1)) for p in kernel.params)
         numbers = "".join("d" if v.dtype is DType.FLOAT else "q" for v in kernel.scalars)
         self._slots = Struct(f"=q{slots}{'q' * len(SIZES)}{numbers}")
+        self._memory = ctypes.c_char * self._slots.size
 
     def launch(
         self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Number], sizes: Mapping[str, int]
     ) -> None:
-        """Run the kernel to its end. `tensors` in logical order with any strides; `sizes` holds the five of SIZES."""
+        """Run the kernel to its end. `tensors` in logical order with any strides; `sizes` holds the five of SIZES, and
+        "splits" where the kernel's grid has them."""
         values: list[Number] = [0]
         for name in self._tensors:
             tensor = tensors[name]
@@ -66,18 +68,17 @@ class CpuKernel:
             values += tensor.stride() or (0,)
         values += [sizes[name] for name in SIZES]
         values += [scalars[name] for name in self._scalars]
-        data = self._slots.pack(*values)
-        arguments = ctypes.create_string_buffer(data, len(data))
-        run_on_threads(self._function, ctypes.addressof(arguments), self._threads({**scalars, **sizes}))
+        arguments = self._memory.from_buffer_copy(self._slots.pack(*values))
+        run_on_threads(self._function, ctypes.addressof(arguments), self._threads(sizes))
 
-    def _threads(self, sizes: Mapping[str, Number]) -> int:
+    def _threads(self, sizes: Mapping[str, int]) -> int:
         tasks, work = 1, self._width
         for size, block in self._grid:
-            count = int(sizes[size])
+            count = sizes[size]
             tasks *= -(-count // block)
             work *= count
         for size in self._loops:
-            work *= int(sizes[size])
+            work *= sizes[size]
         return 1 if work < SMALL_WORK else min(tasks, torch.get_num_threads())
 
 

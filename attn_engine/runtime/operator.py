@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -54,22 +55,33 @@ class Call:
         """(batch, head, row, dimension), without a copy."""
         return x.transpose(1, 2) if self.layout == "bshd" else x
 
+    @cached_property
+    def captures(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.compiled.program.captures)
+
+    @cached_property
+    def floating(self) -> frozenset[str]:
+        return frozenset(c.name for c in self.compiled.program.differentiable_captures)
+
+    @cached_property
+    def kinds(self) -> dict[str, type[float] | type[int]]:
+        scalars = self.compiled.program.scalars
+        return {"scale": float, **{s.name: int if s.dtype.value == "int" else float for s in scalars}}
+
     def named(self, captured: Sequence[Tensor]) -> dict[str, Tensor]:
         """By name; custom inputs that no function reads may follow and are left out."""
-        return {c.name: t for c, t in zip(self.compiled.program.captures, captured, strict=False)}
+        return dict(zip(self.captures, captured, strict=False))
 
     def numbers(self, scalars: Sequence[Number]) -> dict[str, Number]:
-        names = ("scale", *(s.name for s in self.compiled.program.scalars))
-        kinds = (float, *(int if s.dtype.value == "int" else float for s in self.compiled.program.scalars))
-        return {n: kind(x) for n, kind, x in zip(names, kinds, scalars, strict=True)}
+        """By name, of the type that the kernels take."""
+        return {n: kind(x) for (n, kind), x in zip(self.kinds.items(), scalars, strict=True)}
 
     def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
         return q.new_empty((*q.shape[:3], v.shape[3]))
 
-    def learned(self, captured: Sequence[Tensor]) -> tuple[str, ...]:
+    def learned(self, captured: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Captured tensors that want a gradient and can have one: those that score_mod reads."""
-        floating = {c.name for c in self.compiled.program.differentiable_captures}
-        return tuple(n for n, t in self.named(captured).items() if n in floating and t.requires_grad)
+        return tuple(n for n, t in captured.items() if t.requires_grad and n in self.floating)
 
 
 _calls: WeakValueDictionary[int, Call] = WeakValueDictionary()
@@ -91,34 +103,32 @@ def _found(key: int) -> Call:
 
 
 def run_forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], scalars: Sequence[Number]
+    call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Mapping[str, Tensor], numbers: Mapping[str, Number]
 ) -> list[Tensor]:
     """[o, saved rows...]"""
     out = call.empty_output(q, v)
     views = (call.logical(q), call.logical(k), call.logical(v))
-    saved = call.compiled.forward(*views, call.named(captured), call.numbers(scalars), call.logical(out))
-    return [out, *saved]
+    return [out, *call.compiled.forward(*views, captured, numbers, call.logical(out))]
 
 
 def run_backward(
     call: Call,
     d_out: Tensor,
     tensors: Sequence[Tensor],
-    captured: Sequence[Tensor],
-    scalars: Sequence[Number],
+    captured: Mapping[str, Tensor],
+    numbers: Mapping[str, Number],
     learned: tuple[str, ...],
 ) -> list[Tensor]:
-    """[dq, dk, dv, gradients of `learned`...]; `tensors` is q, k, v, o and the saved rows."""
+    """[dq, dk, dv, gradients of `learned`...], contiguous; `tensors` is q, k, v, o and the saved rows."""
     q, k, v, out, *saved = tensors
-    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dq, dk, dv = gradients
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     found = call.compiled.backward(
         call.logical(d_out),
         (call.logical(q), call.logical(k), call.logical(v)),
         call.logical(out),
         saved,
-        call.named(captured),
-        call.numbers(scalars),
+        captured,
+        numbers,
         (call.logical(dq), call.logical(dk), call.logical(dv)),
         learned,
     )
@@ -126,40 +136,54 @@ def run_backward(
 
 
 class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, call: Call, scalars: Sequence[Number], q: Tensor, k: Tensor, v: Tensor, *captured: Tensor
-    ):
-        out, *saved = run_forward(call, q, k, v, captured, scalars)
-        ctx.save_for_backward(q, k, v, out, *saved, *captured)
-        ctx.call, ctx.scalars, ctx.learned, ctx.rows = call, scalars, call.learned(captured), len(saved)
-        ctx.mark_non_differentiable(*saved)
-        return (out, *saved)
+    """`rows` receives the saved rows: handed out beside the outputs, they cost nothing in the backward pass."""
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, *_: Any):
-        stored = ctx.saved_tensors
-        dq, dk, dv, *found = _Gradients.apply(ctx.call, ctx.scalars, ctx.learned, ctx.rows, d_out, *stored)
-        by_name = dict(zip(ctx.learned, found, strict=True))
-        names = [c.name for c in ctx.call.compiled.program.captures]
-        return (None, None, dq, dk, dv, *(by_name.get(n) for n in names))
+    def forward(
+        ctx: Any,
+        call: Call,
+        numbers: Mapping[str, Number],
+        rows: list[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *captured: Tensor,
+    ):
+        by_name = call.named(captured)
+        out, *saved = run_forward(call, q, k, v, by_name, numbers)
+        rows += saved
+        ctx.save_for_backward(q, k, v, out, *saved, *captured)
+        ctx.call, ctx.numbers, ctx.learned, ctx.rows = call, numbers, call.learned(by_name), len(saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor):
+        # Gradients are recorded only on the way to second derivatives.
+        gradients = _Gradients.apply if torch.is_grad_enabled() else _gradients
+        found = gradients(ctx.call, ctx.numbers, ctx.learned, ctx.rows, d_out, *ctx.saved_tensors)
+        by_name = dict(zip(ctx.learned, found[3:], strict=True))
+        return (None, None, None, *found[:3], *(by_name.get(n) for n in ctx.call.captures))
+
+
+def _gradients(
+    call: Call,
+    numbers: Mapping[str, Number],
+    learned: tuple[str, ...],
+    rows: int,
+    d_out: Tensor,
+    *stored: Tensor,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv and those of `learned`; `stored` is q, k, v, o, `rows` saved rows and the captured tensors."""
+    captured = call.named(stored[4 + rows :])
+    return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, numbers, learned))
 
 
 class _Gradients(torch.autograd.Function):
     """The backward pass as a step of its own, so that differentiating it says what it cannot do."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        scalars: Sequence[Number],
-        learned: tuple[str, ...],
-        rows: int,
-        d_out: Tensor,
-        *stored: Tensor,
-    ):
-        captured = stored[4 + rows :]
-        return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, scalars, learned))
+    def forward(ctx: Any, *arguments: Any):
+        return _gradients(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Any):
@@ -179,15 +203,18 @@ def apply(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    captured: Sequence[Tensor],
-    scalars: Sequence[Number],
+    captured: Mapping[str, Tensor],
+    numbers: Mapping[str, Number],
 ) -> Sequence[Tensor]:
     """[o, saved rows...], recorded for autograd where an input requires it."""
+    tensors = (q, k, v, *captured.values())
     if torch.compiler.is_compiling() or not (type(q) is Tensor or isinstance(q, torch.nn.Parameter)):
-        return torch.ops.attn_engine.forward(q, k, v, list(captured), [float(s) for s in scalars], key)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *captured)):
-        return _Function.apply(call, scalars, q, k, v, *captured)
-    return run_forward(call, q, k, v, captured, scalars)
+        scalars = [float(x) for x in numbers.values()]
+        return torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        rows: list[Tensor] = []
+        return [_Function.apply(call, numbers, rows, *tensors), *rows]
+    return run_forward(call, q, k, v, captured, numbers)
 
 
 # -- the registered operators; the decorators read the annotations, so these must be real types
@@ -203,8 +230,9 @@ def _forward_op(
     key: int,
 ) -> list[torch.Tensor]:
     call = _found(key)
-    call.checks.everything(q, k, v, captured, call.numbers(scalars))
-    return run_forward(call, q, k, v, captured, scalars)
+    numbers = call.numbers(scalars)
+    call.checks.everything(q, k, v, captured, numbers)
+    return run_forward(call, q, k, v, call.named(captured), numbers)
 
 
 @_forward_op.register_fake
@@ -237,7 +265,7 @@ def _backward_op(
         d_out = d_out.expand(out.shape).to(out)
     for described, x in zip(call.compiled.program.captures, captured, strict=False):
         check_kind(described, x)
-    return run_backward(call, d_out, tensors, captured, scalars, names)
+    return run_backward(call, d_out, tensors, call.named(captured), call.numbers(scalars), names)
 
 
 @_backward_op.register_fake
@@ -253,7 +281,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     q, k, v, captured, scalars, key = inputs
     ctx.key, ctx.scalars, ctx.rows = key, scalars, len(output) - 1
     ctx.call = _found(key)
-    ctx.learned = ctx.call.learned(captured)
+    ctx.learned = ctx.call.learned(ctx.call.named(captured))
     ctx.save_for_backward(q, k, v, *output, *captured)
 
 
@@ -264,7 +292,7 @@ def _backward(ctx: Any, d_outputs: list[Tensor]) -> tuple[Any, ...]:
         d_outputs[0], tensors, captured, ctx.scalars, " ".join(ctx.learned), ctx.key
     )
     by_name = dict(zip(ctx.learned, found, strict=True))
-    names = [c.name for c in ctx.call.compiled.program.captures]
+    names = ctx.call.captures
     unread = [None] * (len(captured) - len(names))
     return dq, dk, dv, [*(by_name.get(n) for n in names), *unread], None, None
 
