@@ -60,7 +60,9 @@ def selected(options: argparse.Namespace) -> dict[str, list[Case]]:
     """The cases to measure, by part."""
     wanted = tuple(options.part.split(",")) if options.part else ("",)
     return {
-        name: [c for c in part.cases() if (not options.quick or is_quick(c)) and re.search(options.only, str(c))]
+        name: [
+            c for c in part.cases() if (not options.quick or is_quick(c)) and re.search(options.only, str(c))
+        ]
         for name, part in PARTS.items()
         if name.startswith(wanted)
     }
@@ -89,7 +91,9 @@ def measure_all(options: argparse.Namespace, results: Results, path: Path) -> bo
         missing = [case for case in cases if not (options.resume and results.has(case))]
         if not missing:
             continue
-        print(f"\n{name}: {PARTS[name].about}; {len(missing)} cases, {minutes(name, len(missing)):.1f} minutes")
+        print(
+            f"\n{name}: {PARTS[name].about}; {len(missing)} cases, {minutes(name, len(missing)):.1f} minutes"
+        )
         for case in missing:
             if time.monotonic() > end:
                 return False
@@ -120,7 +124,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def list_parts(options: argparse.Namespace) -> None:
     for name, cases in selected(options).items():
-        print(f"{name:20} {len(cases):4} cases {minutes(name, len(cases)):5.1f} minutes   {PARTS[name].about}")
+        print(
+            f"{name:20} {len(cases):4} cases {minutes(name, len(cases)):5.1f} minutes   {PARTS[name].about}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -121,7 +121,10 @@ class OtherWork:
         busy = (user + nice + system + interrupt + soft + stolen) / os.sysconf("SC_CLK_TCK")
         own = sum(
             use.ru_utime + use.ru_stime
-            for use in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+            for use in (
+                resource.getrusage(resource.RUSAGE_SELF),
+                resource.getrusage(resource.RUSAGE_CHILDREN),
+            )
         )
         return time.perf_counter(), busy, own
 

@@ -24,7 +24,7 @@ SECONDS = 300
 
 
 def peak_bytes() -> int:
-    """The most memory this process had. Linux counts the parent's in ru_maxrss as well, so its own count comes first."""
+    """The most memory this process had. Linux puts the parent's into ru_maxrss as well, but not into VmHWM."""
     if STATUS.exists():
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024

@@ -26,9 +26,15 @@ COLUMNS = (
 )  # fmt: skip
 # Part of the cases' names -> its heading, and what its numbers are.
 SECTIONS = {
-    "share": ("Share of the peak", "Our operations per second over those of a loop of multiply-adds (`peak.cpp`)."),
+    "share": (
+        "Share of the peak",
+        "Our operations per second over those of a loop of multiply-adds (`peak.cpp`).",
+    ),
     "decode": ("Decode", "SDPA's time over ours: few queries, many keys, H = query heads / key heads."),
-    "mods": ("Normalisers, score functions, learned biases", "Our time over our own softmax's; lower is better."),
+    "mods": (
+        "Normalisers, score functions, learned biases",
+        "Our time over our own softmax's; lower is better.",
+    ),
     "small": ("Small work", "SDPA's time over ours at length 64."),
     "threads": ("Threads", "One thread's time over that of all."),
     "memory": (

@@ -65,7 +65,9 @@ def load(path: Path) -> Results:
     except (OSError, ValueError) as problem:
         raise ResultNotUsable(f"{path} cannot be read: {problem}") from problem
     if content.pop("format", None) != FORMAT:
-        raise ResultNotUsable(f"{path} is not of format {FORMAT}; name another file with --output, or measure again")
+        raise ResultNotUsable(
+            f"{path} is not of format {FORMAT}; name another file with --output, or measure again"
+        )
     return Results(**content)
 
 
@@ -94,7 +96,8 @@ def machine() -> dict[str, Any]:
     family = re.findall(r"cpu family\s*: (.*)", text)
     compiler = find_compiler()
     return {
-        "processor": (models[0] if models else platform.processor()) + (f", family {family[0]}" if family else ""),
+        "processor": (models[0] if models else platform.processor())
+        + (f", family {family[0]}" if family else ""),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bfloat16 dot products": compiler is not None and "__AVX512BF16__" in compiler.features,
