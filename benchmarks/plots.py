@@ -191,11 +191,13 @@ def share(plt: Any, results: Results) -> Any:
             place = SIZES.index((case["queries"], case["dim"])) + (-0.2 if one else 0.2)
             percent = 100 * entry["ratios"]["peak"][1]
             axes.bar(place, percent, width=0.38, color=SHADES[0] if one else SHADES[2], zorder=2)
-            axes.text(place, percent + 1, f"{percent:.0f}", ha="center", fontsize=8)
+            # At the foot of its bar, where no target line can cross it.
+            axes.text(place, 2, f"{percent:.0f}", ha="center", fontsize=8, color="black" if one else "white")
             if (target := target_of(case, "peak")) is not None:
                 axes.axhline(100 * target.bound, color=TARGET, linewidth=2, zorder=3)
         axes.set_title(f"{dtype}, {direction}", fontsize=11)
         axes.set_xticks(range(len(sizes)), sizes)
+        axes.set_xlim(-0.6, len(sizes) - 0.4)
         axes.set_ylim(0, 105)
         axes.grid(visible=False, axis="x")
     grid[0].set_ylabel("% of the peak")

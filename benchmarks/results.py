@@ -37,12 +37,14 @@ class Results:
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def has(self, case: Case) -> bool:
-        return any(entry["case"] == asdict(case) for entry in self.entries)
+        fields = asdict(case)
+        return any(entry["case"] == fields for entry in self.entries)
 
     def add(self, case: Case, outcome: Outcome) -> None:
         """Replaces what is there of the same case."""
-        self.entries[:] = [entry for entry in self.entries if entry["case"] != asdict(case)]
-        self.entries.append({"case": asdict(case), **asdict(outcome)})
+        fields = asdict(case)
+        self.entries[:] = [entry for entry in self.entries if entry["case"] != fields]
+        self.entries.append({"case": fields, **asdict(outcome)})
 
     def of_part(self, part: str) -> list[dict[str, Any]]:
         return [entry for entry in self.entries if entry["case"]["part"] == part]
