@@ -6,7 +6,7 @@
 namespace attention {
 
 constexpr int BLOCK_Q = 64, BLOCK_KV = 64, D = 64, DV = 64;
-static_assert(BLOCK_Q == LANES, "one query row per lane");
+static_assert(BLOCK_KV == LANES, "one key per lane");
 
 struct Arguments {  // 8 bytes each: the launcher fills them in this order
   int64_t next_task;  // shared by the threads
@@ -28,17 +28,20 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
 static_assert(sizeof(Arguments) == 8 * 101);
 
 struct Scratch {  // of one thread
-  alignas(64) Real d_value_tile[BLOCK_KV][round_up(DV, LANES)];
-  alignas(64) Real d_key_tile[BLOCK_KV][round_up(D, LANES)];
+  alignas(64) Real d_value_tile[round_up(DV, ROWS)][LANES];
+  alignas(64) Real d_key_tile[round_up(D, ROWS)][LANES];
+  alignas(64) Real key_packed[D][LANES];
   alignas(64) Real key_spare[BLOCK_KV][round_up(D, LANES)];
-  alignas(64) Real value_spare[BLOCK_KV][DV];
-  alignas(64) Real query_packed[D][LANES];
-  alignas(64) Real query_spare[BLOCK_Q][round_up(D, LANES)];
-  alignas(64) Real d_out_packed[DV][LANES];
-  alignas(64) Real d_out_spare[BLOCK_Q][round_up(DV, LANES)];
-  alignas(64) Real d_probs_tile[BLOCK_KV][LANES];
-  alignas(64) Real probs_tile[BLOCK_KV][LANES];
-  alignas(64) Real d_score_tile[BLOCK_KV][LANES];
+  alignas(64) Real value_packed[DV][LANES];
+  alignas(64) Real safe_row_max_tile[BLOCK_Q];
+  alignas(64) Real inverse_sum_tile[BLOCK_Q];
+  alignas(64) Real delta_tile[BLOCK_Q];
+  alignas(64) Real query_spare[BLOCK_Q][round_up(D, ROWS)];
+  alignas(64) Real d_out_spare[BLOCK_Q][round_up(DV, ROWS)];
+  alignas(64) Real d_probs_tile[BLOCK_Q][LANES];
+  alignas(64) Real probs_tile[BLOCK_Q][LANES];
+  alignas(64) Real d_score_tile[BLOCK_Q][LANES];
+  alignas(64) Real result_tile[round_up(D, ROWS)][LANES];
 };
 
 static void tile_task(const Arguments& arguments, Scratch& scratch, int split, int kv_head, int batch) {
@@ -58,15 +61,18 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
   const int splits = arguments.splits;
   auto& d_value_tile = scratch.d_value_tile;
   auto& d_key_tile = scratch.d_key_tile;
+  auto& key_packed = scratch.key_packed;
   auto& key_spare = scratch.key_spare;
-  auto& value_spare = scratch.value_spare;
-  auto& query_packed = scratch.query_packed;
+  auto& value_packed = scratch.value_packed;
+  auto& safe_row_max_tile = scratch.safe_row_max_tile;
+  auto& inverse_sum_tile = scratch.inverse_sum_tile;
+  auto& delta_tile = scratch.delta_tile;
   auto& query_spare = scratch.query_spare;
-  auto& d_out_packed = scratch.d_out_packed;
   auto& d_out_spare = scratch.d_out_spare;
   auto& d_probs_tile = scratch.d_probs_tile;
   auto& probs_tile = scratch.probs_tile;
   auto& d_score_tile = scratch.d_score_tile;
+  auto& result_tile = scratch.result_tile;
 
   // -- kv tiles of this split
   const int kv_tiles = floor_div(kv_len + 63, 64);
@@ -75,14 +81,14 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
   const int split_end = min(split_begin + tiles_per_split * 64, kv_tiles * 64);
   for (int kv_start = split_begin; kv_start < split_end; kv_start += BLOCK_KV) {
     const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
+    const Positions kv_idx = positions(kv_start);
 
     // -- kv tile of this program
-    for (int column = 0; column < DV; column += LANES)
-      for (int row = 0; row < kv_rows; ++row) store(d_value_tile[row] + column, fill(0.0f));
-    for (int column = 0; column < D; column += LANES)
-      for (int row = 0; row < kv_rows; ++row) store(d_key_tile[row] + column, fill(0.0f));
+    for (int row = 0; row < DV; ++row) store(d_value_tile[row], fill(0.0f));
+    for (int row = 0; row < D; ++row) store(d_key_tile[row], fill(0.0f));
+    pack_lanes<D>(key_packed, matrix(K, batch, kv_head), kv_start, kv_rows, scale);
     const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
-    const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+    pack_lanes<DV>(value_packed, matrix(V, batch, kv_head), kv_start, kv_rows, 1.0f);
 
     // -- query heads that read this kv head
     const int group = floor_div(heads, kv_heads);
@@ -95,36 +101,36 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
       // -- q tiles seen in full: no mask
       const auto full_step = [&](int q_start) __attribute__((noinline)) {
         const int q_rows = min(BLOCK_Q, q_len - q_start);
-        const Positions q_idx = positions(q_start);
-        pack_lanes<D>(query_packed, matrix(Q, batch, head), q_start, q_rows, scale);
+        for (int row = 0; row < q_rows; ++row) {
+          const int q_idx = q_start + row;
+          const auto row_max = saved_row_max(batch, head, q_idx);
+          safe_row_max_tile[row] = where(row_max == -INFINITY, 0.0f, row_max);
+          inverse_sum_tile[row] = saved_inverse_sum(batch, head, q_idx);
+          delta_tile[row] = Delta(batch, head, q_idx);
+        }
         const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
-        pack_lanes<DV>(d_out_packed, matrix(dO, batch, head), q_start, q_rows, 1.0f);
         const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
-        const auto row_max = saved_row_max(batch, head, q_idx);
-        const auto safe_row_max = where(row_max == -INFINITY, 0.0f, row_max);
-        const auto inverse_sum = saved_inverse_sum(batch, head, q_idx);
-        const auto delta = Delta(batch, head, q_idx);
-        for (int block = 0; block < kv_rows; block += ROWS) {
+        for (int block = 0; block < q_rows; block += ROWS) {
           Floats sums[ROWS];
           UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, DV, value[block], value.stride, 1, d_out_packed[0], LANES);
+          multiply_add(sums, DV, d_out[block], d_out.stride, 1, value_packed[0], LANES);
           UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
         }
-        for (int block = 0; block < kv_rows; block += ROWS) {
+        for (int block = 0; block < q_rows; block += ROWS) {
           Floats sums[ROWS];
           UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, D, key[block], key.stride, 1, query_packed[0], LANES);
+          multiply_add(sums, D, query[block], query.stride, 1, key_packed[0], LANES);
           UNROLL for (int r = 0; r < ROWS; ++r) {
             const int row = block + r;
-            const int kv_idx = kv_start + row;
+            const int q_idx = q_start + row;
             const Floats score = sums[r];
             // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
             const auto logit = score + bias(head, q_idx, kv_idx);
             // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
-            const auto below_max = min(logit - safe_row_max, 0.0f);
-            const auto probs = exp2(below_max * 1.442695f) * inverse_sum;
+            const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
+            const auto probs = exp2(below_max * 1.442695f) * inverse_sum_tile[row];
             store(probs_tile[row], probs);
-            const auto d_logit = probs * (load(d_probs_tile[row]) - delta);
+            const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
             store(d_score_tile[row], d_logit);
           }
         }
@@ -133,7 +139,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
           for (int block = 0; block < q_rows; block += ROWS) {
             Floats sums[ROWS];
             UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-            multiply_add(sums, kv_rows, d_score_tile[0] + block, 1, LANES, key[0] + column, key.stride);
+            multiply_add(sums, kv_rows, d_score_tile[block], LANES, 1, key[0] + column, key.stride);
             UNROLL for (int r = 0; r < ROWS; ++r) {
               const int row = block + r;
               const Floats dQ_parts_tile = sums[r];
@@ -141,21 +147,17 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             }
           }
         }
-        for (int column = 0; column < D; column += LANES) {
-          for (int block = 0; block < kv_rows; block += ROWS) {
-            Floats sums[ROWS];
-            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r] + column);
-            multiply_add(sums, q_rows, d_score_tile[block], LANES, 1, query[0] + column, query.stride);
-            UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r] + column, sums[r]);
-          }
+        for (int block = 0; block < D; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]);
+          multiply_add(sums, q_rows, query[0] + block, 1, query.stride, d_score_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r], sums[r]);
         }
-        for (int column = 0; column < DV; column += LANES) {
-          for (int block = 0; block < kv_rows; block += ROWS) {
-            Floats sums[ROWS];
-            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r] + column);
-            multiply_add(sums, q_rows, probs_tile[block], LANES, 1, d_out[0] + column, d_out.stride);
-            UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r] + column, sums[r]);
-          }
+        for (int block = 0; block < DV; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]);
+          multiply_add(sums, q_rows, d_out[0] + block, 1, d_out.stride, probs_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
         }
       };
       for (int q_start = q_begin; q_start < q_full_end; q_start += BLOCK_Q)
@@ -164,37 +166,37 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
       // -- q tiles seen in part: right edge
       const auto partial_step = [&](int q_start) __attribute__((noinline)) {
         const int q_rows = min(BLOCK_Q, q_len - q_start);
-        const Positions q_idx = positions(q_start);
-        pack_lanes<D>(query_packed, matrix(Q, batch, head), q_start, q_rows, scale);
+        for (int row = 0; row < q_rows; ++row) {
+          const int q_idx = q_start + row;
+          const auto row_max = saved_row_max(batch, head, q_idx);
+          safe_row_max_tile[row] = where(row_max == -INFINITY, 0.0f, row_max);
+          inverse_sum_tile[row] = saved_inverse_sum(batch, head, q_idx);
+          delta_tile[row] = Delta(batch, head, q_idx);
+        }
         const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
-        pack_lanes<DV>(d_out_packed, matrix(dO, batch, head), q_start, q_rows, 1.0f);
         const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
-        const auto row_max = saved_row_max(batch, head, q_idx);
-        const auto safe_row_max = where(row_max == -INFINITY, 0.0f, row_max);
-        const auto inverse_sum = saved_inverse_sum(batch, head, q_idx);
-        const auto delta = Delta(batch, head, q_idx);
-        for (int block = 0; block < kv_rows; block += ROWS) {
+        for (int block = 0; block < q_rows; block += ROWS) {
           Floats sums[ROWS];
           UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, DV, value[block], value.stride, 1, d_out_packed[0], LANES);
+          multiply_add(sums, DV, d_out[block], d_out.stride, 1, value_packed[0], LANES);
           UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
         }
-        for (int block = 0; block < kv_rows; block += ROWS) {
+        for (int block = 0; block < q_rows; block += ROWS) {
           Floats sums[ROWS];
           UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, D, key[block], key.stride, 1, query_packed[0], LANES);
+          multiply_add(sums, D, query[block], query.stride, 1, key_packed[0], LANES);
           UNROLL for (int r = 0; r < ROWS; ++r) {
             const int row = block + r;
-            const int kv_idx = kv_start + row;
+            const int q_idx = q_start + row;
             const Floats score = sums[r];
             // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
             const auto logit = score + bias(head, q_idx, kv_idx);
             // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
-            const auto below_max = min(logit - safe_row_max, 0.0f);
+            const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
             const auto visible = (q_idx < q_len) & (kv_idx < kv_len);
-            const auto probs = where(visible, exp2(below_max * 1.442695f) * inverse_sum, 0.0f);
+            const auto probs = where(visible, exp2(below_max * 1.442695f) * inverse_sum_tile[row], 0.0f);
             store(probs_tile[row], probs);
-            const auto d_logit = probs * (load(d_probs_tile[row]) - delta);
+            const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
             store(d_score_tile[row], where(visible, d_logit, 0.0f));
           }
         }
@@ -203,7 +205,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
           for (int block = 0; block < q_rows; block += ROWS) {
             Floats sums[ROWS];
             UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-            multiply_add(sums, kv_rows, d_score_tile[0] + block, 1, LANES, key[0] + column, key.stride);
+            multiply_add(sums, kv_rows, d_score_tile[block], LANES, 1, key[0] + column, key.stride);
             UNROLL for (int r = 0; r < ROWS; ++r) {
               const int row = block + r;
               const Floats dQ_parts_tile = sums[r];
@@ -211,21 +213,17 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             }
           }
         }
-        for (int column = 0; column < D; column += LANES) {
-          for (int block = 0; block < kv_rows; block += ROWS) {
-            Floats sums[ROWS];
-            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r] + column);
-            multiply_add(sums, q_rows, d_score_tile[block], LANES, 1, query[0] + column, query.stride);
-            UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r] + column, sums[r]);
-          }
+        for (int block = 0; block < D; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]);
+          multiply_add(sums, q_rows, query[0] + block, 1, query.stride, d_score_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r], sums[r]);
         }
-        for (int column = 0; column < DV; column += LANES) {
-          for (int block = 0; block < kv_rows; block += ROWS) {
-            Floats sums[ROWS];
-            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r] + column);
-            multiply_add(sums, q_rows, probs_tile[block], LANES, 1, d_out[0] + column, d_out.stride);
-            UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r] + column, sums[r]);
-          }
+        for (int block = 0; block < DV; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]);
+          multiply_add(sums, q_rows, d_out[0] + block, 1, d_out.stride, probs_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
         }
       };
       for (int q_start = q_full_end; q_start < q_end; q_start += BLOCK_Q)
@@ -233,12 +231,9 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
     }
 
     // -- store
-    const auto dV_matrix = matrix(dV, batch, kv_head);
-    for (int column = 0; column < DV; column += LANES)
-      for (int row = 0; row < kv_rows; ++row) write_row<DV>(dV_matrix, kv_start + row, column, load(d_value_tile[row] + column));
-    const auto dK_matrix = matrix(dK, batch, kv_head);
-    for (int column = 0; column < D; column += LANES)
-      for (int row = 0; row < kv_rows; ++row) write_row<D>(dK_matrix, kv_start + row, column, load(d_key_tile[row] + column) * scale);
+    for (int row = 0; row < D; ++row) store(result_tile[row], load(d_key_tile[row]) * scale);
+    unpack_lanes<D>(matrix(dK, batch, kv_head), kv_start, kv_rows, result_tile);
+    unpack_lanes<DV>(matrix(dV, batch, kv_head), kv_start, kv_rows, d_value_tile);
   }
 }
 
