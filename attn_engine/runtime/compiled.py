@@ -22,6 +22,7 @@ from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, Module
 from attn_engine.runtime.capture_sums import scatter_sums
 from attn_engine.runtime.storage import compute_dtype
+from attn_engine.runtime.tile_tables import tile_tables
 
 Tensors = Mapping[str, Tensor]
 Scalars = Mapping[str, Number]
@@ -93,9 +94,12 @@ class CompiledAttention:
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
-        _, (kernel,) = self.kernels("forward")
+        module, (kernel,) = self.kernels("forward")
+        sizes = sizes_of(q, k)
         saved = {saved_param(name): self._rows(q) for name, _ in self.program.rule.saved}
-        kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved}, dict(scalars), sizes_of(q, k))
+        tables = tile_tables(module.kernels[0].tables, captured, scalars, sizes, self._compute)
+        tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved, **tables}
+        kernel.launch(tensors, dict(scalars), sizes)
         return list(saved.values())
 
     def backward(
@@ -138,6 +142,7 @@ class CompiledAttention:
             tensors["dQ"] = dq
         tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in captures})
         for kernel, launchable in zip(module.kernels, kernels, strict=True):
+            tensors.update(tile_tables(kernel.tables, captured, numbers, sizes, self._compute))
             launchable.launch({p.name: tensors[p.name] for p in kernel.params}, numbers, sizes)
         if "dQ_parts" in tensors:
             dq.copy_(tensors["dQ_parts"].sum(0).mul_(scalars["scale"]))

@@ -20,6 +20,7 @@ from attn_engine.ir.tile import Kernel, Let, Loop, Param, walk
 DIMENSION_WORDS = {
     "batches": "batch", "heads": "head", "kv_heads": "head", "splits": "split",
     "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
+    "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}

@@ -1,6 +1,6 @@
 """Schedule a kernel for a machine without tile instructions: fuse its steps into few row loops.
 
-    item = Section | Nest(shape, steps, stored, places) | Sweep(loop, items) | Branch(condition, items)
+    item = Section | Nest(shape, steps, stored, places) | Sweep(loop, items) | Branch(branch, items)
 
 A nest is one loop over rows: a product of the micro-kernel and everything that can be done to its result while that is
 in registers. Values that another nest needs are stored in scratch arrays; all others never leave the registers.
@@ -60,8 +60,12 @@ class Sweep:
 class Branch:
     """An `If` whose body is scheduled."""
 
-    condition: Expr
+    branch: If
     body: tuple[Item, ...]
+
+    @property
+    def innermost(self) -> bool:
+        return all(isinstance(item, Nest) for item in self.body)
 
 
 Item = Section | Nest | Sweep | Branch
@@ -268,7 +272,7 @@ def finish(drafts: list[Draft], outer: frozenset[str], arrays: dict[str, Shape])
                 items.append(Sweep(loop, finish(inner, outer | arrays.keys() & made_in(drafts), arrays)))
             case (If() as branch, inner):
                 items.append(
-                    Branch(branch.condition, finish(inner, outer | arrays.keys() & made_in(drafts), arrays))
+                    Branch(branch, finish(inner, outer | arrays.keys() & made_in(drafts), arrays))
                 )
     return tuple(items)
 
