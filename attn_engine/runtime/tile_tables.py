@@ -44,7 +44,9 @@ def _table(
     environment = {v: _along(v, places[v.name]) if v.name in places else scalars[v.name] for v in read}
     values = evaluate_dense(table.value, environment, captured, compute)
     by_tile = values.reshape(*(len(places[n]) for n in _COUNTED if n in places), tiles, table.block)
-    return torch.stack((by_tile.amin(-1), by_tile.amax(-1)), -1)
+    if by_tile.dtype is torch.bool:
+        return torch.stack((by_tile.all(-1), by_tile.any(-1)), -1)
+    return torch.stack(torch.aminmax(by_tile, dim=-1), -1)
 
 
 def _along(v: Var, values: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def tile_tests(
     if found is None:
         return None
     tables = _Tables(program, names, tiles)
-    ends = {node: tables.end(node) for node in found.reductions}
+    in_order = sorted(found.reductions, key=lambda r: r.kind, reverse=True)  # smallest first
+    ends = {node: tables.end(node) for node in in_order}
     may, must = (substitute(e, dict(ends)) for e in (found.may_hold, found.must_hold))
     for axis in (loop, OTHER[loop]) if own_rows_count else (loop,):
         inside = scalar(f"{axis}_start") + tiles[axis] <= scalar(f"{axis}_len")
