@@ -1,7 +1,7 @@
 """Tile programs: what one program instance does, in loops over tiles.
 
-    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title) | If(condition, body)
-           | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
+    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title)
+           | If(condition, body, title) | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
     kernel = Kernel(name, params, scalars, grid, order, tile, body, header, tables)
     module = Module(program, kernels)
 

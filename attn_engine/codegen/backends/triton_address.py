@@ -126,6 +126,7 @@ class Addressing(Renderer):
                 inside += bound
                 wide = self._is_wide(index) or bool(index.axes and len(indices) == 1)
                 place = f"{text if wide else f'tl.cast({text}, tl.int64)'} * {stride}"
+                place = stride if index is Const(1) and not captured(param) else place
                 (offset if index.axes else base).append(place)
         conditions = inside[0] if len(inside) == 1 else " & ".join(f"({c})" for c in inside)
         joined = " + ".join(offset)

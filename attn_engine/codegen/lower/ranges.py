@@ -15,7 +15,7 @@ from attn_engine.ir.expr import Const, Expr, Var, call, variables, where
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.passes.mask_range import OTHER, MaskPlan, NoneKnown
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.tile import If, Let, Loop, Stmt
+from attn_engine.ir.tile import If, Let, Loop, Stmt, expressions
 
 WHOLE = Var("tile_is_whole", DType.BOOL)
 
@@ -43,12 +43,13 @@ class Run:
     def _tested(self, tests: TileTests, step: Callable[[bool | Expr], list[Stmt]]) -> list[Stmt]:
         if isinstance(tests.whole, Const):  # never: only skipping is known
             return [*tests.inner, If(tests.may_hold, tuple(step(True)), "partial_step")]
-        seen: list[Stmt] = [Let(WHOLE.name, tests.whole)]
-        if self.branch:
-            seen += step(~WHOLE)
-        else:
-            seen.append(If(WHOLE, tuple(step(False)), "full_step"))
-            seen.append(If(~WHOLE, tuple(step(True)), "partial_step"))
+        seen: list[Stmt] = (
+            step(~WHOLE)
+            if self.branch
+            else [If(WHOLE, tuple(step(False)), "full_step"), If(~WHOLE, tuple(step(True)), "partial_step")]
+        )
+        if any(WHOLE in variables(e) for s in seen for e in expressions(s)):  # not where each step masks anyway
+            seen = [Let(WHOLE.name, tests.whole), *seen]
         always = isinstance(tests.may_hold, Const)
         return [*tests.inner, *(seen if always else [If(tests.may_hold, tuple(seen))])]
 
