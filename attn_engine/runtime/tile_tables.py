@@ -40,7 +40,9 @@ def _table(
     positions = torch.arange(tiles * table.block, device=device).clamp_(max=max(rows - 1, 0))
     read = variables(table.value)
     places = {f"{table.axis}_idx": positions}
-    places |= {n: torch.arange(sizes[_COUNTED[n]], device=device) for n in _COUNTED if Var(n, DType.INT) in read}
+    places |= {
+        n: torch.arange(sizes[_COUNTED[n]], device=device) for n in _COUNTED if Var(n, DType.INT) in read
+    }
     environment = {v: _along(v, places[v.name]) if v.name in places else scalars[v.name] for v in read}
     values = evaluate_dense(table.value, environment, captured, compute)
     by_tile = values.reshape(*(len(places[n]) for n in _COUNTED if n in places), tiles, table.block)

@@ -271,9 +271,7 @@ def finish(drafts: list[Draft], outer: frozenset[str], arrays: dict[str, Shape])
             case (Loop() as loop, inner):
                 items.append(Sweep(loop, finish(inner, outer | arrays.keys() & made_in(drafts), arrays)))
             case (If() as branch, inner):
-                items.append(
-                    Branch(branch, finish(inner, outer | arrays.keys() & made_in(drafts), arrays))
-                )
+                items.append(Branch(branch, finish(inner, outer | arrays.keys() & made_in(drafts), arrays)))
     return tuple(items)
 
 

@@ -48,7 +48,9 @@ class Run:
             if self.branch
             else [If(WHOLE, tuple(step(False)), "full_step"), If(~WHOLE, tuple(step(True)), "partial_step")]
         )
-        if any(WHOLE in variables(e) for s in seen for e in expressions(s)):  # not where each step masks anyway
+        if any(
+            WHOLE in variables(e) for s in seen for e in expressions(s)
+        ):  # not where each step masks anyway
             seen = [Let(WHOLE.name, tests.whole), *seen]
         always = isinstance(tests.may_hold, Const)
         return [*tests.inner, *(seen if always else [If(tests.may_hold, tuple(seen))])]

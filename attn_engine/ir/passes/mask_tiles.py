@@ -233,7 +233,9 @@ def _combined(op: Op, x: _Interval, y: _Interval, apart: bool) -> _Interval | No
         case Op.SUB:
             return _Interval(simplify(x.lo - y.hi), simplify(x.hi - y.lo))
         case _:
-            corners = [simplify(a * b) for a in dict.fromkeys((x.lo, x.hi)) for b in dict.fromkeys((y.lo, y.hi))]
+            corners = [
+                simplify(a * b) for a in dict.fromkeys((x.lo, x.hi)) for b in dict.fromkeys((y.lo, y.hi))
+            ]
             return _Interval(_extreme(Op.MIN, *corners), _extreme(Op.MAX, *corners))
 
 
