@@ -108,8 +108,8 @@ class Param:
 class TileTable:
     """The smallest and the largest value of `value` in every tile of its axis, made before the launch as tensor `name`.
 
-    Dimensions: "batches" and "heads" where the value depends on them, the tiles, and two: smallest, largest. A value that
-    is NaN somewhere in a tile makes both of them NaN there.
+    Dimensions: "batches" and "heads" where the value depends on them, the tiles, and two: smallest, largest. A NaN
+    anywhere in a tile makes both of them NaN.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The tables of a kernel: the extremes of captured values over each tile, made with a few torch calls before a launch."""
+"""A kernel's tables: extremes of captured values over each tile, made by a few torch calls before the launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles that a mask hides are skipped and tiles that it shows are not masked, on every backend, forward and backward."""
+"""Tiles that a mask hides are skipped, tiles that it shows are not masked: every backend, forward and backward."""
 
 from __future__ import annotations
 

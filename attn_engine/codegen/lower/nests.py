@@ -24,7 +24,6 @@ from attn_engine.codegen.lower.steps import (
     shape_of,
     step_shape,
 )
-from attn_engine.ir.expr import Expr
 from attn_engine.ir.ops import DType
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
 

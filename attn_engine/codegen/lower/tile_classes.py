@@ -42,8 +42,8 @@ def tile_tests(
         return None
     tables = _Tables(program, names, tiles)
     in_order = sorted(found.reductions, key=lambda r: r.kind, reverse=True)  # smallest first
-    ends = {node: tables.end(node) for node in in_order}
-    may, must = (substitute(e, dict(ends)) for e in (found.may_hold, found.must_hold))
+    ends: dict[Expr, Expr] = {node: tables.end(node) for node in in_order}
+    may, must = (substitute(e, ends) for e in (found.may_hold, found.must_hold))
     for axis in (loop, OTHER[loop]) if own_rows_count else (loop,):
         inside = scalar(f"{axis}_start") + tiles[axis] <= scalar(f"{axis}_len")
         must = must if must is Const(False) else simplify(must & inside)

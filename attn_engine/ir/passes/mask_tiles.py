@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 
-from attn_engine.ir.expr import Call, Const, Expr, Load, Reduce, Var, call, loads, postorder, where
+from attn_engine.ir.expr import Call, Const, Expr, Load, Reduce, Var, call, loads, postorder
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.passes.bounds import conjuncts
 from attn_engine.ir.passes.mask_range import plan_mask
@@ -29,8 +29,8 @@ TRUE, FALSE = Const(True), Const(False)
 class TileClass:
     """Two conditions on a pair of tiles, in "<axis>_start" and "<axis>_last" of both axes and in `Reduce` nodes.
 
-    may_hold: False where no pair of the two tiles is visible. must_hold: True where every pair is. Tiles that the closed
-    form of `plan_mask` already leaves out need not be told apart by may_hold.
+    may_hold: False where no pair of the two tiles is visible. must_hold: True where every pair is. What the closed form
+    of `plan_mask` already leaves out, may_hold need not tell.
     """
 
     may_hold: Expr
