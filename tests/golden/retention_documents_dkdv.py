@@ -70,7 +70,7 @@ def dkdv(
         kv_documents_max = tl.load(
             kv_documents_range
             + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
-            + tl.cast(1, tl.int64) * kv_documents_range_end_stride,
+            + kv_documents_range_end_stride,
         ).to(tl.int32)
         q_begin = tl.maximum(kv_start // 32 * 32, 0)
         q_end = tl.maximum((q_len + 31) // 32 * 32, q_begin)
@@ -85,7 +85,7 @@ def dkdv(
             q_documents_max = tl.load(
                 q_documents_range
                 + tl.cast(q_start // 32, tl.int64) * q_documents_range_tile_stride
-                + tl.cast(1, tl.int64) * q_documents_range_end_stride,
+                + q_documents_range_end_stride,
             ).to(tl.int32)
             if (q_documents_min <= kv_documents_max) & (kv_documents_min <= q_documents_max):
                 tile_is_whole = (

@@ -79,7 +79,7 @@ def dq(
     q_documents_max = tl.load(
         q_documents_range
         + tl.cast(q_start // 128, tl.int64) * q_documents_range_tile_stride
-        + tl.cast(1, tl.int64) * q_documents_range_end_stride,
+        + q_documents_range_end_stride,
     ).to(tl.int32)
     kv_begin = 0
     kv_end = tl.maximum((tl.minimum(q_last + 1, kv_len) + 63) // 64 * 64, kv_begin)
@@ -95,7 +95,7 @@ def dq(
         kv_documents_max = tl.load(
             kv_documents_range
             + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
-            + tl.cast(1, tl.int64) * kv_documents_range_end_stride,
+            + kv_documents_range_end_stride,
         ).to(tl.int32)
         if (q_documents_min <= kv_documents_max) & (kv_documents_min <= q_documents_max):
             tile_is_whole = (
