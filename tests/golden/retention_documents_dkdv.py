@@ -88,12 +88,6 @@ def dkdv(
                 + q_documents_range_end_stride,
             ).to(tl.int32)
             if (q_documents_min <= kv_documents_max) & (kv_documents_min <= q_documents_max):
-                tile_is_whole = (
-                    (q_documents_max <= kv_documents_min)
-                    & (kv_documents_max <= q_documents_min)
-                    & (kv_last <= q_start)
-                    & (q_start + 32 <= q_len)
-                )
                 Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
                 query = tl.load(
                     Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
@@ -129,7 +123,17 @@ def dkdv(
                     Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0
                 )
                 score = tl.dot(key, query.T) * scale
-                probs = score / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :])
+                # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
+                documents_value = tl.load(
+                    documents + q_idx * documents_stride_0, mask=q_idx < documents_size_0, other=0
+                )
+                same_document = documents_value[None, :] == documents_row[:, None]
+                visible = (
+                    same_document & (kv_idx[:, None] <= q_idx[None, :]) & (q_idx[None, :] < q_len)
+                )
+                probs = tl.where(
+                    visible, score / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]), 0.0
+                )
                 d_probs = tl.dot(value, d_out.T)
                 # normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(s ...
                 through_sum = tl.where(
@@ -137,24 +141,12 @@ def dkdv(
                     delta[None, :] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),
                     0.0,
                 )
-                d_score = (d_probs - through_sum) / tl.where(
-                    abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]
+                d_score = tl.where(
+                    visible,
+                    (d_probs - through_sum)
+                    / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]),
+                    0.0,
                 )
-                if tile_is_whole == 0:
-                    # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
-                    documents_value = tl.load(
-                        documents + q_idx * documents_stride_0,
-                        mask=q_idx < documents_size_0,
-                        other=0,
-                    )
-                    same_document = documents_value[None, :] == documents_row[:, None]
-                    visible = (
-                        same_document
-                        & (kv_idx[:, None] <= q_idx[None, :])
-                        & (q_idx[None, :] < q_len)
-                    )
-                    probs = tl.where(visible, probs, 0.0)
-                    d_score = tl.where(visible, d_score, 0.0)
                 d_value = d_value + tl.dot(probs.to(V.dtype.element_ty), d_out)
                 d_key = d_key + tl.dot(d_score.to(K.dtype.element_ty), query)
 

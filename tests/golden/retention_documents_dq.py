@@ -98,12 +98,6 @@ def dq(
             + kv_documents_range_end_stride,
         ).to(tl.int32)
         if (q_documents_min <= kv_documents_max) & (kv_documents_min <= q_documents_max):
-            tile_is_whole = (
-                (q_documents_max <= kv_documents_min)
-                & (kv_documents_max <= q_documents_min)
-                & (kv_last <= q_start)
-                & (kv_start + 64 <= kv_len)
-            )
             K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
             key = tl.load(
                 K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
@@ -117,7 +111,17 @@ def dq(
                 other=0.0,
             )
             score = tl.dot(query, key.T) * scale
-            probs = score / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None])
+            # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
+            documents_value = tl.load(
+                documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
+            )
+            same_document = documents_row[:, None] == documents_value[None, :]
+            visible = (
+                same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
+            )
+            probs = tl.where(
+                visible, score / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]), 0.0
+            )
             d_probs = tl.dot(d_out, value.T)
             # normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(score ...
             through_sum = tl.where(
@@ -125,20 +129,11 @@ def dq(
                 delta[:, None] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),
                 0.0,
             )
-            d_score = (d_probs - through_sum) / tl.where(
-                abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]
+            d_score = tl.where(
+                visible,
+                (d_probs - through_sum) / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]),
+                0.0,
             )
-            if tile_is_whole == 0:
-                # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
-                documents_value = tl.load(
-                    documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
-                )
-                same_document = documents_row[:, None] == documents_value[None, :]
-                visible = (
-                    same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
-                )
-                probs = tl.where(visible, probs, 0.0)
-                d_score = tl.where(visible, d_score, 0.0)
             d_query = d_query + tl.dot(d_score.to(K.dtype.element_ty), key)
 
     # -- store

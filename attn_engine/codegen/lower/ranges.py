@@ -15,7 +15,7 @@ from attn_engine.ir.expr import Const, Expr, Var, call, variables, where
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.passes.mask_range import OTHER, MaskPlan, NoneKnown
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.tile import If, Let, Loop, Stmt, expressions
+from attn_engine.ir.tile import If, Let, Loop, Stmt
 
 WHOLE = Var("tile_is_whole", DType.BOOL)
 
@@ -24,7 +24,7 @@ WHOLE = Var("tile_is_whole", DType.BOOL)
 class Run:
     """Loop tiles from lo to hi. masked: always, never, or under this condition on the tile.
 
-    tests: asked of each tile first. branch: whole tiles share the other tiles' step, its mask under a branch.
+    tests: asked of each tile first. branch: tiles are only skipped; those that are whole take the masked step too.
     """
 
     title: str
@@ -41,19 +41,17 @@ class Run:
         return Loop(f"{axis}_start", self.lo, self.hi, axis, tuple(body), self.step)
 
     def _tested(self, tests: TileTests, step: Callable[[bool | Expr], list[Stmt]]) -> list[Stmt]:
-        if isinstance(tests.whole, Const):  # never: only skipping is known
-            return [*tests.inner, If(tests.may_hold, tuple(step(True)), "partial_step")]
-        seen: list[Stmt] = (
-            step(~WHOLE)
-            if self.branch
-            else [If(WHOLE, tuple(step(False)), "full_step"), If(~WHOLE, tuple(step(True)), "partial_step")]
-        )
-        if any(
-            WHOLE in variables(e) for s in seen for e in expressions(s)
-        ):  # not where each step masks anyway
-            seen = [Let(WHOLE.name, tests.whole), *seen]
         always = isinstance(tests.may_hold, Const)
-        return [*tests.inner, *(seen if always else [If(tests.may_hold, tuple(seen))])]
+        if self.branch or isinstance(tests.whole, Const):
+            # One step for all: on a GPU a second branch inside the first one costs registers (dK/dV would spill).
+            masked = tuple(step(True))
+            return [*tests.inner, *(masked if always else [If(tests.may_hold, masked, "partial_step")])]
+        seen: tuple[Stmt, ...] = (
+            Let(WHOLE.name, tests.whole),
+            If(WHOLE, tuple(step(False)), "full_step"),
+            If(~WHOLE, tuple(step(True)), "partial_step"),
+        )
+        return [*tests.inner, *(seen if always else [If(tests.may_hold, seen)])]
 
 
 @dataclass(frozen=True, slots=True)
