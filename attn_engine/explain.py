@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from attn_engine.codegen.lower.backward import uses_delta
 from attn_engine.ir.passes.mask_range import MaskPlan, NoneKnown, plan_mask
+from attn_engine.ir.passes.mask_tiles import TileClass, classify_tiles
 from attn_engine.ir.passes.rule_analysis import vanishes_when_masked
 from attn_engine.ir.printer import format_expr, format_program
 from attn_engine.ir.program import Attention
@@ -30,8 +31,8 @@ def explain(program: Attention, scale: float, compiled: CompiledAttention) -> Ex
         {
             "Program": format_program(program),
             "Scale": _scale_text(program, scale),
-            "Mask plan, for a tile of queries": plan_text(forward),
-            "Mask plan, for a tile of keys (dK, dV)": plan_text(transposed),
+            "Mask plan, for a tile of queries": plan_text(forward, classify_tiles(mask, "kv")),
+            "Mask plan, for a tile of keys (dK, dV)": plan_text(transposed, classify_tiles(mask, "q")),
             "Masking": _masking_text(program),
             "Saved for the backward pass": _saved_text(program),
             "Tiles": f"{compiled.schedule}",
@@ -40,14 +41,21 @@ def explain(program: Attention, scale: float, compiled: CompiledAttention) -> Ex
     )
 
 
-def plan_text(plan: MaskPlan) -> str:
-    """The ranges of the loop axis, and why."""
+def plan_text(plan: MaskPlan, classes: TileClass | None = None) -> str:
+    """The ranges of the loop axis, what is asked of each tile within them, and why."""
     axis = plan.loop
     if plan.everything:
         return f"every {axis} tile is visited and none is masked: {', '.join(plan.reasons)}"
     hull = f"[{_bound(plan.hull.lo, '0')}, {_bound(plan.hull.hi, f'{axis}_len')})"
     lines = [f"{axis} tiles visited: {hull}" + ("" if plan.bounded else " (all of them)")]
-    if isinstance(plan.full, NoneKnown):
+    if classes is not None:
+        what = f"what {' and '.join(classes.tensors)} holds" if classes.tensors else "the positions"
+        lines += [
+            f"each of them is tested: {what} in the two tiles says",
+            f"  skipped unless {format_expr(classes.may_hold)}",
+            f"  visible entirely, so not masked, where {format_expr(classes.must_hold)}",
+        ]
+    elif isinstance(plan.full, NoneKnown):
         lines.append("visible entirely: none known, so every visited tile is masked")
     else:
         lines.append(

@@ -1,8 +1,8 @@
 """Tile programs: what one program instance does, in loops over tiles.
 
-    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title) | If(condition, body)
-           | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
-    kernel = Kernel(name, params, scalars, grid, order, tile, body, header, heavy_last, lanes)
+    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title)
+           | If(condition, body, title) | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
+    kernel = Kernel(name, params, scalars, grid, order, tile, body, header, heavy_last, lanes, tables)
     module = Module(program, kernels)
 
 A tile value is an `Expr` over named axes. The order of a tile's dimensions belongs to the kernel (`Kernel.order`),
@@ -58,10 +58,11 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class If:
-    """A branch that a whole program instance takes: the condition spans no axis."""
+    """A branch that a whole program instance takes: the condition spans no axis. `title` as in Loop."""
 
     condition: Expr
     body: tuple[Stmt, ...]
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ Stmt = Section | Let | Loop | If | StoreTile | Accumulate
 class Param:
     """A tensor argument: its storage and the names of its sizes, outermost first.
 
-    Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v"; "<name>_size_<i>" for captured tensors.
+    Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v"; "<name>_size_<i>" for captured tensors;
+    "q_blocks", "kv_blocks" and "ends" for tables of tiles.
     Strides are arguments too, one per dimension, in elements.
     """
 
@@ -127,6 +129,24 @@ class Lanes(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class TileTable:
+    """The smallest and the largest value of `value` in every tile of its axis, made before the launch as tensor `name`.
+
+    Dimensions: "batches" and "heads" where the value depends on them, the tiles, and two: smallest, largest. A NaN
+    anywhere in a tile makes both of them NaN.
+    """
+
+    name: str
+    value: Expr
+    block: int
+
+    @property
+    def axis(self) -> str:
+        (axis,) = self.value.axes
+        return axis
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """One kernel: parameters, what its program ids are, and what a program instance does.
 
@@ -143,6 +163,7 @@ class Kernel:
     header: tuple[str, ...] = ()
     heavy_last: bool = False  # later tiles of the first grid axis have more work: hand them out first
     lanes: Lanes = Lanes.QUERIES
+    tables: tuple[TileTable, ...] = ()
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
@@ -195,7 +216,7 @@ def map_expressions(body: tuple[Stmt, ...], change: Callable[[Expr], Expr]) -> t
             case Loop(_, lo, hi, _, inner):
                 done.append(replace(s, lo=change(lo), hi=change(hi), body=map_expressions(inner, change)))
             case If(condition, inner):
-                done.append(If(change(condition), map_expressions(inner, change)))
+                done.append(replace(s, condition=change(condition), body=map_expressions(inner, change)))
             case StoreTile(tensor, indices, value):
                 done.append(StoreTile(tensor, tuple(change(i) for i in indices), change(value)))
             case Accumulate(tensor, indices, value):

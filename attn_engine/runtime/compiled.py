@@ -20,9 +20,10 @@ from attn_engine.codegen.schedule import Gradients, Schedule
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.program import Attention
-from attn_engine.ir.tile import Kernel, Module
+from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
 from attn_engine.runtime.storage import compute_dtype
+from attn_engine.runtime.tile_tables import tile_tables
 
 Tensors = Mapping[str, Tensor]
 Scalars = Mapping[str, Number]
@@ -57,9 +58,11 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Direction:
-    """The kernels of the forward or the backward pass in order, and the captured gradients that they compute."""
+    """The kernels of the forward or the backward pass in order, the tables that each of them reads, and the captured
+    gradients that they compute."""
 
     kernels: tuple[Launchable, ...]
+    tables: tuple[tuple[TileTable, ...], ...]
     captures: tuple[CaptureGradient, ...]
 
 
@@ -93,7 +96,8 @@ class CompiledAttention:
             captures = capture_gradients(self.program, learned)
             self.backend.refuse(self.program, captures)
             kernels = self.module(direction, learned).kernels
-            found = Direction(tuple(self.backend.compile(k, self.schedule) for k in kernels), captures)
+            compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
+            found = Direction(compiled, tuple(k.tables for k in kernels), captures)
             self._directions[direction, learned] = found
         return found
 
@@ -101,10 +105,12 @@ class CompiledAttention:
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
-        (kernel,) = self.kernels("forward").kernels
-        rows = q.shape[:3]
+        found = self.kernels("forward")
+        (kernel,) = found.kernels
+        rows, sizes = q.shape[:3], sizes_of(q, k)
         saved = {name: q.new_empty(rows, dtype=self._compute) for name in self._saved}
-        kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved}, scalars, sizes_of(q, k))
+        tables = tile_tables(found.tables[0], captured, scalars, sizes, self._compute)
+        kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved, **tables}, scalars, sizes)
         return list(saved.values())
 
     def backward(
@@ -144,7 +150,8 @@ class CompiledAttention:
         else:
             tensors["dQ"] = dq
         tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in direction.captures})
-        for kernel in direction.kernels:
+        for kernel, tables in zip(direction.kernels, direction.tables, strict=True):
+            tensors.update(tile_tables(tables, captured, numbers, sizes, self._compute))
             kernel.launch(tensors, numbers, sizes)
         if "dQ_parts" in tensors:
             _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])

@@ -17,6 +17,8 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
   Tensor<const float, 3> saved_abs_sum;
   Tensor<const float, 3> Delta;
   Tensor<const int32_t, 1> documents;
+  Tensor<const int64_t, 2> q_documents_range;
+  Tensor<const int64_t, 2> kv_documents_range;
   Tensor<float, 4> dK;
   Tensor<float, 4> dV;
   Tensor<float, 5> dQ_parts;
@@ -24,7 +26,7 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
   double scale;
   int64_t splits;
 };
-static_assert(sizeof(Arguments) == 8 * 90);
+static_assert(sizeof(Arguments) == 8 * 100);
 
 struct Scratch {  // of one thread
   alignas(64) Real d_value_tile[round_up(DV, ROWS)][LANES];
@@ -49,6 +51,8 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
   const auto& saved_abs_sum = arguments.saved_abs_sum;
   const auto& Delta = arguments.Delta;
   const auto& documents = arguments.documents;
+  const auto& q_documents_range = arguments.q_documents_range;
+  const auto& kv_documents_range = arguments.kv_documents_range;
   const auto& dK = arguments.dK;
   const auto& dV = arguments.dV;
   const auto& dQ_parts = arguments.dQ_parts;
@@ -89,10 +93,68 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
     const int first_head = kv_head * group;
     for (int head = first_head; head < first_head + group; ++head) {
       const auto documents_row = documents(kv_idx);
+      const int kv_last = min(kv_start + 63, kv_len - 1);
+      const int kv_documents_min = kv_documents_range(floor_div(kv_start, 64), 0);
+      const int kv_documents_max = kv_documents_range(floor_div(kv_start, 64), 1);
       const int q_begin = max(floor_div(kv_start, 64) * 64, 0);
       const int q_end = max(floor_div(q_len + 63, 64) * 64, q_begin);
 
-      // -- q tiles that may hold visible pairs, masked
+      // -- q tiles in sight: none, some or all of the pairs visible
+      const auto full_step = [&](int q_start) __attribute__((noinline)) {
+        const int q_rows = min(BLOCK_Q, q_len - q_start);
+        for (int row = 0; row < q_rows; ++row) {
+          const int q_idx = q_start + row;
+          abs_sum_tile[row] = saved_abs_sum(batch, head, q_idx);
+          delta_tile[row] = Delta(batch, head, q_idx);
+        }
+        const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
+        const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
+        for (int block = 0; block < q_rows; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+          multiply_add(sums, DV, d_out[block], d_out.stride, 1, value_packed[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
+        }
+        for (int block = 0; block < q_rows; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+          multiply_add(sums, D, query[block], query.stride, 1, key_packed[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) {
+            const int row = block + r;
+            const Floats score = sums[r];
+            const auto probs = score / where(abs_sum_tile[row] < 1.0f, 1.0f, abs_sum_tile[row]);
+            store(probs_tile[row], probs);
+            // normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
+            const auto through_sum = where(1.0f < abs_sum_tile[row], delta_tile[row] * (to_float(0.0f < probs) - to_float(probs < 0.0f)), 0.0f);
+            store(d_probs_tile[row], (load(d_probs_tile[row]) - through_sum) / where(abs_sum_tile[row] < 1.0f, 1.0f, abs_sum_tile[row]));
+          }
+        }
+        const auto dQ_parts_matrix = matrix(dQ_parts, split, batch, head);
+        for (int column = 0; column < D; column += LANES) {
+          for (int block = 0; block < q_rows; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+            multiply_add(sums, kv_rows, d_probs_tile[block], LANES, 1, key[0] + column, key.stride);
+            UNROLL for (int r = 0; r < ROWS; ++r) {
+              const int row = block + r;
+              const Floats dQ_parts_tile = sums[r];
+              if (row < q_rows) add_row<D>(dQ_parts_matrix, q_start + row, column, dQ_parts_tile);
+            }
+          }
+        }
+        for (int block = 0; block < D; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]);
+          multiply_add(sums, q_rows, query[0] + block, 1, query.stride, d_probs_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r], sums[r]);
+        }
+        for (int block = 0; block < DV; block += ROWS) {
+          Floats sums[ROWS];
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]);
+          multiply_add(sums, q_rows, d_out[0] + block, 1, d_out.stride, probs_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
+        }
+      };
       const auto partial_step = [&](int q_start) __attribute__((noinline)) {
         const int q_rows = min(BLOCK_Q, q_len - q_start);
         for (int row = 0; row < q_rows; ++row) {
@@ -152,8 +214,15 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
           UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
         }
       };
-      for (int q_start = q_begin; q_start < q_end; q_start += BLOCK_Q)
-        partial_step(q_start);
+      for (int q_start = q_begin; q_start < q_end; q_start += BLOCK_Q) {
+        const int q_documents_min = q_documents_range(floor_div(q_start, 64), 0);
+        const int q_documents_max = q_documents_range(floor_div(q_start, 64), 1);
+        if ((q_documents_min <= kv_documents_max) && (kv_documents_min <= q_documents_max)) {
+          const bool tile_is_whole = (q_documents_max <= kv_documents_min) && (kv_documents_max <= q_documents_min) && (kv_last <= q_start) && (q_start + 64 <= q_len) && (kv_start + 64 <= kv_len);
+          if (tile_is_whole) full_step(q_start);
+          if (!tile_is_whole) partial_step(q_start);
+        }
+      }
     }
 
     // -- store

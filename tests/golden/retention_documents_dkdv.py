@@ -15,7 +15,7 @@ BLOCK_DV = tl.constexpr(64)
     "Delta_head_stride", "scale", "heads", "kv_heads", "q_len", "kv_len", "documents_size_0"
 ])  # fmt: skip
 def dkdv(
-    Q, K, V, dO, saved_abs_sum, Delta, documents, dK, dV,
+    Q, K, V, dO, saved_abs_sum, Delta, documents, q_documents_range, kv_documents_range, dK, dV,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
@@ -23,6 +23,8 @@ def dkdv(
     saved_abs_sum_batch_stride, saved_abs_sum_head_stride, saved_abs_sum_row_stride,
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     documents_stride_0,
+    q_documents_range_tile_stride, q_documents_range_end_stride,
+    kv_documents_range_tile_stride, kv_documents_range_end_stride,
     dK_batch_stride, dK_head_stride, dK_row_stride, dK_d_stride,
     dV_batch_stride, dV_head_stride, dV_row_stride, dV_d_stride,
     scale, heads, kv_heads, q_len, kv_len,
@@ -61,67 +63,92 @@ def dkdv(
         documents_row = tl.load(
             documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
         )
+        kv_last = tl.minimum(kv_start + 63, kv_len - 1)
+        kv_documents_min = tl.load(
+            kv_documents_range + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
+        ).to(tl.int32)
+        kv_documents_max = tl.load(
+            kv_documents_range
+            + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
+            + kv_documents_range_end_stride,
+        ).to(tl.int32)
         q_begin = tl.maximum(kv_start // 32 * 32, 0)
         q_end = tl.maximum((q_len + 31) // 32 * 32, q_begin)
 
-        # -- q tiles that may hold visible pairs, masked
+        # -- q tiles in sight: none, some or all of the pairs visible
         for q_start in tl.range(q_begin, q_end, BLOCK_Q):
             q_row = tl.cast(q_start, tl.int64)
             q_idx = q_start + q_tile
-            Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-            query = tl.load(
-                Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
-                mask=q_idx[:, None] < q_len,
-                other=0.0,
-            )
-            dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
-            d_out = tl.load(
-                dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
-                mask=q_idx[:, None] < q_len,
-                other=0.0,
-            )
-            saved_abs_sum_base = (
-                saved_abs_sum
-                + batch * saved_abs_sum_batch_stride
-                + head * saved_abs_sum_head_stride
-                + q_row * saved_abs_sum_row_stride
-            )
-            abs_sum = tl.load(
-                saved_abs_sum_base + q_tile * saved_abs_sum_row_stride,
-                mask=q_idx < q_len,
-                other=0.0,
-            )
-            Delta_base = (
-                Delta
-                + batch * Delta_batch_stride
-                + head * Delta_head_stride
-                + q_row * Delta_row_stride
-            )
-            delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
-            score = tl.dot(key, query.T) * scale
-            # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
-            documents_value = tl.load(
-                documents + q_idx * documents_stride_0, mask=q_idx < documents_size_0, other=0
-            )
-            same_document = documents_value[None, :] == documents_row[:, None]
-            visible = same_document & (kv_idx[:, None] <= q_idx[None, :]) & (q_idx[None, :] < q_len)
-            probs = tl.where(
-                visible, score / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]), 0.0
-            )
-            d_probs = tl.dot(value, d_out.T)
-            # normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(score ...
-            through_sum = tl.where(
-                1.0 < abs_sum[None, :],
-                delta[None, :] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),
-                0.0,
-            )
-            d_score = tl.where(
-                visible,
-                (d_probs - through_sum) / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]),
-                0.0,
-            )
-            d_value = d_value + tl.dot(probs.to(V.dtype.element_ty), d_out)
-            d_key = d_key + tl.dot(d_score.to(K.dtype.element_ty), query)
+            q_documents_min = tl.load(
+                q_documents_range + tl.cast(q_start // 32, tl.int64) * q_documents_range_tile_stride
+            ).to(tl.int32)
+            q_documents_max = tl.load(
+                q_documents_range
+                + tl.cast(q_start // 32, tl.int64) * q_documents_range_tile_stride
+                + q_documents_range_end_stride,
+            ).to(tl.int32)
+            if (q_documents_min <= kv_documents_max) & (kv_documents_min <= q_documents_max):
+                Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
+                query = tl.load(
+                    Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
+                    mask=q_idx[:, None] < q_len,
+                    other=0.0,
+                )
+                dO_base = (
+                    dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
+                )
+                d_out = tl.load(
+                    dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
+                    mask=q_idx[:, None] < q_len,
+                    other=0.0,
+                )
+                saved_abs_sum_base = (
+                    saved_abs_sum
+                    + batch * saved_abs_sum_batch_stride
+                    + head * saved_abs_sum_head_stride
+                    + q_row * saved_abs_sum_row_stride
+                )
+                abs_sum = tl.load(
+                    saved_abs_sum_base + q_tile * saved_abs_sum_row_stride,
+                    mask=q_idx < q_len,
+                    other=0.0,
+                )
+                Delta_base = (
+                    Delta
+                    + batch * Delta_batch_stride
+                    + head * Delta_head_stride
+                    + q_row * Delta_row_stride
+                )
+                delta = tl.load(
+                    Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0
+                )
+                score = tl.dot(key, query.T) * scale
+                # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
+                documents_value = tl.load(
+                    documents + q_idx * documents_stride_0, mask=q_idx < documents_size_0, other=0
+                )
+                same_document = documents_value[None, :] == documents_row[:, None]
+                visible = (
+                    same_document & (kv_idx[:, None] <= q_idx[None, :]) & (q_idx[None, :] < q_len)
+                )
+                probs = tl.where(
+                    visible, score / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]), 0.0
+                )
+                d_probs = tl.dot(value, d_out.T)
+                # normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(s ...
+                through_sum = tl.where(
+                    1.0 < abs_sum[None, :],
+                    delta[None, :] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),
+                    0.0,
+                )
+                d_score = tl.where(
+                    visible,
+                    (d_probs - through_sum)
+                    / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]),
+                    0.0,
+                )
+                d_value = d_value + tl.dot(probs.to(V.dtype.element_ty), d_out)
+                d_key = d_key + tl.dot(d_score.to(K.dtype.element_ty), query)
 
     # -- store
     dK_base = dK + batch * dK_batch_stride + kv_head * dK_head_stride + kv_row * dK_row_stride

@@ -15,7 +15,7 @@ BLOCK_DV = tl.constexpr(64)
     "Delta_head_stride", "scale", "heads", "kv_heads", "q_len", "kv_len", "documents_size_0"
 ])  # fmt: skip
 def dq(
-    Q, K, V, dO, saved_abs_sum, Delta, documents, dQ,
+    Q, K, V, dO, saved_abs_sum, Delta, documents, q_documents_range, kv_documents_range, dQ,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
@@ -23,6 +23,8 @@ def dq(
     saved_abs_sum_batch_stride, saved_abs_sum_head_stride, saved_abs_sum_row_stride,
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     documents_stride_0,
+    q_documents_range_tile_stride, q_documents_range_end_stride,
+    kv_documents_range_tile_stride, kv_documents_range_end_stride,
     dQ_batch_stride, dQ_head_stride, dQ_row_stride, dQ_d_stride,
     scale, heads, kv_heads, q_len, kv_len,
     documents_size_0,
@@ -71,48 +73,68 @@ def dq(
 
     # -- kv tiles this tile meets
     q_last = tl.minimum(q_start + 127, q_len - 1)
+    q_documents_min = tl.load(
+        q_documents_range + tl.cast(q_start // 128, tl.int64) * q_documents_range_tile_stride
+    ).to(tl.int32)
+    q_documents_max = tl.load(
+        q_documents_range
+        + tl.cast(q_start // 128, tl.int64) * q_documents_range_tile_stride
+        + q_documents_range_end_stride,
+    ).to(tl.int32)
     kv_begin = 0
     kv_end = tl.maximum((tl.minimum(q_last + 1, kv_len) + 63) // 64 * 64, kv_begin)
 
-    # -- kv tiles that may hold visible pairs, masked
+    # -- kv tiles in sight: none, some or all of the pairs visible
     for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
-        K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-        key = tl.load(
-            K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
-            mask=kv_idx[:, None] < kv_len,
-            other=0.0,
-        )
-        V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-        value = tl.load(
-            V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
-            mask=kv_idx[:, None] < kv_len,
-            other=0.0,
-        )
-        score = tl.dot(query, key.T) * scale
-        # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
-        documents_value = tl.load(
-            documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
-        )
-        same_document = documents_row[:, None] == documents_value[None, :]
-        visible = same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
-        probs = tl.where(
-            visible, score / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]), 0.0
-        )
-        d_probs = tl.dot(d_out, value.T)
-        # normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
-        through_sum = tl.where(
-            1.0 < abs_sum[:, None],
-            delta[:, None] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),
-            0.0,
-        )
-        d_score = tl.where(
-            visible,
-            (d_probs - through_sum) / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]),
-            0.0,
-        )
-        d_query = d_query + tl.dot(d_score.to(K.dtype.element_ty), key)
+        kv_last = tl.minimum(kv_start + 63, kv_len - 1)
+        kv_documents_min = tl.load(
+            kv_documents_range + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
+        ).to(tl.int32)
+        kv_documents_max = tl.load(
+            kv_documents_range
+            + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
+            + kv_documents_range_end_stride,
+        ).to(tl.int32)
+        if (q_documents_min <= kv_documents_max) & (kv_documents_min <= q_documents_max):
+            K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
+            key = tl.load(
+                K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+                mask=kv_idx[:, None] < kv_len,
+                other=0.0,
+            )
+            V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
+            value = tl.load(
+                V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+                mask=kv_idx[:, None] < kv_len,
+                other=0.0,
+            )
+            score = tl.dot(query, key.T) * scale
+            # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
+            documents_value = tl.load(
+                documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
+            )
+            same_document = documents_row[:, None] == documents_value[None, :]
+            visible = (
+                same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
+            )
+            probs = tl.where(
+                visible, score / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]), 0.0
+            )
+            d_probs = tl.dot(d_out, value.T)
+            # normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(score ...
+            through_sum = tl.where(
+                1.0 < abs_sum[:, None],
+                delta[:, None] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),
+                0.0,
+            )
+            d_score = tl.where(
+                visible,
+                (d_probs - through_sum) / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]),
+                0.0,
+            )
+            d_query = d_query + tl.dot(d_score.to(K.dtype.element_ty), key)
 
     # -- store
     dQ_base = dQ + batch * dQ_batch_stride + head * dQ_head_stride + q_row * dQ_row_stride

@@ -14,18 +14,21 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
   Tensor<const float, 4> K;
   Tensor<const float, 4> V;
   Tensor<const int32_t, 1> documents;
+  Tensor<const int64_t, 2> q_documents_range;
+  Tensor<const int64_t, 2> kv_documents_range;
   Tensor<float, 4> O;
   Tensor<float, 3> saved_abs_sum;
   int64_t batches, heads, kv_heads, q_len, kv_len;
   double scale;
 };
-static_assert(sizeof(Arguments) == 8 * 53);
+static_assert(sizeof(Arguments) == 8 * 63);
 
 struct Scratch {  // of one thread
   alignas(64) Real query_packed[D][LANES];
   alignas(64) Real out_tile[round_up(DV, ROWS)][LANES];
   alignas(64) Real key_spare[BLOCK_KV][D];
   alignas(64) Real value_spare[BLOCK_KV][round_up(DV, ROWS)];
+  alignas(64) Real score_tile[BLOCK_KV][LANES];
   alignas(64) Real probs_tile[BLOCK_KV][LANES];
   alignas(64) Real result_tile[round_up(DV, ROWS)][LANES];
 };
@@ -35,6 +38,8 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   const auto& K = arguments.K;
   const auto& V = arguments.V;
   const auto& documents = arguments.documents;
+  const auto& q_documents_range = arguments.q_documents_range;
+  const auto& kv_documents_range = arguments.kv_documents_range;
   const auto& O = arguments.O;
   const auto& saved_abs_sum = arguments.saved_abs_sum;
   const int heads = arguments.heads, kv_heads = arguments.kv_heads, q_len = arguments.q_len, kv_len = arguments.kv_len;
@@ -43,6 +48,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   auto& out_tile = scratch.out_tile;
   auto& key_spare = scratch.key_spare;
   auto& value_spare = scratch.value_spare;
+  auto& score_tile = scratch.score_tile;
   auto& probs_tile = scratch.probs_tile;
   auto& result_tile = scratch.result_tile;
   const int q_rows = min(BLOCK_Q, q_len - q_start);
@@ -59,10 +65,38 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
 
   // -- kv tiles this tile can see
   const int q_last = min(q_start + 63, q_len - 1);
+  const int q_documents_min = q_documents_range(floor_div(q_start, 64), 0);
+  const int q_documents_max = q_documents_range(floor_div(q_start, 64), 1);
   const int kv_begin = 0;
   const int kv_end = max(floor_div(min(q_last + 1, kv_len) + 63, 64) * 64, kv_begin);
 
-  // -- kv tiles that may hold visible pairs, masked
+  // -- kv tiles in sight: none, some or all of the pairs visible
+  const auto full_step = [&](int kv_start) __attribute__((noinline)) {
+    const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
+    const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
+    const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+    Floats tile_sum = fill(0);
+    for (int block = 0; block < kv_rows; block += ROWS) {
+      Floats sums[ROWS];
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+      multiply_add(sums, D, key[block], key.stride, 1, query_packed[0], LANES);
+      UNROLL for (int r = 0; r < ROWS; ++r) {
+        const int row = block + r;
+        const Floats score = sums[r];
+        store(score_tile[row], score);
+        tile_sum = tile_sum + abs(score);
+      }
+    }
+    for (int block = 0; block < DV; block += ROWS) {
+      Floats sums[ROWS];
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]);
+      multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, score_tile[0], LANES);
+      UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
+    }
+    // normalisers.py:108: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
+    const auto new_sum = row_abs_sum + tile_sum;
+    row_abs_sum = new_sum;
+  };
   const auto partial_step = [&](int kv_start) __attribute__((noinline)) {
     const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
     const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
@@ -94,8 +128,16 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     const auto new_sum = row_abs_sum + tile_sum;
     row_abs_sum = new_sum;
   };
-  for (int kv_start = kv_begin; kv_start < kv_end; kv_start += BLOCK_KV)
-    partial_step(kv_start);
+  for (int kv_start = kv_begin; kv_start < kv_end; kv_start += BLOCK_KV) {
+    const int kv_last = min(kv_start + 63, kv_len - 1);
+    const int kv_documents_min = kv_documents_range(floor_div(kv_start, 64), 0);
+    const int kv_documents_max = kv_documents_range(floor_div(kv_start, 64), 1);
+    if ((q_documents_min <= kv_documents_max) && (kv_documents_min <= q_documents_max)) {
+      const bool tile_is_whole = (q_documents_max <= kv_documents_min) && (kv_documents_max <= q_documents_min) && (kv_last <= q_start) && (kv_start + 64 <= kv_len);
+      if (tile_is_whole) full_step(kv_start);
+      if (!tile_is_whole) partial_step(kv_start);
+    }
+  }
 
   // -- normalise and store
   for (int row = 0; row < DV; ++row) store(result_tile[row], load(out_tile[row]) / where(row_abs_sum < 1.0f, 1.0f, row_abs_sum));

@@ -15,11 +15,13 @@ BLOCK_DV = tl.constexpr(64)
     "q_len", "kv_len", "documents_size_0"
 ])  # fmt: skip
 def forward(
-    Q, K, V, documents, O, saved_abs_sum,
+    Q, K, V, documents, q_documents_range, kv_documents_range, O, saved_abs_sum,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
     documents_stride_0,
+    q_documents_range_tile_stride, q_documents_range_end_stride,
+    kv_documents_range_tile_stride, kv_documents_range_end_stride,
     O_batch_stride, O_head_stride, O_row_stride, O_d_stride,
     saved_abs_sum_batch_stride, saved_abs_sum_head_stride, saved_abs_sum_row_stride,
     scale, heads, kv_heads, q_len, kv_len,
@@ -53,37 +55,57 @@ def forward(
 
     # -- kv tiles this tile can see
     q_last = tl.minimum(q_start + 127, q_len - 1)
+    q_documents_min = tl.load(
+        q_documents_range + tl.cast(q_start // 128, tl.int64) * q_documents_range_tile_stride
+    ).to(tl.int32)
+    q_documents_max = tl.load(
+        q_documents_range
+        + tl.cast(q_start // 128, tl.int64) * q_documents_range_tile_stride
+        + q_documents_range_end_stride,
+    ).to(tl.int32)
     kv_begin = 0
     kv_end = tl.maximum((tl.minimum(q_last + 1, kv_len) + 63) // 64 * 64, kv_begin)
 
-    # -- kv tiles that may hold visible pairs, masked
+    # -- kv tiles in sight: none, some or all of the pairs visible
     for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
-        K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-        key = tl.load(
-            K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
-            mask=kv_idx[:, None] < kv_len,
-            other=0.0,
-        )
-        V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-        value = tl.load(
-            V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
-            mask=kv_idx[:, None] < kv_len,
-            other=0.0,
-        )
-        score = tl.dot(query, key.T) * scale
-        # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
-        documents_value = tl.load(
-            documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
-        )
-        same_document = documents_row[:, None] == documents_value[None, :]
-        visible = same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
-        probs = tl.where(visible, score, 0.0)
-        # normalisers.py:108: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abs ...
-        new_sum = row_abs_sum + tl.sum(tl.where(visible, tl.abs(probs), 0.0), axis=1)
-        out = out + tl.dot(probs.to(V.dtype.element_ty), value)
-        row_abs_sum = new_sum
+        kv_last = tl.minimum(kv_start + 63, kv_len - 1)
+        kv_documents_min = tl.load(
+            kv_documents_range + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
+        ).to(tl.int32)
+        kv_documents_max = tl.load(
+            kv_documents_range
+            + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
+            + kv_documents_range_end_stride,
+        ).to(tl.int32)
+        if (q_documents_min <= kv_documents_max) & (kv_documents_min <= q_documents_max):
+            K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
+            key = tl.load(
+                K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
+                mask=kv_idx[:, None] < kv_len,
+                other=0.0,
+            )
+            V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
+            value = tl.load(
+                V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
+                mask=kv_idx[:, None] < kv_len,
+                other=0.0,
+            )
+            score = tl.dot(query, key.T) * scale
+            # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
+            documents_value = tl.load(
+                documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
+            )
+            same_document = documents_row[:, None] == documents_value[None, :]
+            visible = (
+                same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
+            )
+            probs = tl.where(visible, score, 0.0)
+            # normalisers.py:108: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce( ...
+            new_sum = row_abs_sum + tl.sum(tl.where(visible, tl.abs(probs), 0.0), axis=1)
+            out = out + tl.dot(probs.to(V.dtype.element_ty), value)
+            row_abs_sum = new_sum
 
     # -- normalise and store
     O_base = O + batch * O_batch_stride + head * O_head_stride + q_row * O_row_stride

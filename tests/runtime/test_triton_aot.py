@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +29,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def showcase(name: str, element: torch.dtype = torch.bfloat16, dims: int = 64) -> Kernel:
+def showcase(
+    name: str, element: torch.dtype = torch.bfloat16, dims: int = 64, mask: Callable[..., Any] | None = None
+) -> Kernel:
     """A kernel of the heaviest built-in description: soft-cap and learned ALiBi slopes under a causal mask."""
     slopes = torch.zeros(8, requires_grad=True)
     engine = AttentionEngine(
         [meta_tensor(None, None, None, dims, dtype=element)] * 3,
         score_mod=lambda s, b, h, q_idx, kv_idx: 30 * torch.tanh(s / 30) - slopes[h] * (q_idx - kv_idx),
-        mask_mod=causal(),
+        mask_mod=mask or causal(),
         backend="triton",
     )
     schedule = gpu_schedule(dims, dims, element.itemsize)
@@ -68,6 +72,19 @@ def test_showcase_fits_the_target(name: str, target: str) -> None:
 @pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
 def test_head_dimension_128_does_not_spill(name: str, target: str) -> None:
     report = compiled(showcase(name, dims=128), target)
+    assert report.spill_bytes <= NOISE, report
+    assert report.shared_bytes <= SHARED_LIMITS[target], report
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
+def test_skipping_tiles_while_the_loop_runs_does_not_spill(name: str, target: str) -> None:
+    ids = torch.arange(64)
+
+    def documents(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (ids[q_idx] == ids[kv_idx]) & (kv_idx <= q_idx)
+
+    report = compiled(showcase(name, mask=documents), target)
     assert report.spill_bytes <= NOISE, report
     assert report.shared_bytes <= SHARED_LIMITS[target], report
 

@@ -91,7 +91,7 @@ def _renamed(body: tuple[Stmt, ...], new: dict[str, str], change: Change) -> tup
             case Loop(_, lo, hi, _, inner):
                 done.append(replace(s, lo=change(lo), hi=change(hi), body=_renamed(inner, new, change)))
             case If(condition, inner):
-                done.append(If(change(condition), _renamed(inner, new, change)))
+                done.append(replace(s, condition=change(condition), body=_renamed(inner, new, change)))
             case StoreTile(tensor, indices, value):
                 done.append(
                     StoreTile(new.get(tensor, tensor), tuple(change(i) for i in indices), change(value))

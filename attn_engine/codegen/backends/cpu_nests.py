@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS, LaneRenderer
 from attn_engine.codegen.lower.nests import Branch, Item, Nest, Schedule, Sweep
@@ -21,11 +22,21 @@ from attn_engine.codegen.lower.steps import (
     stored_by_column,
 )
 from attn_engine.ir.expr import Expr, Load, Reduce, Var
-from attn_engine.ir.tile import Accumulate, Let, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, If, Let, Loop, Section, Stmt, StoreTile
 
 TRIPS = {"q": "q_rows", "kv": "kv_rows", "d": "D", "dv": "DV"}  # rows that a nest visits
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
 EMPTY = {"max": "-INFINITY", "min": "INFINITY", "sum": "0"}
+
+
+def titled(items: tuple[Item, ...]) -> Iterator[Branch]:
+    """The branches of a loop's body that are steps of their own."""
+    for item in items:
+        if isinstance(item, Branch):
+            if item.branch.title and item.innermost:
+                yield item
+            else:
+                yield from titled(item.body)
 
 
 class NestRenderer(LaneRenderer):
@@ -44,7 +55,10 @@ class NestRenderer(LaneRenderer):
 
     # -- loops and branches
 
-    def items(self, items: tuple[Item, ...], steps: dict[tuple[Stmt, ...], str]) -> list[str]:
+    def items(
+        self, items: tuple[Item, ...], steps: dict[tuple[Stmt, ...], str], loop: Loop | None = None
+    ) -> list[str]:
+        """loop: the innermost loop around the items."""
         lines: list[str] = []
         steps = dict(steps)  # loop bodies already printed in this scope, and their names
         for item in items:
@@ -53,20 +67,19 @@ class NestRenderer(LaneRenderer):
                     lines += ["", self.remark(f"-- {title}")]
                 case Nest():
                     lines += self.nest(item)
-                case Sweep(loop) if item.innermost and loop.axis:
-                    if loop.body not in steps:
-                        title = loop.title or "step"
-                        steps[loop.body] = (
-                            title if title not in steps.values() else f"{title}_{len(steps) + 1}"
-                        )
-                        lines += self.step_function(item, steps[loop.body])
-                    lines += [*self.opening(item)[:-1], f"  {steps[loop.body]}({loop.var});"]
-                case Sweep(loop):
-                    inner = self.items(item.body, steps)
-                    lines += [*self.opening(item), *self.inside(item, inner), "}"]
-                case Branch(condition, body):
-                    inner = self.items(body, steps)
-                    lines += [f"if ({self.expr(condition)}) {{", *self.indented(inner), "}"]
+                case Sweep(inner) if item.innermost and inner.axis:
+                    lines += self.step_function(inner, inner, item.body, steps)
+                    lines += [*self.opening(item)[:-1], f"  {steps[inner.body]}({inner.var});"]
+                case Sweep(inner):
+                    for branch in titled(item.body):
+                        lines += self.step_function(inner, branch.branch, branch.body, steps)
+                    body = self.items(item.body, steps, inner)
+                    lines += [*self.opening(item), *self.inside(inner, body), "}"]
+                case Branch(branch) if loop is not None and branch.body in steps:
+                    lines.append(f"if ({self.expr(branch.condition)}) {steps[branch.body]}({loop.var});")
+                case Branch(branch, body):
+                    head = f"if ({self.expr(branch.condition)}) {{"
+                    lines += [head, *self.indented(self.items(body, steps, loop)), "}"]
         return lines
 
     def opening(self, sweep: Sweep) -> list[str]:
@@ -75,17 +88,24 @@ class NestRenderer(LaneRenderer):
         head = f"for (int {loop.var} = {self.expr(loop.lo)}; {loop.var} < {self.expr(loop.hi)}; {by})"
         return [head, f"{head} {{"] if sweep.innermost and loop.axis else [f"{head} {{"]
 
-    def step_function(self, sweep: Sweep, title: str) -> list[str]:
-        """The loop's body as a local function, where it is first needed; loops with equal bodies share it."""
-        outer, self._checked_axis = self._checked_axis, sweep.loop.axis
-        inner = self.items(sweep.body, {})
+    def step_function(
+        self, loop: Loop, step: Loop | If, body: tuple[Item, ...], steps: dict[tuple[Stmt, ...], str]
+    ) -> list[str]:
+        """What is done to a tile as a local function, where it is first needed; equal steps share it."""
+        if step.body in steps:
+            return []
+        title = step.title or "step"
+        title = title if title not in steps.values() else f"{title}_{len(steps) + 1}"
+        steps[step.body] = title
+        outer, self._checked_axis = self._checked_axis, loop.axis
+        inner = self.items(body, {})
         self._checked_axis = outer
-        head = f"const auto {title} = [&](int {sweep.loop.var}) __attribute__((noinline)) {{"
-        return [head, *self.inside(sweep, inner), "};"]
+        head = f"const auto {title} = [&](int {loop.var}) __attribute__((noinline)) {{"
+        return [head, *self.inside(loop, inner), "};"]
 
-    def inside(self, sweep: Sweep, inner: list[str]) -> list[str]:
+    def inside(self, loop: Loop, inner: list[str]) -> list[str]:
         words = set(re.findall(r"\w+", "\n".join(inner)))
-        positions = self.tile_positions(sweep.loop.axis, words) if sweep.loop.axis else []
+        positions = self.tile_positions(loop.axis, words) if loop.axis else []
         return self.indented([*positions, *inner])
 
     def tile_positions(self, axis: str, words: set[str]) -> list[str]:

@@ -20,6 +20,7 @@ from attn_engine.ir.tile import Kernel, Let, Loop, Param, walk
 DIMENSION_WORDS = {
     "batches": "batch", "heads": "head", "kv_heads": "head", "splits": "split",
     "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
+    "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
@@ -125,6 +126,7 @@ class Addressing(Renderer):
                 inside += bound
                 wide = self._is_wide(index) or bool(index.axes and len(indices) == 1)
                 place = f"{text if wide else f'tl.cast({text}, tl.int64)'} * {stride}"
+                place = stride if index is Const(1) and not captured(param) else place
                 (offset if index.axes else base).append(place)
         conditions = inside[0] if len(inside) == 1 else " & ".join(f"({c})" for c in inside)
         joined = " + ".join(offset)

@@ -20,8 +20,9 @@ from attn_engine.codegen.lower.capture import (
 )
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
-from attn_engine.codegen.lower.ranges import Run, masking, phases
+from attn_engine.codegen.lower.ranges import masking, phases
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
+from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
     BATCHES,
     D_IDX,
@@ -129,7 +130,8 @@ def lower_d_query(program: Attention, schedule: Schedule, captures: tuple[Captur
         *(StoreTile(c.buffer, Q_ROW, c.total) for c in sums),
     ]
     outputs = (wide(program, "dQ", output=True), *(buffer_param(program, c) for c in sums))
-    return backward_kernel(program, "dq", ("q", "head", "batch"), ORDER_Q, tiles, outputs, body)
+    grid = ("q", "head", "batch")
+    return backward_kernel(program, "dq", grid, ORDER_Q, tiles, outputs, body, tests=sweep.tests)
 
 
 def lower_d_key_value(
@@ -145,23 +147,22 @@ def lower_d_key_value(
     tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
     columns = [c for c in captures if c.route is Route.COLUMN]
     row_sums = [c for c in captures if c.route is Route.ROW] if with_query else []
-    body = [
-        Section("kv tile of this program"),
-        *kv_tile(program, schedule, names, tiles, columns, row_sums, with_query),
-    ]
+    sweep = Sweep(program, schedule, names, "q", tiles, sums_own_axis=with_query)
+    tile_body = kv_tile(program, sweep, columns, row_sums, with_query)
+    body = [Section("kv tile of this program"), *tile_body]
     outputs = [wide(program, "dK", output=True), wide(program, "dV", output=True)]
     outputs += [buffer_param(program, c) for c in columns]
     if not with_query:
-        return backward_kernel(
-            program, name, ("kv", "kv_head", "batch"), ORDER_KV, tiles, tuple(outputs), body
-        )
+        grid = ("kv", "kv_head", "batch")
+        return backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), body, tests=sweep.tests)
     outputs.append(Param("dQ_parts", compute_storage(program), DQ_PARTS_SHAPE, True))
     outputs += [buffer_param(program, c, parts=True) for c in row_sums]
     split = [Section("kv tiles of this split"), *split_bounds(tiles["kv"])]
     loop = Loop("kv_start", scalar("split_begin"), scalar("split_end"), "kv", tuple(body), "kv_tile")
     grid = ("split", "kv_head", "batch")
+    own = [*split, loop]
     kernel = backward_kernel(
-        program, name, grid, ORDER_KV, tiles, tuple(outputs), [*split, loop], (scalar("splits"),)
+        program, name, grid, ORDER_KV, tiles, tuple(outputs), own, (scalar("splits"),), sweep.tests
     )
     return replace(kernel, lanes=schedule.backward_lanes)
 
@@ -180,15 +181,12 @@ def split_bounds(n: int) -> list[Stmt]:
 
 def kv_tile(
     program: Attention,
-    schedule: Schedule,
-    names: Names,
-    tiles: dict[str, int],
+    sweep: Sweep,
     columns: list[CaptureGradient],
     row_sums: list[CaptureGradient],
     with_query: bool,
 ) -> list[Stmt]:
     """Everything that one kv tile owns: loads, the sweep over heads and q tiles, stores."""
-    sweep = Sweep(program, schedule, names, "q", tiles, sums_own_axis=with_query)
     update: list[Stmt] = [
         Let("d_value", D_VALUE + Dot(rounded(PROBS, "V"), D_OUT)),
         Let("d_key", D_KEY + Dot(rounded(D_SCORE, "K"), QUERY)),
@@ -201,7 +199,7 @@ def kv_tile(
     per_head = (
         *sweep.before,
         *(Let(c.total.name, Full(0.0, ("kv",))) for c in columns),
-        *sweep.loops([*columns, *row_sums], query_loads(program, names), update, in_loop=True),
+        *sweep.loops([*columns, *row_sums], query_loads(program, sweep.names), update, in_loop=True),
         *(StoreTile(c.buffer, (BATCH, HEAD, KV_IDX), c.total) for c in columns),
     )
     first, group = scalar("first_head"), scalar("group")
@@ -244,7 +242,7 @@ def lower_pair_gradient(program: Attention, schedule: Schedule, capture: Capture
             inner = (Loop(axis, Const(0), count, None, inner),)
     output = (buffer_param(program, capture),)
     order = ORDER_KV if owned == "kv" else ORDER_Q
-    return backward_kernel(program, capture.buffer, grid, order, tiles, output, [*inner])
+    return backward_kernel(program, capture.buffer, grid, order, tiles, output, [*inner], tests=sweep.tests)
 
 
 def runs_side_by_side(captures: tuple[CaptureGradient, ...]) -> CaptureGradient | None:
@@ -269,7 +267,8 @@ class Sweep:
         self.program, self.names, self.loop = program, names, loop
         self.masked_axes = ("q", "kv") if sums_own_axis else (loop,)
         plan = plan_mask(program.mask.result if program.mask else None, loop)
-        self.phases = phases(plan, tiles, schedule.edges, own_rows_count=sums_own_axis)
+        self.tests = tile_tests(program, names, loop, tiles, own_rows_count=sums_own_axis)
+        self.phases = phases(plan, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis)
         self.before, self.known = hoisted(program, names, loop)
 
     def loops(
@@ -279,14 +278,11 @@ class Sweep:
         body: list[Stmt] = [] if in_loop else [Section(f"{self.loop} tiles this tile meets")]
         body += self.phases.bounds
         for run in self.phases.runs:
-            step = (*loads, *self.recompute(run, wanted), *update)
-            body += [
-                Section(run.title),
-                Loop(f"{self.loop}_start", run.lo, run.hi, self.loop, step, run.step),
-            ]
+            loop = run.loop(self.loop, lambda masked: [*loads, *self.recompute(masked, wanted), *update])
+            body += [Section(run.title), loop]
         return body
 
-    def recompute(self, run: Run, wanted: list[CaptureGradient]) -> list[Stmt]:
+    def recompute(self, masked: bool | Expr, wanted: list[CaptureGradient]) -> list[Stmt]:
         """Weights from the saved row values; the gradient through the normaliser, then through score_mod."""
         program, rule = self.program, self.program.rule
         emitter = Emitter(self.names.copy(), self.known, base_two)
@@ -296,14 +292,14 @@ class Sweep:
             emitter.bind(saved_var(name), safe)
         probs = emitter.value(rule.recompute, rule.names, rule.sources)
         seen = None
-        if run.masked is not False:
+        if masked is not False:
             seen = visibility(program, emitter.names, self.known, self.masked_axes)
-        hide_weights(emitter, probs, seen, run.masked)
+        hide_weights(emitter, probs, seen, masked)
         emitter.let(D_PROBS.name, Dot(D_OUT, VALUE))
         emitter.bind(PROBS, PROBS)
         emitter.bind(DELTA, tile("delta", "q"))
         results = self.score_gradients(emitter, wanted)
-        hide_gradients(emitter, results, seen, run.masked)
+        hide_gradients(emitter, results, seen, masked)
         return emitter.lets
 
     def score_gradients(self, emitter: Emitter, wanted: list[CaptureGradient]) -> list[tuple[str, Expr]]:
@@ -378,11 +374,13 @@ def backward_kernel(
     outputs: tuple[Param, ...],
     body: list[Stmt],
     more_scalars: tuple[Var, ...] = (),
+    tests: TileTests | None = None,
 ) -> Kernel:
     row_values = [rows(program, saved_param(name)) for name in read_rows(program)]
     row_values += [rows(program, "Delta")] if uses_delta(program) else []
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
     inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_values, *captured_params(program))
+    inputs = (*inputs, *tests.params) if tests else inputs
     return Kernel(
         name=name,
         params=(*inputs, *outputs),
@@ -393,4 +391,5 @@ def backward_kernel(
         body=tuple(body),
         header=(f"{program.name}: backward" + (f", {name}" if name != "backward" else ""),),
         heavy_last=grid[:1] == ("q",) and later_rows_see_more(plan),
+        tables=tests.tables if tests else (),
     )

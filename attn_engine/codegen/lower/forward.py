@@ -8,6 +8,7 @@ from collections.abc import Callable
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.ranges import masking, phases
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
+from attn_engine.codegen.lower.tile_classes import tile_tests
 from attn_engine.codegen.lower.values import (
     GROUP_OF_HEADS,
     Q_ROW,
@@ -25,7 +26,7 @@ from attn_engine.ir.expr import REDUCE_IDENTITY, Const, Dot, Expr, Full, Reduce,
 from attn_engine.ir.passes.mask_range import MaskPlan, plan_mask
 from attn_engine.ir.passes.rule_analysis import output_of_empty_row, saved_of_empty_row, vanishes_when_masked
 from attn_engine.ir.program import HEAD, LOGIT, OUT, Attention, OnlineRule, RowState
-from attn_engine.ir.tile import Kernel, Let, Loop, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Kernel, Let, Section, Stmt, StoreTile
 
 ORDER_Q = ("q", "kv", "d", "dv")  # tiles are [q, kv] here
 
@@ -35,7 +36,8 @@ def lower_forward(program: Attention, schedule: Schedule) -> Kernel:
     names = reserved_names(program)
     tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
-    seen = phases(plan, tiles, schedule.edges)
+    tests = tile_tests(program, names, "kv", tiles)
+    seen = phases(plan, tiles, schedule.edges, tests)
     before, known = hoisted(program, names, "kv")
     body: list[Stmt] = [
         Section("query tile of this program"),
@@ -49,14 +51,15 @@ def lower_forward(program: Attention, schedule: Schedule) -> Kernel:
         *seen.bounds,
     ]
     for run in seen.runs:
-        step = kv_step(program, names.copy(), known, run.masked)
-        body += [Section(run.title), Loop("kv_start", run.lo, run.hi, "kv", tuple(step), run.step)]
+        loop = run.loop("kv", lambda masked: kv_step(program, names.copy(), known, masked))
+        body += [Section(run.title), loop]
     body += epilogue(program, names)
     return Kernel(
         name="forward",
         params=(
             *(wide(program, t) for t in "QKV"),
             *captured_params(program),
+            *(tests.params if tests else ()),
             wide(program, "O", output=True),
             *(rows(program, saved_param(name), output=True) for name, _ in program.rule.saved),
         ),
@@ -68,6 +71,7 @@ def lower_forward(program: Attention, schedule: Schedule) -> Kernel:
         header=(f"{program.name}: forward",),
         heavy_last=later_rows_see_more(plan),
         lanes=schedule.lanes,
+        tables=tests.tables if tests else (),
     )
 
 

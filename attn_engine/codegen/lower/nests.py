@@ -1,6 +1,6 @@
 """Schedule a kernel for a machine without tile instructions: fuse its steps into few row loops.
 
-    item = Section | Nest(shape, steps, stored, places) | Sweep(loop, items) | Branch(condition, items)
+    item = Section | Nest(shape, steps, stored, places) | Sweep(loop, items) | Branch(branch, items)
 
 A nest is one loop over rows: a product of the micro-kernel and everything that can be done to its result while that is
 in registers. Values that another nest needs are stored in scratch arrays; all others never leave the registers.
@@ -26,7 +26,6 @@ from attn_engine.codegen.lower.steps import (
     prepare,
     step_shape,
 )
-from attn_engine.ir.expr import Expr
 from attn_engine.ir.ops import DType
 from attn_engine.ir.tile import Accumulate, If, Kernel, Lanes, Let, Loop, Section, Stmt, StoreTile
 
@@ -64,8 +63,12 @@ class Sweep:
 class Branch:
     """An `If` whose body is scheduled."""
 
-    condition: Expr
+    branch: If
     body: tuple[Item, ...]
+
+    @property
+    def innermost(self) -> bool:
+        return all(isinstance(item, Nest) for item in self.body)
 
 
 Item = Section | Nest | Sweep | Branch
@@ -336,7 +339,7 @@ def finish(
                 items.append(Sweep(loop, finish(inner, inside, arrays, forms)))
             case (If() as branch, inner):
                 inside = outer | arrays.keys() & made_in(drafts)
-                items.append(Branch(branch.condition, finish(inner, inside, arrays, forms)))
+                items.append(Branch(branch, finish(inner, inside, arrays, forms)))
     return tuple(items)
 
 

@@ -5,26 +5,53 @@ Every bound is a multiple of the loop's tile, so a backend may count tiles inste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from attn_engine.codegen.lower.tile_classes import TileTests, last_row
 from attn_engine.codegen.lower.values import INT, scalar
 from attn_engine.codegen.schedule import Edges
 from attn_engine.ir.expr import Const, Expr, Var, call, variables, where
-from attn_engine.ir.ops import Op
+from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.passes.mask_range import OTHER, MaskPlan, NoneKnown
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.tile import If, Let, Stmt
+from attn_engine.ir.tile import If, Let, Loop, Stmt
+
+WHOLE = Var("tile_is_whole", DType.BOOL)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Loop tiles from lo to hi. masked: always, never, or under this condition on the tile."""
+    """Loop tiles from lo to hi. masked: always, never, or under this condition on the tile.
+
+    tests: asked of each tile first. branch: tiles are only skipped; those that are whole take the masked step too.
+    """
 
     title: str
     step: str
     lo: Expr
     hi: Expr
     masked: bool | Expr
+    tests: TileTests | None = None
+    branch: bool = False
+
+    def loop(self, axis: str, step: Callable[[bool | Expr], list[Stmt]]) -> Loop:
+        """The loop over the tiles; `step` makes what is done to one, masked always, never or under a condition."""
+        body = step(self.masked) if self.tests is None else self._tested(self.tests, step)
+        return Loop(f"{axis}_start", self.lo, self.hi, axis, tuple(body), self.step)
+
+    def _tested(self, tests: TileTests, step: Callable[[bool | Expr], list[Stmt]]) -> list[Stmt]:
+        always = isinstance(tests.may_hold, Const)
+        if self.branch or isinstance(tests.whole, Const):
+            # One step for all: on a GPU a second branch inside the first one costs registers (dK/dV would spill).
+            masked = tuple(step(True))
+            return [*tests.inner, *(masked if always else [If(tests.may_hold, masked, "partial_step")])]
+        seen: tuple[Stmt, ...] = (
+            Let(WHOLE.name, tests.whole),
+            If(WHOLE, tuple(step(False)), "full_step"),
+            If(~WHOLE, tuple(step(True)), "partial_step"),
+        )
+        return [*tests.inner, *(seen if always else [If(tests.may_hold, seen)])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +60,14 @@ class Phases:
     runs: tuple[Run, ...]
 
 
-def phases(plan: MaskPlan, tiles: dict[str, int], edges: Edges, *, own_rows_count: bool = False) -> Phases:
+def phases(
+    plan: MaskPlan,
+    tiles: dict[str, int],
+    edges: Edges,
+    tests: TileTests | None = None,
+    *,
+    own_rows_count: bool = False,
+) -> Phases:
     """Bounds as Lets, then the runs over them. The ragged last tile of the loop is never a full one.
 
     own_rows_count: rows past the end of the program's own tile would count too (they are summed over, not just not
@@ -44,12 +78,17 @@ def phases(plan: MaskPlan, tiles: dict[str, int], edges: Edges, *, own_rows_coun
     begin, end = (Var(f"{loop}_{v}", INT) for v in ("begin", "end"))
     hull_lo, hull_hi = plan.hull.lo, plan.hull.hi
     bounds: list[Stmt] = []
-    if _mentions_last(plan):
-        last = call(Op.MIN, scalar(f"{axis}_start") + (tiles[axis] - 1), scalar(f"{axis}_len") - 1)
-        bounds.append(Let(f"{axis}_last", last))
+    own = () if tests is None else tests.own
+    if _mentions_last(plan) and all(isinstance(s, Let) and s.name != f"{axis}_last" for s in own):
+        bounds.append(Let(f"{axis}_last", last_row(axis, tiles)))
+    bounds += own
     first = Const(0) if hull_lo is None else call(Op.MAX, floor_to(hull_lo, n), 0)
     stop = length if hull_hi is None else call(Op.MIN, hull_hi, length)
     bounds += [_let(f"{loop}_begin", first), _let(f"{loop}_end", call(Op.MAX, ceil_to(stop, n), begin))]
+    if tests is not None:
+        title = f"{loop} tiles in sight: none, some or all of the pairs visible"
+        run = Run(title, "step", begin, end, True, tests, edges is Edges.BRANCH)
+        return Phases(tuple(bounds), (run,))
     if isinstance(plan.full, NoneKnown):
         run = Run(f"{loop} tiles that may hold visible pairs, masked", "partial_step", begin, end, True)
         return Phases(tuple(bounds), (run,))

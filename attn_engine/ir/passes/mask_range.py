@@ -47,6 +47,7 @@ class MaskPlan:
     hull: Interval
     full: Interval | NoneKnown
     reasons: tuple[str, ...] = field(default=(), compare=False)
+    decided: bool = True  # every part of the mask was understood
 
     @property
     def bounded(self) -> bool:
@@ -72,6 +73,7 @@ class _Seen:
     hull: Interval
     full: Interval | NoneKnown
     reasons: tuple[str, ...]
+    decided: bool = True
 
 
 def plan_mask(mask: Expr | None, loop: str) -> MaskPlan:
@@ -79,7 +81,7 @@ def plan_mask(mask: Expr | None, loop: str) -> MaskPlan:
     if mask is None:
         return MaskPlan(loop, Interval(), Interval(), ("no mask",))
     seen = _Analysis(loop).formula(simplify(mask), negated=False)
-    return MaskPlan(loop, seen.hull, seen.full, seen.reasons)
+    return MaskPlan(loop, seen.hull, seen.full, seen.reasons, seen.decided)
 
 
 class _Analysis:
@@ -120,10 +122,13 @@ class _Analysis:
                     ~e if negated else e, ~e if negated else e, "does not depend on the position"
                 )
             case _:
-                return _Seen(Interval(), NoneKnown(), (f"unknown: {format_expr(e)}",))
+                return self.unknown(f"unknown: {format_expr(e)}")
 
     def everything(self) -> _Seen:
         return _Seen(Interval(), Interval(), ())
+
+    def unknown(self, reason: str) -> _Seen:
+        return _Seen(Interval(), NoneKnown(), (reason,), decided=False)
 
     def nothing(self) -> _Seen:
         return _Seen(Interval(None, Const(0)), Interval(None, Const(0)), ("nothing is visible",))
@@ -140,7 +145,7 @@ class _Analysis:
         """a - b >= 0, or >= 1 where strict."""
         x, y = self.linear(a), self.linear(b)
         if x is None or y is None:
-            return _Seen(Interval(), NoneKnown(), (f"not linear in the positions: {format_expr(atom)}",))
+            return self.unknown(f"not linear in the positions: {format_expr(atom)}")
         slack = _Linear(x.tile - y.tile, x.loop - y.loop, simplify(x.rest - y.rest - (1 if strict else 0)))
         if slack.loop == 0:
             lowest, highest = self.at(slack, lowest=True), self.at(slack, lowest=False)
@@ -173,10 +178,11 @@ class _Analysis:
             if isinstance(x.full, NoneKnown) or isinstance(y.full, NoneKnown)
             else _meet(x.full, y.full)
         )
-        return _Seen(_meet(x.hull, y.hull), full, x.reasons + y.reasons)
+        return _Seen(_meet(x.hull, y.hull), full, x.reasons + y.reasons, x.decided and y.decided)
 
     def either(self, x: _Seen, y: _Seen) -> _Seen:
-        return _Seen(_hull(x.hull, y.hull), _either_full(x.full, y.full), x.reasons + y.reasons)
+        full = _either_full(x.full, y.full)
+        return _Seen(_hull(x.hull, y.hull), full, x.reasons + y.reasons, x.decided and y.decided)
 
     def linear(self, e: Expr) -> _Linear | None:
         """e as a linear form, or None."""
