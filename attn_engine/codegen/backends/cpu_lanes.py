@@ -60,9 +60,7 @@ class LaneRenderer(Renderer):
             )
         },
     }
-    number_axes: ClassVar[frozenset[str]] = frozenset(
-        {"kv"}
-    )  # a value over these alone is a number in its row
+    number_axes: ClassVar[frozenset[str]] = frozenset({"kv"})  # a value over no others is a number
     in_double: bool = False
 
     def start(self, arrays: Mapping[str, Shape]) -> None:
