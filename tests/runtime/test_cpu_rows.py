@@ -28,7 +28,7 @@ from tests.conformance.cases import VARIANTS, Context, dense_attention
 from tests.runtime.cpu_attention import CpuOn, Shapes, compiled, inputs
 from tests.runtime.rules import WINDOW as WINDOW_SIZE
 from tests.runtime.rules import function, program
-from tests.runtime.test_cpu_kernels import ALPHA, CASES, Case, at_the_end_of_a_page, every_operation
+from tests.runtime.test_cpu_kernels import ALPHA, CASES, Case, at_the_end_of_a_page, every_operation, read
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
@@ -174,7 +174,7 @@ class TopShare(OnlineFunc):
         above = scores > share
         rescale = torch.where(raised, torch.exp(old - top), 1.0)
         weights = torch.exp(scores - top) * torch.where(above, 1.0, 0.5)
-        share = share * rescale + torch.where(raised, 1.0, 1.0) * weights.get_reduce("sum")
+        share = share * rescale + torch.where(raised, 1.0, 0.5) * weights.get_reduce("sum")
         return weights, {"top": top, "share": share, "seen": online_rowscales["seen"] + 1.0}, rescale
 
     @staticmethod
@@ -241,7 +241,10 @@ def test_keys_out_of_sight_may_hold_anything(generator: torch.Generator):
     """NaN and infinity in hidden keys, and in the columns beside a row's end, stay out of the result."""
     p = program(None, function(KV_IDX < 70), dim_qk=33, dim_v=33)
     q, k, v, d_out = inputs(p, Shapes(1, 2, 2, 2, 133), generator)
+    q[..., 20] = q[..., 20].abs() + 0.1
+    k[:, :, 7, 20] = -torch.inf  # in a column that two vectors of the row share: the key weighs nothing
     want, _ = reference(p, q, k[:, :, :70], v[:, :, :70], {}, {"scale": SCALE})
+    assert want.isfinite().all()
     wide = [torch.full((*t.shape[:3], 64), math.nan) for t in (k, v)]
     for x, t in zip(wide, (k, v)):
         x[..., :33] = t
@@ -270,12 +273,14 @@ def test_any_strides(generator: torch.Generator):
 def test_nothing_outside_the_tensors_is_touched(
     element: Storage, dims: tuple[int, int], generator: torch.Generator
 ):
-    p = program(None, None, element=element, dim_qk=dims[0], dim_v=dims[1])
+    score = function(SCORE + read("column", KV_IDX), Captured("column", Storage.FLOAT32, 1))
+    p = program(score, None, element=element, dim_qk=dims[0], dim_v=dims[1])
+    captured = {"column": at_the_end_of_a_page(torch.rand(71, generator=generator))}
     tensors = [at_the_end_of_a_page(t) for t in inputs(p, Shapes(1, 2, 1, 5, 71), generator)]
     attention = few_rows(p, 4)
     attention.kernels("forward")
     q, k, v, d_out = tensors
-    work = partial(attention.forward, q, k, v, {}, {"scale": SCALE}, d_out)
+    work = partial(attention.forward, q, k, v, captured, {"scale": SCALE}, d_out)
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
     child.join(60)
