@@ -120,12 +120,12 @@ def test_rules_masks_and_scores(name: str, variant: str, generator: torch.Genera
 def test_dimensions_and_types(
     rows: int, dims: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
 ):
-    v = VARIANTS["causal"]
-    t = traced(OnlineSoftmax(), dtype, dims, mask_mod=v.mask_mod({}))
+    v = VARIANTS["soft_cap"]
+    t = traced(OnlineSoftmax(), dtype, dims, score_mod=v.score_mod({}))
     attention = few_rows(t.program, rows)
     for q_len, kv_len in ((1, 250), (13, 31), (8, 140)):
         tensors = inputs(t.program, Shapes(1, 2, 1, q_len, kv_len), generator)
-        out, *_ = run(attention, tensors, {}, {})
+        out, *_ = run(attention, tensors, {}, t.scalars())
         exact = [x.double() for x in tensors[:3]]
         want = dense_attention("softmax", v, *exact, SCALE, Context(1, 2, q_len, kv_len, {}))
         assert_close(out, want, dtype, (q_len, kv_len))
