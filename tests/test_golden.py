@@ -15,7 +15,7 @@ from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.backends.cpu import CpuTarget, render_cpu
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
 from attn_engine.codegen.pipeline import lower, with_header
-from attn_engine.codegen.schedule import Schedule, cpu_schedule, gpu_schedule
+from attn_engine.codegen.schedule import Schedule, cpu_schedule, few_rows_schedule, gpu_schedule
 from attn_engine.ir.tile import Kernel
 from attn_engine.library.normalisers import OnlineRetention
 
@@ -98,3 +98,11 @@ def test_showcase(name: str, backend: str, direction: str, golden: Callable[[str
     for kernel in lower(program, schedule, direction, learned).kernels:
         if kernel.name != "delta":
             golden(f"{name}_{kernel.name}.{ending}", render(kernel, schedule))
+
+
+def test_showcase_of_few_query_rows(golden: Callable[[str, str], None]) -> None:
+    metas = [meta_tensor(None, None, None, 64, dtype=torch.bfloat16)] * 3
+    program = AttentionEngine(metas, **soft_cap_alibi_window(), backend="torch").program
+    schedule = few_rows_schedule(2)
+    (kernel,) = lower(program, schedule, "forward").kernels
+    golden("soft_cap_alibi_window_few_rows_forward.cpp", _cpp(kernel, schedule))

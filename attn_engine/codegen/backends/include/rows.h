@@ -91,21 +91,32 @@ INLINE Real min_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { ret
 
 // -- query . key: the columns of both in lanes
 
+/// sums[r * KEYS + j] += query[r] . key[j] over COUNT slices from `first` on. Key after key: one pointer walks, and the
+/// processor overlaps the sums of neighbouring keys.
+template <int COLUMNS, int QUERIES, int COUNT, int PADDED, class T>
+INLINE void multiply_slices(FloatVector (&sums)[WIDTH], const Real (*query)[PADDED], const T* key, int64_t stride,
+                            int first) {
+  constexpr int KEYS = WIDTH / QUERIES;
+  FloatVector numbers[QUERIES][COUNT];
+  UNROLL for (int r = 0; r < QUERIES; ++r)
+    UNROLL for (int c = 0; c < COUNT; ++c) numbers[r][c] = *(const FloatVector*)(query[r] + (first + c) * WIDTH);
+  UNROLL for (int j = 0; j < KEYS; ++j, key += stride)
+    UNROLL for (int c = 0; c < COUNT; ++c) {
+      const FloatVector columns = without_overlap<COLUMNS>(load_slice<COLUMNS>(key, first + c), first + c);
+      UNROLL for (int r = 0; r < QUERIES; ++r) sums[r * KEYS + j] += numbers[r][c] * columns;
+    }
+}
+
 /// scores[r][j] for QUERIES rows r and as many keys j as fill a vector with results: an accumulator for each pair.
 template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
 INLINE void multiply_keys(Real (*scores)[LENGTH], const Real (*query)[PADDED], const T* key, int64_t stride) {
-  constexpr int KEYS = WIDTH / QUERIES;
+  constexpr int KEYS = WIDTH / QUERIES, AT_ONCE = at_least_one(ROWS / QUERIES);
+  constexpr int REST = (SLICES<COLUMNS> - 1) % AT_ONCE + 1;  // with the last slice, which may need a mask
   FloatVector sums[WIDTH] = {};
-  const auto add_slice = [&](int s) __attribute__((always_inline)) {
-    FloatVector numbers[QUERIES];
-    UNROLL for (int r = 0; r < QUERIES; ++r) numbers[r] = *(const FloatVector*)(query[r] + s * WIDTH);
-    UNROLL for (int j = 0; j < KEYS; ++j) {
-      const FloatVector columns = without_overlap<COLUMNS>(load_slice<COLUMNS>(key + j * stride, s), s);
-      UNROLL for (int r = 0; r < QUERIES; ++r) sums[r * KEYS + j] += numbers[r] * columns;
-    }
-  };
-  for (int s = 0; s < SLICES<COLUMNS> - 1; ++s) add_slice(s);
-  add_slice(SLICES<COLUMNS> - 1);
+  int first = 0;
+  for (; first < SLICES<COLUMNS> - REST; first += AT_ONCE)
+    multiply_slices<COLUMNS, QUERIES, AT_ONCE>(sums, query, key, stride, first);
+  multiply_slices<COLUMNS, QUERIES, REST>(sums, query, key, stride, SLICES<COLUMNS> - REST);
   Real results[WIDTH];
   *(FloatVector*)results = sums_of(sums);
   UNROLL for (int r = 0; r < QUERIES; ++r) __builtin_memcpy(scores[r], results + r * KEYS, KEYS * sizeof(Real));
