@@ -184,7 +184,8 @@ def test_half_types_convert_as_torch_does(target: str, dtype: torch.dtype, folde
         )
     finite = exact[exact.isfinite()]
     ends = torch.tensor([math.inf, -math.inf, math.nan, -math.nan, 1e38, 3.4e38, 65519.0, 65520.0, 1e-45, 2e-8])
-    x = torch.cat([ends, *(finite * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13))])
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF]).int().view(torch.float32)  # NaN, one bit off the edge
+    x = torch.cat([ends, odd, *(finite * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13))])
     x = torch.cat([x, torch.zeros(-len(x) % 64)])
     for kind in ("to", "vector_to"):
         got = apply(library(target, folder)[f"{kind}_{name}"], x, torch.uint16).view(dtype)

@@ -34,6 +34,9 @@ def compiler_for(processor: str = "native", program: str = "") -> Compiler:
         found = find_compiler(processor)
     if found is None or (program and os.path.basename(found.command[0]) != program):  # noqa: PTH119
         pytest.skip(f"{program or 'the compiler'} knows no {processor}")
+    here = find_compiler()
+    if here is None or found.vector_bytes > here.vector_bytes:
+        pytest.skip(f"this machine cannot run what is compiled for {processor}")
     return found
 
 
@@ -69,8 +72,8 @@ class Shapes:
     kv_len: int = 90
 
 
-def compiled(program: Attention, processor: str = "native", compiler: str = "") -> CompiledAttention:
-    backend = CpuOn(processor, compiler)
+def compiled(program: Attention, backend: CpuOn | None = None) -> CompiledAttention:
+    backend = backend or CpuOn()
     return CompiledAttention(program, backend, backend.schedule(program))
 
 

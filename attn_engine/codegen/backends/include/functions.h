@@ -124,15 +124,15 @@ INLINE FloatVector exp(FloatVector v) {
 }
 
 /// fraction * 2^exponent = x > 0, the fraction from sqrt(1/2) to sqrt(2).
-struct Split { FloatVector fraction, exponent; };
-INLINE Split split(FloatVector x) {
+struct Binary { FloatVector fraction, exponent; };
+INLINE Binary binary_of(FloatVector x) {
   const IntVector tiny = x < 0x1p-126f;
   const IntVector bits = (IntVector)(tiny ? x * 0x1p23f : x) - 0x3f3504f3;
   const IntVector exponent = (bits >> 23) + (tiny & -23);
   return {(FloatVector)((bits & 0x7fffff) + 0x3f3504f3), __builtin_convertvector(exponent, FloatVector)};
 }
 
-/// log(1 + f) - f for 1 + f as `split` gives it.
+/// log(1 + f) - f for 1 + f as `binary_of` gives it.
 INLINE FloatVector log_rest(FloatVector f) {
   FloatVector y = 7.0376836292e-2f - FloatVector{};
   y = y * f + -1.1514610310e-1f, y = y * f + 1.1676998740e-1f, y = y * f + -1.2420140846e-1f;
@@ -145,19 +145,19 @@ INLINE FloatVector log_rest(FloatVector f) {
 INLINE FloatVector log_ends(FloatVector x, FloatVector y) {
   const FloatVector above = x < 0.0f ? NAN - FloatVector{} : x;  // infinity and NaN as they are
   const FloatVector end = x == 0.0f ? -INFINITY - FloatVector{} : above;
-  return (x > 0.0f) & (x < INFINITY) ? y : end;
+  return ((x > 0.0f) & (x < INFINITY)) ? y : end;
 }
 
 /// Within 2 ulp.
 INLINE FloatVector log(FloatVector x) {
-  const Split s = split(x);
+  const Binary s = binary_of(x);
   const FloatVector f = s.fraction - 1.0f;
   return log_ends(x, (s.exponent * -2.12194440e-4f + log_rest(f)) + f + s.exponent * 0.693359375f);
 }
 
 /// Within 2 ulp. f / ln 2 is added in two parts, the first of them exact.
 INLINE FloatVector log2(FloatVector x) {
-  const Split s = split(x);
+  const Binary s = binary_of(x);
   const FloatVector f = s.fraction - 1.0f, rest = log_rest(f);
   return log_ends(x, (rest * 0.442695041f + f * 0.442695041f + rest) + f + s.exponent);
 }
