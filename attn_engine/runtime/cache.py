@@ -59,7 +59,9 @@ def _usable_folder(wanted: str, _process: int) -> Path:
     try:
         private = Path(tempfile.mkdtemp(prefix="attn_engine_"))
     except OSError as problem:
-        raise CacheNotWritten(path=path, reason=f"{reason}; a temporary one failed too: {problem}") from problem
+        raise CacheNotWritten(
+            path=path, reason=f"{reason}; a temporary one failed too: {problem}"
+        ) from problem
     atexit.register(_remove, private, os.getpid())
     warnings.warn(
         f"The kernel cache {path} is not used: {reason}. Kernels of this process are compiled into {private} and "

@@ -126,10 +126,12 @@ def test_functions_at_the_ends(target: str, folder: Path):
 
 
 def every_exponent() -> torch.Tensor:
-    """Float32 numbers of both signs: subnormals and every exponent, 64 fractions each, and both ends of a few ranges."""
+    """Float32 numbers of both signs: subnormals and every exponent, 64 fractions each, and the ends of ranges."""
     fractions = (torch.arange(64) * 131101 + 7) % (1 << 23)  # an odd stride meets all the leading bits
     patterns = (torch.arange(255)[:, None] << 23) + fractions
-    edges = torch.tensor([1e-45, 2.0**-126, 1.0, 88.0, 88.72283, 88.7229, 87.33655, 103.0, 127.99999, 128.0, 9.0])
+    edges = torch.tensor(
+        [1e-45, 2.0**-126, 1.0, 88.0, 88.72283, 88.7229, 87.33655, 103.0, 127.99999, 128.0, 9.0]
+    )
     near = torch.cat([torch.nextafter(edges, torch.tensor(end)) for end in (0.0, math.inf)])
     x = torch.cat([patterns.flatten().int().view(torch.float32), edges, near])
     ends = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
@@ -183,8 +185,12 @@ def test_half_types_convert_as_torch_does(target: str, dtype: torch.dtype, folde
             equal_nan=True,
         )
     finite = exact[exact.isfinite()]
-    ends = torch.tensor([math.inf, -math.inf, math.nan, -math.nan, 1e38, 3.4e38, 65519.0, 65520.0, 1e-45, 2e-8])
-    odd = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF]).int().view(torch.float32)  # NaN, one bit off the edge
+    ends = torch.tensor(
+        [math.inf, -math.inf, math.nan, -math.nan, 1e38, 3.4e38, 65519.0, 65520.0, 1e-45, 2e-8]
+    )
+    odd = (
+        torch.tensor([0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF]).int().view(torch.float32)
+    )  # NaN, one bit off the edge
     x = torch.cat([ends, odd, *(finite * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13))])
     x = torch.cat([x, torch.zeros(-len(x) % 64)])
     for kind in ("to", "vector_to"):

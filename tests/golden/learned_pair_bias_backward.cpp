@@ -143,16 +143,18 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
         for (int column = 0; column < D; column += LANES) {
           for (int block = 0; block < kv_rows; block += ROWS) {
             Floats sums[ROWS];
-            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r] + column);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
             multiply_add(sums, q_rows, d_score_tile[block], LANES, 1, query[0] + column, query.stride);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r] + column) + sums[r];
             UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r] + column, sums[r]);
           }
         }
         for (int column = 0; column < DV; column += LANES) {
           for (int block = 0; block < kv_rows; block += ROWS) {
             Floats sums[ROWS];
-            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r] + column);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
             multiply_add(sums, q_rows, probs_tile[block], LANES, 1, d_out[0] + column, d_out.stride);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r] + column) + sums[r];
             UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r] + column, sums[r]);
           }
         }
@@ -213,16 +215,18 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
         for (int column = 0; column < D; column += LANES) {
           for (int block = 0; block < kv_rows; block += ROWS) {
             Floats sums[ROWS];
-            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r] + column);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
             multiply_add(sums, q_rows, d_score_tile[block], LANES, 1, query[0] + column, query.stride);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r] + column) + sums[r];
             UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r] + column, sums[r]);
           }
         }
         for (int column = 0; column < DV; column += LANES) {
           for (int block = 0; block < kv_rows; block += ROWS) {
             Floats sums[ROWS];
-            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r] + column);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
             multiply_add(sums, q_rows, probs_tile[block], LANES, 1, d_out[0] + column, d_out.stride);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r] + column) + sums[r];
             UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r] + column, sums[r]);
           }
         }

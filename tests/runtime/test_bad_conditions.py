@@ -1,4 +1,4 @@
-"""The CPU backend where the machine is hostile: each condition in a process of its own, which works or says what to do."""
+"""The CPU backend on a hostile machine: each condition in a process of its own, which works or says what to do."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def test_a_home_that_cannot_be_written():
 
 
 def test_a_disk_that_is_full_from_the_start(tmp_path: Path):
-    full = "import shutil; shutil.disk_usage = lambda path: (10, 10, 0) and type('U', (), {'free': 1 << 20})\n"
+    full = (
+        "import shutil; shutil.disk_usage = lambda path: (10, 10, 0) and type('U', (), {'free': 1 << 20})\n"
+    )
     said = works(run(full + ALWAYS, ATTN_ENGINE_CACHE=str(tmp_path / "kernels")))
     assert "only 1 MiB left" in said
 

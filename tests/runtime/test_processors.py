@@ -91,9 +91,7 @@ NEON = [("softmax", e, d) for e, d in zip(ELEMENTS, DIMS * 2)] + [("retention", 
 
 
 @pytest.mark.parametrize(("rule", "element", "dims"), NEON)
-def test_neon(
-    rule: str, element: Storage, dims: tuple[int, int], generator: torch.Generator, tmp_path: Path
-):
+def test_neon(rule: str, element: Storage, dims: tuple[int, int], generator: torch.Generator, tmp_path: Path):
     emulator = shutil.which("qemu-aarch64")
     if emulator is None:
         pytest.skip("qemu-aarch64 is not installed: apt-get install qemu-user g++-aarch64-linux-gnu")
