@@ -369,6 +369,11 @@ class UnsafeCache(AttnEngineError, RuntimeError):
     advice = "Remove it, or point ATTN_ENGINE_CACHE at a directory that only you can write."
 
 
+class CacheNotWritten(AttnEngineError, RuntimeError):
+    template = "The kernel cache {path} cannot be written: {reason}."
+    advice = "Make room there, or point ATTN_ENGINE_CACHE at a directory with room that only you can write."
+
+
 class BrokenLibrary(AttnEngineError, RuntimeError):
     template = "The compiled kernel {path} cannot be loaded: {reason}."
     advice = "It was compiled afresh and still fails: check $CXX and that the cache lies where code may run."

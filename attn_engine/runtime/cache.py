@@ -7,6 +7,7 @@ could have written. Where the cache directory cannot be used, a private temporar
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import os
 import shutil
@@ -17,9 +18,11 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from attn_engine.errors import UnsafeCache
+from attn_engine.errors import CacheNotWritten, UnsafeCache
 
 VARIABLE = "ATTN_ENGINE_CACHE"
+WANTED_MEBIBYTES = 32  # less free space than for the compiler's precompiled header and a few kernels is none
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def key_of(*parts: str) -> str:
@@ -46,11 +49,19 @@ def _usable_folder(wanted: str, _process: int) -> Path:
         reason = why_unsafe(path)
         if reason is None and not os.access(path, os.W_OK | os.X_OK):
             reason = "it cannot be written"
+        free = shutil.disk_usage(path).free >> 20
+        if reason is None and free < WANTED_MEBIBYTES:
+            reason = f"its disk has only {free} MiB left"
     except OSError as problem:
         reason = str(problem)
     if reason is None:
         return path
-    private = Path(tempfile.mkdtemp(prefix="attn_engine_"))
+    try:
+        private = Path(tempfile.mkdtemp(prefix="attn_engine_"))
+    except OSError as problem:
+        raise CacheNotWritten(
+            path=path, reason=f"{reason}; a temporary one failed too: {problem}"
+        ) from problem
     atexit.register(_remove, private, os.getpid())
     warnings.warn(
         f"The kernel cache {path} is not used: {reason}. Kernels of this process are compiled into {private} and "
@@ -81,23 +92,34 @@ def stored(name: str, build: Callable[[Path], None]) -> Path:
     """The cached file or folder `name`; where there is none, `build(path)` makes it in a fresh place and it is moved.
 
     Two processes that build the same at once both succeed, and either result serves. Raises UnsafeCache when what is
-    there could have been written by somebody else.
+    there could have been written by somebody else, CacheNotWritten when the disk is full.
     """
     folder = cache_folder()
     path = folder / name
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build_", ignore_cleanup_errors=True) as scratch:
-            fresh = Path(scratch) / name
-            build(fresh)
-            fresh.chmod(0o700)
-            try:
-                fresh.replace(path)
-            except OSError:  # a folder does not replace one that another process was quicker to put there
-                if not path.is_dir():
-                    raise
+        try:
+            _build_into(folder, name, build)
+        except OSError as problem:
+            if problem.errno not in NO_ROOM:
+                raise
+            raise CacheNotWritten(path=folder, reason=problem.strerror) from problem
     if reason := why_unsafe(path):
         raise UnsafeCache(path=path, reason=reason)
     return path
+
+
+def _build_into(folder: Path, name: str, build: Callable[[Path], None]) -> None:
+    """Build in a fresh folder inside and move the result to its place at once: nobody sees half of it."""
+    path = folder / name
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build_", ignore_cleanup_errors=True) as scratch:
+        fresh = Path(scratch) / name
+        build(fresh)
+        fresh.chmod(0o700)
+        try:
+            fresh.replace(path)
+        except OSError:  # a folder does not replace one that another process was quicker to put there
+            if not path.is_dir():
+                raise
 
 
 def forget(path: Path) -> None:

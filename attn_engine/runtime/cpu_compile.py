@@ -8,21 +8,25 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
+import threading
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from attn_engine.codegen.backends.cpu import CpuTarget
 from attn_engine.codegen.backends.cpu_names import INCLUDE
-from attn_engine.errors import BrokenLibrary, CompilationFailed, CompilerNotUsable
+from attn_engine.errors import BrokenLibrary, CompilationFailed, CompilerNotUsable, WrongArgument
 from attn_engine.ir.tile import Kernel
-from attn_engine.runtime.cache import cache_folder, forget, key_of, stored
+from attn_engine.runtime.cache import NO_ROOM, cache_folder, forget, key_of, stored
 from attn_engine.runtime.cpu_launch import ABI_VERSION, CpuKernel
 
-SECONDS_TO_COMPILE = 120
+SECONDS = "ATTN_ENGINE_COMPILE_SECONDS"
+SECONDS_TO_COMPILE = 120.0  # where that is not set
 ELF_HEADER_BYTES = 64
 SECONDS_TO_PROBE = 20
 # Never -ffast-math: it breaks masks by -inf, and older g++ would link code that changes how the whole process rounds.
@@ -118,9 +122,37 @@ def _processor_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
+def seconds_to_compile() -> float:
+    """How long one run of the compiler may take: $ATTN_ENGINE_COMPILE_SECONDS, else two minutes."""
+    text = os.environ.get(SECONDS, "").strip()
+    try:
+        seconds = float(text) if text else SECONDS_TO_COMPILE
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        unset = f"Correct it, or unset it for {SECONDS_TO_COMPILE:.0f} seconds."
+        raise WrongArgument(argument=SECONDS, got=text, expected="a positive number", instead=unset)
+    return seconds
+
+
 def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_PROBE, check=True)
+    done = _run(command, min(SECONDS_TO_PROBE, seconds_to_compile()))
+    done.check_returncode()
     return done.stdout
+
+
+def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """The finished program. Late or interrupted, it is stopped together with every process that it has started."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as running:
+        try:
+            output, errors = running.communicate(timeout=seconds)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+            raise
+    return subprocess.CompletedProcess(command, running.returncode, output, errors)
 
 
 def host_target() -> CpuTarget:
@@ -202,14 +234,17 @@ def _build(library: Path, source: str, compiler: Compiler) -> None:
     )
     include = _include_folder(compiler, definition)
     command = [*compiler.command, *compiler.flags, f"-I{include}", str(text), "-o", str(library)]
+    seconds = seconds_to_compile()
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE, check=False
-        )
+        done = _run(command, seconds)
         output, failed = done.stderr, done.returncode != 0
     except subprocess.TimeoutExpired:
-        output, failed = f"The compiler took more than {SECONDS_TO_COMPILE} seconds and was stopped.", True
+        output = f"The compiler took more than {seconds:g} seconds and was stopped; {SECONDS} sets the limit."
+        failed = True
     if failed:
+        for code in NO_ROOM:
+            if os.strerror(code) in output:
+                raise OSError(code, os.strerror(code))
         kept = cache_folder() / text.name
         text.replace(kept)
         command = [part.replace(str(library.parent), str(kept.parent)) for part in command]

@@ -28,8 +28,11 @@ _forked = False
 
 
 def _after_fork() -> None:
+    """A pool of OpenMP threads does not survive a fork: whatever uses it in the child, torch too, waits for ever."""
     global _forked
     _forked = True
+    if openmp_parallel.cache_info().currsize:  # our kernels have started the pool
+        torch.set_num_threads(1)
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -14,11 +14,13 @@ import torch
 
 from attn_engine.codegen.backends.cpu_names import INCLUDE
 from attn_engine.runtime.cpu_compile import find_compiler
+from tests.runtime.cpu_attention import compiler_for
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
 FUNCTIONS = ("exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt", "sin", "cos", "floor", "abs")
-UNITS = {"exp": 2, "exp2": 2, "tanh": 6, "sigmoid": 4, "rsqrt": 2}  # in the last place; 1 where not named
+# In the last place; 1 where not named.
+UNITS = {"exp": 2, "exp2": 2, "log": 2, "log2": 2, "tanh": 6, "sigmoid": 4, "rsqrt": 2}
 BODY = """
 #include "kernel.h"
 using namespace attention;
@@ -43,17 +45,17 @@ extern "C" void integers(const int* a, const int* b, int* y, long n) {
   extern "C" void from_##NAME(const uint16_t* x, float* y, long n) { \\
   for (long i = 0; i < n; ++i) y[i] = value_of(T{x[i]}); } \\
   extern "C" void vector_from_##NAME(const uint16_t* x, Real* y, long n) { \\
-  for (long i = 0; i < n; i += WIDTH) *(FloatVector*)(y + i) = load_vector((const T*)x + i); }
+  for (long i = 0; i < n; i += WIDTH) *(FloatVector*)(y + i) = load_vector((const T*)x + i); } \\
+  extern "C" void vector_to_##NAME(const Real* x, uint16_t* y, long n) { \\
+  for (long i = 0; i < n; i += WIDTH) store_vector((T*)y + i, *(const FloatVector*)(x + i), n - i); }
 CONVERT(Half, float16) CONVERT(BFloat16, bfloat16)
 """
-TARGETS = ["native", "x86-64-v3", "x86-64-v2", "native double"]
+TARGETS = ["native", "x86-64-v3", "x86-64-v2", "x86-64", "native clang++", "native double"]
 
 
 @cache
 def library(target: str, folder: Path) -> ctypes.CDLL:
-    compiler = find_compiler(target.split()[0])
-    if compiler is None:
-        pytest.skip(f"the compiler knows no {target}")
+    compiler = compiler_for(target.split()[0], "clang++" if "clang++" in target else "")
     source = folder / f"{target.replace(' ', '_')}.cpp"
     source.write_text(BODY + " ".join(f"LANES_OF({f})" for f in FUNCTIONS) + INTEGERS)
     double = ["-DCOMPUTE_IN_DOUBLE=1"] if "double" in target else []
@@ -123,6 +125,41 @@ def test_functions_at_the_ends(target: str, folder: Path):
         )
 
 
+def every_exponent() -> torch.Tensor:
+    """Float32 numbers of both signs: subnormals and every exponent, 64 fractions each, and the ends of ranges."""
+    fractions = (torch.arange(64) * 131101 + 7) % (1 << 23)  # an odd stride meets all the leading bits
+    patterns = (torch.arange(255)[:, None] << 23) + fractions
+    edges = torch.tensor(
+        [1e-45, 2.0**-126, 1.0, 88.0, 88.72283, 88.7229, 87.33655, 103.0, 127.99999, 128.0, 9.0]
+    )
+    near = torch.cat([torch.nextafter(edges, torch.tensor(end)) for end in (0.0, math.inf)])
+    x = torch.cat([patterns.flatten().int().view(torch.float32), edges, near])
+    ends = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
+    x = torch.cat([x, -x, ends])
+    return torch.cat([x, torch.ones(-len(x) % 64)])
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if "double" not in t])
+def test_functions_over_every_exponent(target: str, folder: Path):
+    """Ends, infinities and NaN exactly; results below 2^-126 may be zero instead."""
+    x = every_exponent()
+    spacing_below = 2.0**-126
+    for name in FUNCTIONS:
+        want = getattr(torch, name)(x.double())
+        rounded = want.float()
+        got = apply(library(target, folder)[f"lanes_{name}"], x, torch.float32)
+        ends = ~rounded.isfinite()
+        torch.testing.assert_close(
+            got[ends], rounded[ends], rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+        size = rounded[~ends].abs().clamp(min=spacing_below)
+        spacing = (size - torch.nextafter(size, torch.zeros(()))).double()  # that of the numbers below
+        error = (got[~ends].double() - want[~ends]).abs()
+        error = torch.where(want[~ends].abs() < spacing_below, (error - spacing_below).clamp(min=0), error)
+        worst, where = (error / spacing).max(0)
+        assert worst.item() <= UNITS.get(name, 1), f"{name}({x[~ends][where].item()}): {worst.item()} units"
+
+
 def test_division_of_integers_rounds_down(folder: Path):
     a = torch.arange(-64, 64, dtype=torch.int32).repeat(8)
     b = torch.tensor([-7, -3, -1, 1, 2, 3, 5, 64], dtype=torch.int32).repeat_interleave(128)
@@ -133,7 +170,7 @@ def test_division_of_integers_rounds_down(folder: Path):
     assert torch.equal(y.view(4, -1), torch.stack([quotient, rest, quotient, rest]))
 
 
-@pytest.mark.parametrize("target", TARGETS[:3])
+@pytest.mark.parametrize("target", [t for t in TARGETS if "double" not in t])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_convert_as_torch_does(target: str, dtype: torch.dtype, folder: Path):
     name = str(dtype).removeprefix("torch.")
@@ -148,7 +185,26 @@ def test_half_types_convert_as_torch_does(target: str, dtype: torch.dtype, folde
             equal_nan=True,
         )
     finite = exact[exact.isfinite()]
-    ends = torch.tensor([math.inf, -math.inf, 1e38, 65520.0])
-    x = torch.cat([ends, *(finite * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13))])
-    got = apply(library(target, folder)[f"to_{name}"], x, torch.uint16).view(dtype)
-    torch.testing.assert_close(got, x.to(dtype), rtol=0, atol=0)
+    ends = torch.tensor(
+        [math.inf, -math.inf, math.nan, -math.nan, 1e38, 3.4e38, 65519.0, 65520.0, 1e-45, 2e-8]
+    )
+    odd = (
+        torch.tensor([0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF]).int().view(torch.float32)
+    )  # NaN, one bit off the edge
+    x = torch.cat([ends, odd, *(finite * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13))])
+    x = torch.cat([x, torch.zeros(-len(x) % 64)])
+    for kind in ("to", "vector_to"):
+        got = apply(library(target, folder)[f"{kind}_{name}"], x, torch.uint16).view(dtype)
+        torch.testing.assert_close(got, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if "double" not in t])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_part_of_a_vector_is_stored(target: str, dtype: torch.dtype, folder: Path):
+    name = str(dtype).removeprefix("torch.")
+    for count in range(1, 17):
+        x, y = torch.randn(64), torch.full((64,), 7, dtype=torch.uint16)
+        function = library(target, folder)[f"vector_to_{name}"]
+        function(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(count))
+        assert torch.equal(y[:count].view(dtype), x[:count].to(dtype))
+        assert (y[count:] == 7).all()

@@ -149,14 +149,16 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
         }
         for (int block = 0; block < D; block += ROWS) {
           Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]);
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
           multiply_add(sums, q_rows, query[0] + block, 1, query.stride, d_score_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]) + sums[r];
           UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r], sums[r]);
         }
         for (int block = 0; block < DV; block += ROWS) {
           Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]);
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
           multiply_add(sums, q_rows, d_out[0] + block, 1, d_out.stride, probs_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]) + sums[r];
           UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
         }
       };
@@ -215,14 +217,16 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
         }
         for (int block = 0; block < D; block += ROWS) {
           Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]);
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
           multiply_add(sums, q_rows, query[0] + block, 1, query.stride, d_score_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]) + sums[r];
           UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r], sums[r]);
         }
         for (int block = 0; block < DV; block += ROWS) {
           Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]);
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
           multiply_add(sums, q_rows, d_out[0] + block, 1, d_out.stride, probs_tile[0], LANES);
+          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]) + sums[r];
           UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
         }
       };

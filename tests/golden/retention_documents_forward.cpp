@@ -89,8 +89,9 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     }
     for (int block = 0; block < DV; block += ROWS) {
       Floats sums[ROWS];
-      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]);
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
       multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, score_tile[0], LANES);
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]) + sums[r];
       UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
     }
     // normalisers.py:108: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
@@ -120,8 +121,9 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     }
     for (int block = 0; block < DV; block += ROWS) {
       Floats sums[ROWS];
-      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]);
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
       multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, probs_tile[0], LANES);
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]) + sums[r];
       UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
     }
     // normalisers.py:108: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")

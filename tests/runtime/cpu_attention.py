@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,10 +18,26 @@ from attn_engine.codegen.schedule import Schedule, cpu_schedule
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.compiled import CompiledAttention, Launchable
-from attn_engine.runtime.cpu_compile import compile_cpu, find_compiler
+from attn_engine.runtime.cpu_compile import Compiler, compile_cpu, find_compiler
 from attn_engine.runtime.storage import TORCH_DTYPES
 
 Formula = Callable[..., Tensor]
+
+
+def compiler_for(processor: str = "native", program: str = "") -> Compiler:
+    """The compiler for a processor, `program` ("g++", "clang++") or any; skips the test where there is none."""
+    if program and shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    with pytest.MonkeyPatch.context() as environment:
+        if program:
+            environment.setenv("CXX", program)
+        found = find_compiler(processor)
+    if found is None or (program and os.path.basename(found.command[0]) != program):  # noqa: PTH119
+        pytest.skip(f"{program or 'the compiler'} knows no {processor}")
+    here = find_compiler()
+    if here is None or found.vector_bytes > here.vector_bytes:
+        pytest.skip(f"this machine cannot run what is compiled for {processor}")
+    return found
 
 
 @dataclass
@@ -26,12 +45,11 @@ class CpuOn:
     """The CPU backend for a processor that the compiler is told to assume."""
 
     processor: str = "native"
+    program: str = ""
     name: str = "cpu"
 
     def __post_init__(self) -> None:
-        compiler = find_compiler(self.processor)
-        assert compiler is not None
-        self.compiler = compiler
+        self.compiler = compiler_for(self.processor, self.program)
 
     def schedule(self, program: Attention) -> Schedule:
         return cpu_schedule(self.compiler.target.lanes(program.element, program.dim_qk, program.dim_v))
@@ -54,8 +72,8 @@ class Shapes:
     kv_len: int = 90
 
 
-def compiled(program: Attention, processor: str = "native") -> CompiledAttention:
-    backend = CpuOn(processor)
+def compiled(program: Attention, backend: CpuOn | None = None) -> CompiledAttention:
+    backend = backend or CpuOn()
     return CompiledAttention(program, backend, backend.schedule(program))
 
 

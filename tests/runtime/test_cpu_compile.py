@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import pytest
 from attn_engine.codegen.backends.cpu import render_cpu
 from attn_engine.codegen.lower.forward import lower_forward
 from attn_engine.codegen.schedule import cpu_schedule
-from attn_engine.errors import BrokenLibrary, CompilationFailed, CompilerNotUsable
+from attn_engine.errors import BrokenLibrary, CompilationFailed, CompilerNotUsable, WrongArgument
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime import cpu_compile
@@ -69,10 +73,68 @@ def test_a_rejected_kernel_keeps_its_source(compiler: Compiler):
 def test_a_compiler_that_hangs_is_stopped(
     compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cpu_compile, "SECONDS_TO_COMPILE", 0.2)
-    slow = Compiler((script(tmp_path / "slow", "exec sleep 60"),), "slow", (), (), 64)
-    with pytest.raises(CompilationFailed, match="stopped"):
+    monkeypatch.setenv("ATTN_ENGINE_COMPILE_SECONDS", "0.3")
+    child = tmp_path / "child"
+    slow = script(tmp_path / "slow", f"sleep 60 & echo $! > {child}; wait")  # as g++ starts cc1plus
+    with pytest.raises(CompilationFailed, match=r"more than 0\.3 seconds .* ATTN_ENGINE_COMPILE_SECONDS"):
+        compile_cpu(kernel_of(compiler), "int x;\n", Compiler((slow,), "slow", (), (), 64))
+    assert has_ended(int(child.read_text())), "what the compiler had started is stopped too"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
+def test_a_strange_time_limit_is_an_error(text: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ATTN_ENGINE_COMPILE_SECONDS", text)
+    with pytest.raises(WrongArgument, match="positive number"):
+        compile_cpu(kernel_of(compiler), "int x;\n", compiler)
+
+
+def test_an_interrupted_compilation_leaves_nothing(compiler: Compiler, tmp_path: Path):
+    """Ctrl-C while the compiler runs: the exception arrives, the compiler is gone, and so is what it wrote."""
+    child = tmp_path / "child"
+    body = f'for o in "$@"; do :; done; echo half > "$o"; sleep 60 & echo $! > {child}; wait'
+    slow = Compiler((script(tmp_path / "slow", body),), "slow", (), (), 64)
+
+    def interrupt() -> None:
+        while not child.exists() or not child.read_text().strip():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
         compile_cpu(kernel_of(compiler), "int x;\n", slow)
+    thread.join()
+    assert has_ended(int(child.read_text()))
+    assert not [p.name for p in cpu_compile.cache_folder().iterdir() if not p.name.startswith("compiler_")]
+
+
+def has_ended(process: int) -> bool:
+    """Within two seconds; one that nobody has waited for yet has ended too."""
+    for _ in range(100):
+        status = Path(f"/proc/{process}/stat")
+        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_home_shared_by_machines_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What the compiler said on one processor is not believed on another."""
+    monkeypatch.setenv("ATTN_ENGINE_CACHE", str(tmp_path / "kernels"))
+
+    def on(flags: str, macro: str) -> Compiler:
+        cpu_compile._find.cache_clear()
+        monkeypatch.setattr(cpu_compile, "_processor_flags", lambda: flags)
+        monkeypatch.setattr(cpu_compile, "_output", lambda _: f"#define {macro} 1\n")
+        found = find_compiler()
+        assert found is not None
+        return found
+
+    wide, narrow = on("flags: avx512f", "__AVX512F__"), on("flags: avx2", "__AVX2__")
+    assert (wide.vector_bytes, narrow.vector_bytes) == (64, 32)
+    assert cpu_compile._made_by(wide) != cpu_compile._made_by(narrow), "kernels are kept apart too"
+    assert on("flags: avx512f", "never asked again").vector_bytes == 64
+    cpu_compile._find.cache_clear()
 
 
 @pytest.mark.parametrize("body", ["exit 1", "echo not json", "kill -9 $$"])

@@ -21,7 +21,7 @@ from attn_engine.codegen.lower.steps import (
     names_read,
     stored_by_column,
 )
-from attn_engine.ir.expr import Expr, Load, Reduce, Var
+from attn_engine.ir.expr import Expr, Full, Load, Reduce, Var
 from attn_engine.ir.tile import Accumulate, If, Let, Loop, Section, Stmt, StoreTile
 
 TRIPS = {"q": "q_rows", "kv": "kv_rows", "d": "D", "dv": "DV"}  # rows that a nest visits
@@ -168,12 +168,17 @@ class NestRenderer(LaneRenderer):
         return f"Floats {s.name} = fill({start});" if s.value.axes else f"Real {s.name} = {start};"
 
     def product_rows(self, n: Nest, product: Product) -> list[str]:
-        """ROWS rows at a time: start from init, multiply-add, then the rest of the nest on the registers."""
+        """ROWS rows at a time: multiply-add, then the rest of the nest on the registers.
+
+        What the sums are added to comes last: a long sum of short sums is rounded less than one long sum.
+        """
         assert n.shape.rows is not None
         self.row_name, self.parity = "block + r", "r"
         self.at_hand = frozenset()
         init = self.expr(product.init)
         self.row_name = "row"
+        zero = isinstance(product.init, Full) and product.init.value == 0
+        added = [] if zero else [f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = {init} + sums[r];"]
         call = f"multiply_add(sums, {TRIPS[product.depth]}, {self.numbers(product)}, {self.lanes(product)});"
         kept = product.name in n.stored and len(n.steps) == 1 and not n.forms
         rest = (
@@ -191,8 +196,9 @@ class NestRenderer(LaneRenderer):
         return [
             f"for (int block = 0; block < {TRIPS[n.shape.rows]}; block += ROWS) {{",
             "  Floats sums[ROWS];",
-            f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = {init};",
+            f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill({self.number(0.0)});",
             f"  {call}",
+            *added,
             *self.indented(self.evens(n)),
             *self.indented(rest),
             "}",

@@ -1,5 +1,5 @@
-// Elementary functions of lanes and of numbers. In float, exp2, exp, tanh and sigmoid are polynomials; the rest,
-// and everything in double, calls the C library lane by lane.
+// Elementary functions of lanes and of numbers. Square roots and floors are instructions; exp2, exp, log2, log, tanh and
+// sigmoid are polynomials in float; the rest, and all of them in double, calls the C library lane by lane.
 #pragma once
 #include "lanes.h"
 
@@ -40,21 +40,52 @@ INLINE Real rsqrt(Real x) { return 1 / sqrt(x); }
 
 #define BY_LIBRARY(F) \
   INLINE Floats F(Floats x) { return per_lane<Floats>([&](int p, int i) { return F((Real)x.part[p][i]); }); }
-BY_LIBRARY(log) BY_LIBRARY(log2) BY_LIBRARY(sqrt) BY_LIBRARY(sin) BY_LIBRARY(cos) BY_LIBRARY(floor)
+BY_LIBRARY(sin) BY_LIBRARY(cos)
+
+// -- lanes, by one instruction
+
+#if defined(COMPUTE_IN_DOUBLE)
+#define IN_LANES(INSTRUCTION) INSTRUCTION##d
+typedef double Lanes __attribute__((vector_size(VECTOR_BYTES)));
+#else
+#define IN_LANES(INSTRUCTION) INSTRUCTION##s
+typedef float Lanes __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+#if defined(__AVX512F__)
+INLINE FloatVector sqrt(FloatVector x) { return (FloatVector)IN_LANES(_mm512_sqrt_p)((Lanes)x); }
+INLINE FloatVector floor(FloatVector x) { return (FloatVector)IN_LANES(_mm512_roundscale_p)((Lanes)x, 9); }
+#elif defined(__AVX2__)
+INLINE FloatVector sqrt(FloatVector x) { return (FloatVector)IN_LANES(_mm256_sqrt_p)((Lanes)x); }
+INLINE FloatVector floor(FloatVector x) { return (FloatVector)IN_LANES(_mm256_floor_p)((Lanes)x); }
+#elif defined(__x86_64__)
+INLINE FloatVector sqrt(FloatVector x) { return (FloatVector)IN_LANES(_mm_sqrt_p)((Lanes)x); }
+#endif
+#undef IN_LANES
+
+#if defined(__x86_64__)
+INLINE Floats sqrt(Floats x) { return each<Floats>([&](int p) { return sqrt(x.part[p]); }); }
+#else
+BY_LIBRARY(sqrt)
+#endif
+#if defined(__AVX2__)
+INLINE Floats floor(Floats x) { return each<Floats>([&](int p) { return floor(x.part[p]); }); }
+#else
+BY_LIBRARY(floor)
+#endif
 INLINE Floats rsqrt(Floats x) { return Real(1) / sqrt(x); }
 INLINE Floats abs(Floats x) { return max(x, -x); }
 INLINE Ints abs(Ints x) { return max(x, -x); }
 
 #if defined(COMPUTE_IN_DOUBLE)
 
-BY_LIBRARY(exp) BY_LIBRARY(exp2) BY_LIBRARY(tanh)
+BY_LIBRARY(exp) BY_LIBRARY(exp2) BY_LIBRARY(log) BY_LIBRARY(log2) BY_LIBRARY(tanh)
 
 #else
 
-/// y * 2^whole; exactly 0 where `tiny`, infinity above the range, NaN where y is NaN.
+/// y * 2^whole, a function of x: exactly 0 where x < lowest, infinity from `highest` on, NaN where x is NaN.
 #if defined(__AVX512F__)
 INLINE FloatVector round_whole(FloatVector x) { return (FloatVector)_mm512_roundscale_ps((__m512)x, 8); }
-INLINE FloatVector scale_by(FloatVector y, FloatVector whole, FloatVector x, float lowest) {
+INLINE FloatVector scale_by(FloatVector y, FloatVector whole, FloatVector x, float lowest, float) {
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
   return (FloatVector)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)whole);
 }
@@ -63,10 +94,10 @@ INLINE FloatVector round_whole(FloatVector x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
   return (x + magic) - magic;
 }
-INLINE FloatVector scale_by(FloatVector y, FloatVector whole, FloatVector x, float lowest) {
+INLINE FloatVector scale_by(FloatVector y, FloatVector whole, FloatVector x, float lowest, float highest) {
   const IntVector exponent = __builtin_convertvector(whole, IntVector);
   const FloatVector scaled = (FloatVector)((IntVector)y + (exponent << 23));
-  const FloatVector bounded = whole > 128.0f ? INFINITY - FloatVector{} : scaled;
+  const FloatVector bounded = x >= highest ? INFINITY - FloatVector{} : scaled;
   return x < lowest ? FloatVector{} : x != x ? x : bounded;
 }
 #endif
@@ -78,7 +109,7 @@ INLINE FloatVector exp2(FloatVector v) {
   FloatVector y = 1.534580766e-4f - FloatVector{};
   y = y * f + 1.339993090e-3f, y = y * f + 9.618489072e-3f, y = y * f + 5.550328642e-2f;
   y = y * f + 2.402264625e-1f, y = y * f + 6.931471825e-1f, y = y * f + 1.0f;
-  return scale_by(y, whole, x, -126.0f);
+  return scale_by(y, whole, x, -126.0f, 128.0f);
 }
 
 /// Within 2 ulp. The multiple of ln 2 is subtracted in two parts, the first of them exact.
@@ -89,9 +120,50 @@ INLINE FloatVector exp(FloatVector v) {
   FloatVector y = 1.383684226e-3f - FloatVector{};
   y = y * f + 8.374815807e-3f, y = y * f + 4.166822508e-2f, y = y * f + 1.666641980e-1f;
   y = y * f + 4.999999106e-1f, y = y * f + 1.0f, y = y * f + 1.0f;
-  return scale_by(y, whole, x, -87.336540f);
+  return scale_by(y, whole, x, -87.336540f, 88.7228394f);
 }
 
+/// fraction * 2^exponent = x > 0, the fraction from sqrt(1/2) to sqrt(2).
+struct Binary { FloatVector fraction, exponent; };
+INLINE Binary binary_of(FloatVector x) {
+  const IntVector tiny = x < 0x1p-126f;
+  const IntVector bits = (IntVector)(tiny ? x * 0x1p23f : x) - 0x3f3504f3;
+  const IntVector exponent = (bits >> 23) + (tiny & -23);
+  return {(FloatVector)((bits & 0x7fffff) + 0x3f3504f3), __builtin_convertvector(exponent, FloatVector)};
+}
+
+/// log(1 + f) - f for 1 + f as `binary_of` gives it.
+INLINE FloatVector log_rest(FloatVector f) {
+  FloatVector y = 7.0376836292e-2f - FloatVector{};
+  y = y * f + -1.1514610310e-1f, y = y * f + 1.1676998740e-1f, y = y * f + -1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f, y = y * f + -1.6668057665e-1f, y = y * f + 2.0000714765e-1f;
+  y = y * f + -2.4999993993e-1f, y = y * f + 3.3333331174e-1f;
+  return (y * f - 0.5f) * (f * f);
+}
+
+/// `y` where x has a logarithm; at the ends what a logarithm is there.
+INLINE FloatVector log_ends(FloatVector x, FloatVector y) {
+  const FloatVector above = x < 0.0f ? NAN - FloatVector{} : x;  // infinity and NaN as they are
+  const FloatVector end = x == 0.0f ? -INFINITY - FloatVector{} : above;
+  return ((x > 0.0f) & (x < INFINITY)) ? y : end;
+}
+
+/// Within 2 ulp.
+INLINE FloatVector log(FloatVector x) {
+  const Binary s = binary_of(x);
+  const FloatVector f = s.fraction - 1.0f;
+  return log_ends(x, (s.exponent * -2.12194440e-4f + log_rest(f)) + f + s.exponent * 0.693359375f);
+}
+
+/// Within 2 ulp. f / ln 2 is added in two parts, the first of them exact.
+INLINE FloatVector log2(FloatVector x) {
+  const Binary s = binary_of(x);
+  const FloatVector f = s.fraction - 1.0f, rest = log_rest(f);
+  return log_ends(x, (rest * 0.442695041f + f * 0.442695041f + rest) + f + s.exponent);
+}
+
+INLINE Floats log(Floats x) { return each<Floats>([&](int p) { return log(x.part[p]); }); }
+INLINE Floats log2(Floats x) { return each<Floats>([&](int p) { return log2(x.part[p]); }); }
 INLINE Floats exp2(Floats x) { return each<Floats>([&](int p) { return exp2(x.part[p]); }); }
 INLINE Floats exp(Floats x) { return each<Floats>([&](int p) { return exp(x.part[p]); }); }
 
@@ -104,7 +176,7 @@ INLINE Floats tanh(Floats v) {
   top = top * s + 6.37261928875436e-04f, top = top * s + 4.89352455891786e-03f;
   Floats bottom = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
   bottom = bottom * s + 2.26843463243900e-03f, bottom = bottom * s + 4.89352518554385e-03f;
-  return where(8.3f < v, 1.0f, where(v < -8.3f, -1.0f, x * top / bottom));
+  return where(8.3f < v, 1.0f, where(v < -8.3f, -1.0f, x * (top / bottom)));
 }
 
 #endif

@@ -37,6 +37,8 @@ using Int = int32_t;
 constexpr int VECTOR_BYTES = 64, ACCUMULATORS = 16;
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32, ACCUMULATORS = 8;
+#elif defined(__aarch64__)  // 32 registers
+constexpr int VECTOR_BYTES = 16, ACCUMULATORS = 16;
 #else
 constexpr int VECTOR_BYTES = 16, ACCUMULATORS = 8;
 #endif
@@ -135,6 +137,10 @@ template <class A, class B, IfWide<A, B> = 0> INLINE Floats operator/(A a, B b) 
   const Floats x = floats(a), y = floats(b);
   return each<Floats>([&](int p) { return x.part[p] / y.part[p]; });
 }
+// Positions moved by a number are still neighbours.
+INLINE Positions operator+(Positions x, int by) { return positions(x.first + by); }
+INLINE Positions operator+(int by, Positions x) { return positions(x.first + by); }
+INLINE Positions operator-(Positions x, int by) { return positions(x.first - by); }
 INLINE Floats operator-(Floats x) { return each<Floats>([&](int p) { return -x.part[p]; }); }
 INLINE Ints operator-(Ints x) { return each<Ints>([&](int p) { return -x.part[p]; }); }
 INLINE Mask operator!(Mask x) { return each<Mask>([&](int p) { return ~x.part[p]; }); }

@@ -1,199 +1,186 @@
-// How tensors lie in memory: element types, strided tensors, and reading and writing them by numbers or by lanes.
+// How tensors lie in memory: strided tensors, read and written at indices that are numbers or lanes. Neighbouring lanes
+// that index neighbouring elements are moved by whole vectors, others are gathered.
 #pragma once
-#include "functions.h"
+#include "elements.h"
 
 namespace attention {
-
-struct Half { uint16_t bits; };
-struct BFloat16 { uint16_t bits; };
-
-// -- one element to and from its compute type
-
-template <class T> INLINE auto value_of(T x) {
-  if constexpr (std::is_same_v<T, bool>) return x;
-  else if constexpr (std::is_integral_v<T>) return (int)x;
-  else return (Real)x;
-}
-INLINE float bits_as_float(uint32_t bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
-INLINE uint32_t float_as_bits(float x) { uint32_t bits; __builtin_memcpy(&bits, &x, 4); return bits; }
-INLINE Real value_of(BFloat16 x) { return bits_as_float((uint32_t)x.bits << 16); }
-INLINE Real value_of(Half x) {
-#if defined(__F16C__)
-  return _cvtsh_ss(x.bits);
-#else
-  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  const float magnitude = bits_as_float(rest << 13) * 0x1p112f;  // moves the exponent's bias; exact, also for subnormals
-  return bits_as_float(sign | float_as_bits(magnitude));
-#endif
-}
-
-template <class T> INLINE T element_of(Real x) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const uint32_t bits = float_as_bits((float)x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
-    return {(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
-  } else if constexpr (std::is_same_v<T, Half>) {
-#if defined(__F16C__)
-    return {(uint16_t)_cvtss_sh((float)x, 0)};
-#else
-    const uint32_t bits = float_as_bits((float)x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-    if (rest > 0x7f800000u) return {(uint16_t)(sign | 0x7e00u)};
-    if (rest >= 0x477ff000u) return {(uint16_t)(sign | 0x7c00u)};
-    if (rest < 0x38800000u) {  // subnormal: let the addition round to a multiple of 2^-24
-      return {(uint16_t)(sign | (float_as_bits(bits_as_float(rest) + 0.5f) - float_as_bits(0.5f)))};
-    }
-    return {(uint16_t)(sign | ((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1)) >> 13))};
-#endif
-  } else {
-    return (T)x;
-  }
-}
-
-// -- WIDTH neighbouring elements at once
-
-template <class T> INLINE FloatVector load_vector(const T* x) {
-  if constexpr (std::is_same_v<T, Real>) {
-    return *(const FloatVector*)x;
-#if !defined(COMPUTE_IN_DOUBLE)
-#if defined(__AVX512F__)  // the compiler's own conversion takes three times as many instructions
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return (FloatVector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16);
-#elif defined(__AVX2__)
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return (FloatVector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16);
-#endif
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    typedef uint16_t Packed __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
-    return (FloatVector)(__builtin_convertvector(*(const Packed*)x, IntVector) << 16);
-#if defined(__AVX512F__)
-  } else if constexpr (std::is_same_v<T, Half>) {
-    return (FloatVector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
-#elif defined(__AVX2__) && defined(__F16C__)
-  } else if constexpr (std::is_same_v<T, Half>) {
-    return (FloatVector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
-#endif
-#endif
-  } else {
-    FloatVector v;
-    for (int i = 0; i < WIDTH; ++i) v[i] = (Real)value_of(x[i]);
-    return v;
-  }
-}
-
-/// The first `count` of WIDTH elements. Copied from a local array: a compiler may turn a loop of conditional stores into
-/// a masked instruction that still faults on the memory it does not write.
-template <class T> INLINE void store_vector(T* to, FloatVector v, int count) {
-  if (std::is_same_v<T, Real> && count >= WIDTH) {
-    *(FloatVector*)to = v;
-  } else if (count > 0) {
-    T elements[WIDTH];
-    for (int i = 0; i < WIDTH; ++i) elements[i] = element_of<T>(v[i]);
-    __builtin_memcpy((void*)to, elements, (count < WIDTH ? count : WIDTH) * sizeof(T));
-  }
-}
-
-// -- tensors indexed by numbers and lanes; an index outside is taken to the nearest edge
 
 template <class T, int RANK> struct Tensor {
   T* data;
   int64_t sizes[RANK > 0 ? RANK : 1], strides[RANK > 0 ? RANK : 1];  // strides in elements
 
-  /// The element at `index`: a number when every index is one, lanes when some index has lanes.
+  /// The element at `index`: a number when every index is one, lanes when some index has lanes. An index outside is
+  /// taken to the nearest edge.
   template <class... Index> inline __attribute__((always_inline)) auto operator()(Index... index) const;
 };
 
-struct Offsets {  // of each lane's element, or of the one element
-  int64_t shared = 0;
-  int64_t lane[LANES] = {};
+INLINE int64_t inside(int64_t index, int64_t size) { return index < 0 || size == 0 ? 0 : index < size ? index : size - 1; }
+INLINE Ints inside(Ints index, int64_t size) {
+  constexpr int64_t LARGEST = (int64_t)(~(uint64_t)0 >> (65 - 8 * sizeof(Int)));
+  const Int last = size - 1 < LARGEST ? (size > 0 ? size - 1 : 0) : LARGEST;
+  return each<Ints>([&](int p) {
+    const IntVector x = index.part[p] > last ? last - IntVector{} : index.part[p];
+    return x < 0 ? IntVector{} : x;
+  });
+}
+
+// -- where the lanes' elements lie
+
+template <class T> struct Places {
+  T* shared;      // what the plain indices lead to
+  int64_t first;  // offset of the first lane where the lanes are neighbours: one index has lanes, at stride 1
+  bool neighbours;
+  bool narrow;  // the lanes' offsets fit an Int
+  Ints lane;    // each lane's offset from `shared`; only where narrow
 };
 
-INLINE int64_t inside(int64_t index, int64_t size) { return index < 0 || size == 0 ? 0 : index < size ? index : size - 1; }
-
-template <class I> INLINE void add_index(Offsets& offsets, I index, int64_t size, int64_t stride) {
+/// Adds one dimension to places; `count` lanes matter.
+template <class T, class I>
+INLINE void add_index(Places<T>& places, int64_t& reach, bool alone, int count, I index, int64_t size, int64_t stride) {
   if constexpr (WIDE<I>) {
-    for (int i = 0; i < LANES; ++i) offsets.lane[i] += inside(index.part[i / WIDTH][i % WIDTH], size) * stride;
+    if constexpr (std::is_same_v<I, Positions>) {
+      places.first = index.first;
+      places.neighbours = alone && stride == 1 && index.first >= 0 && index.first + (int64_t)count <= size;
+    }
+    reach += (size > 0 ? size - 1 : 0) * stride;
+    const Ints x = inside(index, size);
+    const Int step = size > 1 ? stride : 0;
+    places.lane = each<Ints>([&](int p) { return (IntVector)(places.lane.part[p] + x.part[p] * step); });
   } else {
-    offsets.shared += inside(index, size) * stride;
+    places.shared += inside(index, size) * stride;
   }
 }
 
-template <class T, int RANK, class... Index> INLINE Offsets offsets_in(const Tensor<T, RANK>& tensor, Index... index) {
+template <class T, int RANK, class... Index>
+INLINE Places<T> places_in(const Tensor<T, RANK>& tensor, int count, Index... index) {
   static_assert(sizeof...(Index) == RANK, "one index per dimension");
-  Offsets offsets;
+  Places<T> places = {tensor.data, 0, false, true, {}};
+  constexpr bool ALONE = (WIDE<Index> + ... + 0) == 1;
+  int64_t reach = 0;
   int i = 0;
-  ((add_index(offsets, index, tensor.sizes[i], tensor.strides[i]), ++i), ...);
-  return offsets;
+  ((add_index(places, reach, ALONE, count, index, tensor.sizes[i], tensor.strides[i]), ++i), ...);
+  places.narrow = reach < 0x20000000;  // times four bytes it is still an Int
+  return places;
 }
 
-template <class Result, class T> INLINE Result gather(const T* data, const Offsets& offsets) {
-  Result result;
-  for (int i = 0; i < LANES; ++i) {
-    const auto value = value_of(data[offsets.shared + offsets.lane[i]]);
-    if constexpr (std::is_same_v<Result, Mask>) result.part[i / WIDTH][i % WIDTH] = -(Int)value;
-    else result.part[i / WIDTH][i % WIDTH] = value;
-  }
-  return result;
+/// The offset of one lane from `shared`, for tensors too large for `Places::lane`.
+template <class I> INLINE int64_t lane_offset(I index, int lane, int64_t size, int64_t stride) {
+  if constexpr (WIDE<I>) return inside((int64_t)index.part[lane / WIDTH][lane % WIDTH], size) * stride;
+  else return 0;
 }
 
-/// LANES elements that lie side by side.
-template <class Result, class T> INLINE Result load_neighbours(const T* data) {
-  if constexpr (std::is_same_v<Result, Floats>) return each<Floats>([&](int p) { return load_vector(data + p * WIDTH); });
-  else return gather<Result>(data, [] { Offsets o; for (int i = 0; i < LANES; ++i) o.lane[i] = i; return o; }());
-}
-
-/// Where neighbouring lanes read neighbouring elements, the first of them: adds one index, says whether it fits.
-template <class I> INLINE bool add_start(int64_t& start, I index, int64_t size, int64_t stride) {
-  if constexpr (std::is_same_v<I, Positions>) {
-    start += index.first;
-    return stride == 1 && index.first >= 0 && index.first + LANES <= size;
+/// f(lane, element) for the first `count` lanes, one after the other.
+template <class T, int RANK, class F, class... Index>
+INLINE void for_lanes(const Tensor<T, RANK>& tensor, const Places<T>& places, int count, F f, Index... index) {
+  if (places.narrow) {
+    Int offsets[LANES];
+    UNROLL for (int p = 0; p < PARTS; ++p) *(IntVector*)(offsets + p * WIDTH) = places.lane.part[p];
+    for (int lane = 0; lane < count; ++lane) f(lane, places.shared[offsets[lane]]);
   } else {
-    start += inside(index, size) * stride;
-    return true;
+    for (int lane = 0; lane < count; ++lane) {
+      int64_t offset = 0;
+      int i = 0;
+      ((offset += lane_offset(index, lane, tensor.sizes[i], tensor.strides[i]), ++i), ...);
+      f(lane, places.shared[offset]);
+    }
   }
 }
+
+// -- reading
+
+#if defined(__AVX2__) && !defined(COMPUTE_IN_DOUBLE)
+#define GATHERS 1
+INLINE IntVector gather_words(const void* words, IntVector index) {
+#if defined(__AVX512F__)
+  return (IntVector)_mm512_i32gather_epi32((__m512i)index, (const int*)words, 4);
+#else
+  return (IntVector)_mm256_i32gather_epi32((const int*)words, (__m256i)index, 4);
+#endif
+}
+
+/// Elements of up to four bytes, each in its lane. Smaller ones are cut out of the aligned word around them, which never
+/// reaches into a page that the element does not lie in.
+template <class T> INLINE VectorOf<T> gather_vector(const T* x, IntVector index) {
+  if constexpr (sizeof(T) == 4) {
+    return (VectorOf<T>)gather_words(x, index);
+  } else {
+    const int skipped = (uintptr_t)x & 3;
+    const IntVector byte = index * (int)sizeof(T) + skipped;
+    const IntVector word = gather_words((const char*)x - skipped, byte >> 2);
+    const IntVector bits = word >> ((byte & 3) << 3) & (IntVector{} + ((1 << 8 * sizeof(T)) - 1));
+    if constexpr (std::is_same_v<T, BFloat16>) return bfloat16_values(bits);
+    else if constexpr (std::is_same_v<T, Half>) return half_values(bits);
+    else if constexpr (std::is_same_v<T, bool>) return -bits;
+    else if constexpr (std::is_signed_v<T>) return bits << (32 - 8 * sizeof(T)) >> (32 - 8 * sizeof(T));
+    else return bits;
+  }
+}
+#else
+#define GATHERS 0
+#endif
 
 template <class T, int RANK> template <class... Index> auto Tensor<T, RANK>::operator()(Index... index) const {
+  using Element = std::remove_const_t<T>;
   using Value = decltype(value_of(*data));
+  const Places<T> places = places_in(*this, LANES, index...);
   if constexpr ((WIDE<Index> || ...)) {
     using Result = std::conditional_t<KIND<Value> == 2, Floats, std::conditional_t<KIND<Value> == 1, Ints, Mask>>;
-    if constexpr ((WIDE<Index> + ...) == 1 && (std::is_same_v<Index, Positions> || ...)) {
-      int64_t start = 0;
-      int i = 0;
-      bool side_by_side = true;
-      ((side_by_side &= add_start(start, index, sizes[i], strides[i]), ++i), ...);
-      if (side_by_side) return load_neighbours<Result>(data + start);
-    }
-    return gather<Result>(data, offsets_in(*this, index...));
+    if (places.neighbours)
+      return each<Result>([&](int p) { return load_vector<Element>(places.shared + places.first + p * WIDTH); });
+#if GATHERS
+    if constexpr (sizeof(T) <= 4)
+      if (places.narrow) return each<Result>([&](int p) { return gather_vector<Element>(places.shared, places.lane.part[p]); });
+#endif
+    Result result;
+    for_lanes(*this, places, LANES, [&](int lane, T& element) {
+      const auto value = value_of(element);
+      if constexpr (std::is_same_v<Result, Mask>) result.part[lane / WIDTH][lane % WIDTH] = -(Int)value;
+      else result.part[lane / WIDTH][lane % WIDTH] = value;
+    }, index...);
+    return result;
   } else {
-    return value_of(data[offsets_in(*this, index...).shared]);
+    return value_of(*places.shared);
   }
 }
+
+// -- writing
 
 /// tensor[index] = value in the first `count` lanes.
 template <class T, int RANK, class... Index>
 INLINE void write(const Tensor<T, RANK>& tensor, int count, Floats value, Index... index) {
-  const Offsets offsets = offsets_in(tensor, index...);
-  for (int i = 0; i < count; ++i)
-    tensor.data[offsets.shared + offsets.lane[i]] = element_of<T>(value.part[i / WIDTH][i % WIDTH]);
+  const Places<T> places = places_in(tensor, count, index...);
+  if (places.neighbours) {
+    UNROLL for (int p = 0; p < PARTS; ++p)
+      store_vector(places.shared + places.first + p * WIDTH, value.part[p], count - p * WIDTH);
+  } else {
+    for_lanes(tensor, places, count, [&](int lane, T& element) {
+      element = element_of<T>(value.part[lane / WIDTH][lane % WIDTH]);
+    }, index...);
+  }
 }
 template <class T, int RANK, class... Index>
 INLINE void write(const Tensor<T, RANK>& tensor, int, Real value, Index... index) {
-  tensor.data[offsets_in(tensor, index...).shared] = element_of<T>(value);
+  *places_in(tensor, 1, index...).shared = element_of<T>(value);
 }
 
 /// tensor[index] += value in the first `count` lanes, one after the other: lanes may meet in one element.
 template <class T, int RANK, class... Index>
 INLINE void add(const Tensor<T, RANK>& tensor, int count, Floats value, Index... index) {
-  const Offsets offsets = offsets_in(tensor, index...);
-  for (int i = 0; i < count; ++i) {
-    T& element = tensor.data[offsets.shared + offsets.lane[i]];
-    element = element_of<T>(value_of(element) + value.part[i / WIDTH][i % WIDTH]);
+  const Places<T> places = places_in(tensor, count, index...);
+  if (places.neighbours && count == LANES) {
+    UNROLL for (int p = 0; p < PARTS; ++p) {
+      T* to = places.shared + places.first + p * WIDTH;
+      store_vector(to, load_vector<T>(to) + value.part[p], WIDTH);
+    }
+  } else {
+    for_lanes(tensor, places, count, [&](int lane, T& element) {
+      element = element_of<T>(value_of(element) + value.part[lane / WIDTH][lane % WIDTH]);
+    }, index...);
   }
 }
 template <class T, int RANK, class... Index>
 INLINE void add(const Tensor<T, RANK>& tensor, int, Real value, Index... index) {
-  T& element = tensor.data[offsets_in(tensor, index...).shared];
+  T& element = *places_in(tensor, 1, index...).shared;
   element = element_of<T>(value_of(element) + value);
 }
 
