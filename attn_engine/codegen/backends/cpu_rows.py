@@ -18,7 +18,7 @@ class RowNestRenderer(NestRenderer):
     """Prints a schedule whose kernel has keys in lanes: a loop over query rows, in it a loop over vectors."""
 
     def tile_positions(self, axis: str, words: set[str]) -> list[str]:
-        return super().tile_positions(axis, words - {"q_idx"})  # a number of each row
+        return super().tile_positions(axis, words - {"q_idx", "kv_idx"})  # one in each row and vector
 
     # -- arrays
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from attn_engine.codegen.lower.emit import LOG2_E
 from attn_engine.ir.expr import (
     Call,
     Cast,
@@ -26,6 +27,7 @@ from attn_engine.ir.expr import (
     Load,
     Reduce,
     Var,
+    call,
     postorder,
     rebuild,
     transform,
@@ -207,16 +209,23 @@ def prepare(kernel: Kernel, paired: bool = False) -> tuple[Kernel, dict[str, Exp
 
     Paired products multiply tiles as they are: a factor would have to be rounded with them.
     """
-    body = map_expressions(kernel.body, lambda e: transform(transform(e, _drop_cast), _gather_factors))
+    body = map_expressions(kernel.body, lambda e: transform(transform(e, _simpler), _gather_factors))
     if paired:
         return replace(kernel, body=body), {}
     body, factors = fold_scale(replace(kernel, body=body))
     return replace(kernel, body=body), factors
 
 
-def _drop_cast(e: Expr) -> Expr | None:
-    """Operands in the compute type lose nothing, and paired products round theirs in any case."""
-    return e.x if isinstance(e, Cast) else None
+def _simpler(e: Expr) -> Expr | None:
+    """Without casts: operands in the compute type lose nothing, and paired products round theirs in any case. With exp
+    as it was written: that is one operation more than a power of two, and spares the rounding of x * log2(e)."""
+    match e:
+        case Cast(x):
+            return x
+        case Call(Op.EXP2, (Call(Op.MUL, (x, Const(factor))),)) if factor == LOG2_E:
+            return call(Op.EXP, x)
+        case _:
+            return None
 
 
 def _gather_factors(e: Expr) -> Expr | None:
