@@ -19,7 +19,7 @@ RESERVED = frozenset(
     d_logit d_score d_query d_key d_value visible delta product scale q_idx kv_idx d_idx dv_idx q_start kv_start q_last
     kv_last q_len kv_len heads kv_heads batches batch head kv_head first_head group split splits q_begin q_end
     q_full_begin q_full_end kv_begin kv_end kv_full_begin kv_full_end kv_tiles tiles_per_split split_begin split_end
-    row_is_empty tl triton kernel args lanes rows row block tile
+    row_is_empty partial_out part_out tl triton kernel args lanes rows row block tile
     """.split()
 )
 
@@ -27,7 +27,9 @@ RESERVED = frozenset(
 def reserved_names(program: Attention) -> Names:
     """Names taken in every kernel of the program: the shared ones, its tensors, its numbers and its row values."""
     taken = set(RESERVED) | {c.name for c in program.captures} | {s.name for s in program.scalars}
-    taken |= {s.name for s in program.rule.states} | {name for name, _ in program.rule.saved}
+    for state in program.rule.states:
+        taken |= {state.name, f"part_{state.name}", f"partial_{state.name}"}
+    taken |= {name for name, _ in program.rule.saved}
     return Names(taken)
 
 
