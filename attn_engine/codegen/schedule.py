@@ -27,6 +27,7 @@ class Schedule:
     """Tile sizes and loop structure.
 
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
+    most_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
     """
 
@@ -40,6 +41,7 @@ class Schedule:
     num_stages: int = 2
     backward_warps: int = 8
     backward_stages: int = 2
+    most_tasks: int = 0
 
     def __str__(self) -> str:
         kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
@@ -52,7 +54,12 @@ class Schedule:
 
 def cpu_schedule(lanes: int) -> Schedule:
     """One query row per lane; a kv tile of 64 rows keeps K, V and the scores in the L2 cache."""
-    return Schedule(lanes, 64, lanes, 64, Edges.SPLIT, Gradients.ONE_KERNEL)
+    return Schedule(lanes, 64, lanes, 64, Edges.SPLIT, Gradients.ONE_KERNEL, most_tasks=64)
+
+
+def schedule_of_rows(schedule: Schedule, rows: int) -> Schedule:
+    """The schedule of a forward pass whose heads have this many query rows each."""
+    return schedule
 
 
 def torch_schedule() -> Schedule:

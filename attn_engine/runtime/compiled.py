@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.lower.capture import CaptureGradient, Route, capture_gradients
+from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import Gradients, Schedule
+from attn_engine.codegen.schedule import Gradients, Schedule, schedule_of_rows
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
-from attn_engine.ir.program import Attention
+from attn_engine.ir.passes.pack_heads import Packing, pack_heads
+from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module
 from attn_engine.runtime.capture_sums import scatter_sums
+from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
 from attn_engine.runtime.storage import compute_dtype
 
 Tensors = Mapping[str, Tensor]
@@ -64,6 +67,7 @@ class CompiledAttention:
     backend: Backend
     schedule: Schedule
     _modules: dict[tuple[str, tuple[str, ...]], tuple[Module, list[Launchable]]] = field(default_factory=dict)
+    _variants: dict[tuple[Packing, Schedule], CompiledAttention] = field(default_factory=dict)
 
     def module(self, direction: str, learned: tuple[str, ...] = ()) -> Module:
         return lower(self.program, self.schedule, direction, learned)
@@ -93,10 +97,47 @@ class CompiledAttention:
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
-        _, (kernel,) = self.kernels("forward")
+        packing = choose_packing(self.program, self.schedule, q, k)
+        if packing is Packing.NONE:
+            return self._of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
+        packed = PackedHeads(q, k, out)
+        compiled = self._of_rows(packing, packed.q.shape[2])
+        numbers = {**scalars, GROUP.name: packed.group}
+        return packed.finish(compiled._forward(packed.q, k, v, captured, numbers, packed.out))
+
+    def _of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
+        """The kernels of a forward pass whose heads have this many query rows each."""
+        schedule = schedule_of_rows(self.schedule, rows)
+        if packing is Packing.NONE and schedule is self.schedule:
+            return self
+        found = self._variants.get((packing, schedule))
+        if found is None:
+            found = CompiledAttention(pack_heads(self.program, packing), self.backend, schedule)
+            self._variants[packing, schedule] = found
+        return found
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
+    ) -> list[Tensor]:
+        """The forward pass as this object's schedule says, in one piece or with the keys split."""
         saved = {saved_param(name): self._rows(q) for name, _ in self.program.rule.saved}
-        kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved}, dict(scalars), sizes_of(q, k))
+        tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
+        numbers, sizes = dict(scalars), sizes_of(q, k)
+        splits = choose_splits(self.program, self.schedule, q, k)
+        module, kernels = self.kernels("forward" if splits == 1 else "decode")
+        if splits > 1:
+            numbers["splits"] = sizes["splits"] = splits
+            tensors.update(self._partials(q, splits))
+        for kernel, launchable in zip(module.kernels, kernels, strict=True):
+            launchable.launch({p.name: tensors[p.name] for p in kernel.params}, numbers, sizes)
         return list(saved.values())
+
+    def _partials(self, q: Tensor, splits: int) -> dict[str, Tensor]:
+        """Where the splits leave their outputs and row states."""
+        shape = (splits, *q.shape[:3])
+        parts = {partial_state(s.name): shape for s in self.program.rule.states}
+        parts[PARTIAL_OUT] = (*shape, self.program.dim_v)
+        return {n: torch.empty(x, dtype=self._compute, device=q.device) for n, x in parts.items()}
 
     def backward(
         self,

@@ -54,7 +54,7 @@ def _packed(fn: ScalarFn, packing: Packing) -> ScalarFn:
     def moved(notes: Mapping[Expr, str]) -> dict[Expr, str]:
         return {substitute(node, replacements): text for node, text in notes.items()}
 
-    names = {**moved(fn.names), position: "position", head: "query_head"}
+    names = {**moved(fn.names), position: "position", Q_IDX % GROUP: "head_in_group"}
     needs_group = GROUP in postorder(result)
     return replace(
         fn,
