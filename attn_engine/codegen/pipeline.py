@@ -42,5 +42,6 @@ def with_header(kernel: Kernel, backend: str, version: str) -> Kernel:
     """The kernel under a header that says what it is, how it is cut into tiles and how to make it again."""
     blocks = " ".join(f"block_{axis}={n}" for axis, n in kernel.tile if axis in ("q", "kv"))
     first = f"attn_engine {version} | {kernel.header[0]} | {backend} | {blocks}"
-    again = f'regenerate: engine.source(backend="{backend}", kernel="{kernel.name}")'
+    wanted = "decode" if kernel.name == "merge" else kernel.name
+    again = f'regenerate: engine.source(backend="{backend}", kernel="{wanted}")'
     return replace(kernel, header=(first, again, *kernel.header[1:]))

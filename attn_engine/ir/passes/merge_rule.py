@@ -194,7 +194,9 @@ _REDUCTION = {"max": max, "min": min, "sum": sum}
 
 def _merged(rule: OnlineRule, merge: MergeRule, a: _Part, b: _Part) -> _Part:
     known: dict[Expr, Number] = {**a.states, **{part_var(s): b.states[s.var] for s in rule.states}}
-    states = {s.var: evaluate(e, known) for s, e in zip(rule.states, merge.states, strict=True)}
+    states: dict[Expr, Number] = {
+        s.var: evaluate(e, known) for s, e in zip(rule.states, merge.states, strict=True)
+    }
     return _Part(
         states, a.out * evaluate(merge.left_scale, known) + b.out * evaluate(merge.right_scale, known)
     )
