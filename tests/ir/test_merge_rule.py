@@ -1,4 +1,4 @@
-"""The derived merge against each normaliser's definition: row states and outputs of whole rows, computed in one piece."""
+"""The derived merge against each normaliser's definition: states and outputs of whole rows, computed in one piece."""
 
 from __future__ import annotations
 

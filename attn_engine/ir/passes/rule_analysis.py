@@ -11,8 +11,9 @@ import math
 from attn_engine.ir.evaluate import evaluate
 from attn_engine.ir.expr import REDUCE_IDENTITY, Call, Expr, Full, Reduce, postorder, substitute
 from attn_engine.ir.ops import Number, Op
-from attn_engine.ir.program import LOGIT, OUT, OnlineRule, RowState
+from attn_engine.ir.program import BATCH, HEAD, LOGIT, OUT, Q_IDX, OnlineRule, RowState
 
+_PLACE: dict[Expr, Number] = {BATCH: 1, HEAD: 2, Q_IDX: 3}  # a normaliser may ask where its row is
 _POINTS = ((0.37, 1.9), (-2.25, 0.6), (3.5, 7.25))
 
 
@@ -52,7 +53,7 @@ def _at_minus_infinity(e: Expr, env: dict[Expr, Number]) -> Number:
 
 
 def _environment(rule: OnlineRule, point: tuple[float, float]) -> dict[Expr, Number]:
-    return {s.var: point[i % 2] + i for i, s in enumerate(rule.states)}
+    return {**_PLACE, **{s.var: point[i % 2] + i for i, s in enumerate(rule.states)}}
 
 
 def output_of_empty_row(rule: OnlineRule) -> Number:
@@ -66,4 +67,4 @@ def saved_of_empty_row(rule: OnlineRule) -> dict[str, Number]:
 
 
 def _initial(rule: OnlineRule) -> dict[Expr, Number]:
-    return {s.var: s.initial for s in rule.states}
+    return {**_PLACE, **{s.var: s.initial for s in rule.states}}
