@@ -77,7 +77,7 @@ def _empty_rows_visible(c: Any) -> Tensor:
 
 def _biased(s: Tensor, c: Any) -> Tensor:
     head = c.tensors["by_head"][:, None, None]
-    return s + c.tensors["by_key"] * head + c.tensors["by_query"][:, :, None] * head
+    return (s + c.tensors["by_key"] * head + c.tensors["by_query"][:, :, None] * head).to(s.dtype)
 
 
 VARIANTS = {
@@ -192,7 +192,8 @@ def test_row_values_are_those_of_the_unsplit_pass(
         monkeypatch.setattr(few_rows, "LEAST_NUMBERS_PER_SPLIT", 10**4)
         split, split_rows = engine(*inputs, return_final_rowscales=True)
         assert not torch.equal(whole, split), "nothing was split"
-        torch.testing.assert_close(split, whole, rtol=2e-5, atol=2e-5)
+        largest = whole.abs().max().item()  # sigmoid and relu add up thousands of weights of about 1
+        torch.testing.assert_close(split, whole, rtol=0, atol=1e-5 * largest)
         torch.testing.assert_close(split_rows, whole_rows, rtol=1e-5, atol=1e-5)
         assert all(x.is_contiguous() for x in split_rows.values())
 
