@@ -7,11 +7,11 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from attn_engine.engine import AttentionEngine
+from attn_engine.engine import AttentionEngine, Kernel
 from attn_engine.errors import AttnEngineError
 from attn_engine.frontend import meta_tensor
 from attn_engine.library.catalogue import CATALOGUE
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="the attentions of the library, and the backends")
     listing.set_defaults(run=_list)
     show = commands.add_parser("show", help="print a generated kernel")
-    show.add_argument("--kernel", default="forward", choices=("forward", "backward", "delta"))
+    show.add_argument("--kernel", default="forward", choices=get_args(Kernel))
     show.set_defaults(run=_show)
     explanation = commands.add_parser(
         "explain", help="what was understood and decided: plans, saved values, tiles"

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,7 +22,7 @@ from attn_engine.errors import (
     UnsupportedOnBackend,
     WrongOperands,
 )
-from attn_engine.explain import Explanation, explain
+from attn_engine.explain import Explanation, explain, sources
 from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
 from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Number, Storage
@@ -37,7 +37,7 @@ from attn_engine.runtime.operator import Call, apply, register
 from attn_engine.runtime.reference import reference
 from attn_engine.traced_program import Description, TracedProgram
 
-Kernel = Literal["forward", "backward", "delta"]
+Kernel = Literal["forward", "decode", "backward", "delta"]
 
 
 class AttentionEngine:
@@ -249,13 +249,14 @@ class AttentionEngine:
     # -- looking inside
 
     def source(self, backend: str | None = None, kernel: Kernel = "forward") -> str:
-        """The text of a generated kernel: "forward", "delta" (the backward's row sums) or "backward" (all the rest).
+        """The text of a generated kernel: "forward", "decode" (the forward pass of few queries over split keys, and the
+        merge), "delta" (the backward's row sums) or "backward" (all the rest).
 
         backend: "cpu", "triton", ...; None: the engine's own. No device and no compiler is needed. The backward text
         includes the gradients of every captured tensor that can have one and that the backend can compute.
         """
-        if kernel not in ("forward", "backward", "delta"):
-            known = "'forward', 'backward', 'delta'"
+        if kernel not in (kernels := get_args(Kernel)):
+            known = ", ".join(map(repr, kernels))
             raise UnknownOption(option="kernel", value=kernel, where="engine.source", known=known)
         return "\n\n".join(self._sources(backend, kernel))
 
@@ -368,14 +369,7 @@ class AttentionEngine:
 
     def _sources(self, backend: str | None, kernel: str) -> list[str]:
         compiled = self._compiled(self._present, self._own_backend() if backend is None else backend)
-        learned = tuple(c.name for c in compiled.program.differentiable_captures)
-        module = compiled.module(
-            "forward" if kernel == "forward" else "backward", compiled.supported(learned)
-        )
-        wanted = [
-            k for k in module.kernels if kernel == "forward" or (k.name == "delta") is (kernel == "delta")
-        ]
-        return [compiled.backend.source(k, compiled.schedule) for k in wanted]
+        return sources(compiled, kernel)
 
 
 def _remade(arguments: dict[str, Any]) -> AttentionEngine:

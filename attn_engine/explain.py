@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attn_engine.codegen.lower.backward import uses_delta
+from attn_engine.ir.expr import Expr, Var, postorder, substitute
 from attn_engine.ir.passes.mask_range import MaskPlan, NoneKnown, plan_mask
 from attn_engine.ir.passes.mask_tiles import TileClass, classify_tiles
+from attn_engine.ir.passes.merge_rule import MergeRule, NotMergeable, derive_merge
+from attn_engine.ir.passes.pack_heads import packable
 from attn_engine.ir.passes.rule_analysis import vanishes_when_masked
 from attn_engine.ir.printer import format_expr, format_program
 from attn_engine.ir.program import Attention
@@ -35,6 +38,7 @@ def explain(program: Attention, scale: float, compiled: CompiledAttention) -> Ex
             "Mask plan, for a tile of keys (dK, dV)": plan_text(transposed, classify_tiles(mask, "q")),
             "Masking": _masking_text(program),
             "Saved for the backward pass": _saved_text(program),
+            "Few query rows": _few_rows_text(compiled),
             "Tiles": f"{compiled.schedule}",
             "Backend": compiled.backend.name,
         }
@@ -76,6 +80,43 @@ def _masking_text(program: Attention) -> str:
     if vanishes_when_masked(program.rule):
         return "a hidden score becomes -inf, which the normaliser turns into weight 0"
     return "hidden pairs are left out of every reduction and their weights are set to 0"
+
+
+def _few_rows_text(compiled: CompiledAttention) -> str:
+    rule = compiled.program.rule
+    if packable(rule):
+        heads = "the heads that share a kv head become the rows of one tile"
+    else:
+        heads = "heads keep a tile each, because the normaliser asks for the head or the position"
+    merge = derive_merge(rule)
+    if isinstance(merge, NotMergeable):
+        return f"{heads}\nthe keys of a row are never split, because {merge.reason}"
+    if not compiled.schedule.most_tasks:
+        return f"{heads}\nthe keys of a row are not split on this backend"
+    return "\n".join([heads, "the keys of few rows are split among tasks and merged:", *_merge_lines(merge)])
+
+
+def _merge_lines(merge: MergeRule) -> list[str]:
+    """How the next part joins a row, one named value a line."""
+    lines: list[str] = []
+    known: dict[Expr, Expr] = {}
+    for node in postorder(*merge.states, merge.left_scale, merge.right_scale):
+        if node in merge.names:
+            lines.append(f"{merge.names[node]} = {format_expr(substitute(node, known))}")
+            known[node] = Var(merge.names[node], node.dtype, node.axes)
+    left, right = (format_expr(known.get(e, e)) for e in (merge.left_scale, merge.right_scale))
+    return [*lines, f"out = out * {left} + part_out * {right}"]
+
+
+def sources(compiled: CompiledAttention, kernel: str) -> list[str]:
+    """The texts of `engine.source(kernel=...)`."""
+    if kernel == "decode" and isinstance(merge := derive_merge(compiled.program.rule), NotMergeable):
+        return [f"no kernels: {merge.reason}, so the keys of a row are never split"]
+    learned = tuple(c.name for c in compiled.program.differentiable_captures)
+    direction = kernel if kernel in ("forward", "decode") else "backward"
+    kernels = compiled.module(direction, compiled.supported(learned)).kernels
+    wanted = [k for k in kernels if direction != "backward" or (k.name == "delta") is (kernel == "delta")]
+    return [compiled.backend.source(k, compiled.schedule) for k in wanted]
 
 
 def _saved_text(program: Attention) -> str:

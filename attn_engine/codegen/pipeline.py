@@ -1,6 +1,6 @@
 """The ordered list of stages from a program to kernel text, nothing else.
 
-program, schedule -> lower_forward / lower_backward -> Kernel -> (backend's renderer) -> source
+program, schedule -> lower_forward / lower_decode / lower_backward -> Kernel -> (backend's renderer) -> source
 """
 
 from __future__ import annotations
@@ -8,20 +8,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attn_engine.codegen.lower.backward import lower_backward
+from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
 from attn_engine.codegen.schedule import Schedule
+from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, Module
 from attn_engine.ir.verify import verify_kernel
 
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "decode", "backward")
 
 
 def lower(program: Attention, schedule: Schedule, direction: str, learned: tuple[str, ...] = ()) -> Module:
-    """The kernels of one direction; `learned` names the captured tensors that need a gradient."""
+    """The kernels of one direction; `learned` names the captured tensors that need a gradient.
+
+    "decode" is the forward pass with the keys split, for rules that have a merge.
+    """
     assert direction in DIRECTIONS, direction
     if direction == "forward":
         module = Module("forward", (lower_forward(program, schedule),))
+    elif direction == "decode":
+        merge = derive_merge(program.rule)
+        assert isinstance(merge, MergeRule), "keys are split where the parts can be merged"
+        module = lower_decode(program, schedule, merge)
     else:
         module = lower_backward(program, schedule, learned)
     for kernel in module.kernels:
@@ -33,5 +42,6 @@ def with_header(kernel: Kernel, backend: str, version: str) -> Kernel:
     """The kernel under a header that says what it is, how it is cut into tiles and how to make it again."""
     blocks = " ".join(f"block_{axis}={n}" for axis, n in kernel.tile if axis in ("q", "kv"))
     first = f"attn_engine {version} | {kernel.header[0]} | {backend} | {blocks}"
-    again = f'regenerate: engine.source(backend="{backend}", kernel="{kernel.name}")'
+    wanted = "decode" if kernel.name == "merge" else kernel.name
+    again = f'regenerate: engine.source(backend="{backend}", kernel="{wanted}")'
     return replace(kernel, header=(first, again, *kernel.header[1:]))

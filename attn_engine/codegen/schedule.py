@@ -29,6 +29,7 @@ class Schedule:
     """Tile sizes and loop structure.
 
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
+    most_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
     lanes: what lies across a CPU's vectors in the forward kernel; backward_lanes: in the one-kernel backward pass.
     """
@@ -45,6 +46,7 @@ class Schedule:
     backward_stages: int = 2
     lanes: Lanes = Lanes.QUERIES
     backward_lanes: Lanes = Lanes.QUERIES
+    most_tasks: int = 0
 
     def __str__(self) -> str:
         kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
@@ -61,19 +63,30 @@ def cpu_schedule(lanes: int) -> Schedule:
     The backward pass owns keys: a key per lane lets it read every q tile in place. With narrow vectors it would go over
     the queries too often.
     """
-    if lanes < WIDE:
-        return Schedule(lanes, 64, lanes, 64, Edges.SPLIT, Gradients.ONE_KERNEL)
+    backward_kv, backward_lanes = (lanes, Lanes.KEYS) if lanes >= WIDE else (64, Lanes.QUERIES)
     one = Gradients.ONE_KERNEL
-    return Schedule(lanes, 64, lanes, lanes, Edges.SPLIT, one, backward_lanes=Lanes.KEYS)
+    return Schedule(
+        lanes, 64, lanes, backward_kv, Edges.SPLIT, one, backward_lanes=backward_lanes, most_tasks=64
+    )
 
 
 WIDE = 32
+FEW_ROWS = (1, 2, 4, 8)
+MOST_FEW_ROWS = 16  # beyond, a query row per lane is faster (measured: between 16 and 32)
 
 
 def few_rows_schedule(rows: int, lanes: int = 32) -> Schedule:
     """A forward pass of 1, 2, 4 or 8 query rows per tile, keys in lanes; the backward pass of `cpu_schedule(lanes)`."""
-    assert rows in (1, 2, 4, 8), rows
+    assert rows in FEW_ROWS, rows
     return replace(cpu_schedule(lanes), block_q=rows, block_kv=128, lanes=Lanes.FEW_ROWS)
+
+
+def schedule_of_rows(schedule: Schedule, rows: int) -> Schedule:
+    """The schedule of a forward pass whose heads have this many query rows each."""
+    if schedule.most_tasks == 0 or not 0 < rows <= MOST_FEW_ROWS:
+        return schedule
+    tile = next((n for n in FEW_ROWS if rows <= n), FEW_ROWS[-1])
+    return few_rows_schedule(tile, schedule.block_q)
 
 
 def torch_schedule() -> Schedule:

@@ -11,7 +11,7 @@ _KERNEL_WORDS = """
     Q K V O dO dQ dK dV q k v o do dq dk dv query key keys value values out output score scores logit logits
     probs d_probs d_score d_scores d_logit weights delta scale batch head kv_head split splits batches heads
     kv_heads q_idx kv_idx d_idx dv_idx q_start kv_start q_len kv_len dim_qk dim_v block_q block_kv visible
-    mask tl triton torch np math kernel forward backward program inf nan true false block tile lanes stride
+    mask group tl triton torch np math kernel forward backward program inf nan true false block tile lanes stride
     size
 """
 _CPP_WORDS = """
@@ -26,7 +26,7 @@ _CPP_WORDS = """
 RESERVED = frozenset([*_KERNEL_WORDS.split(), *_CPP_WORDS.split(), *keyword.kwlist, *dir(builtins)])
 # Names that row values may have, and captured values may not.
 _ROW_WORDS = frozenset({"lse", "row_max", "row_sum"})
-_PREFIXES = ("block_", "tile_", "stride_", "grid_", "attn_", "BLOCK_")
+_PREFIXES = ("block_", "tile_", "stride_", "grid_", "attn_", "part_", "partial_", "BLOCK_")
 
 
 def type_name(value: object) -> str:

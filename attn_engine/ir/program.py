@@ -22,6 +22,9 @@ HEAD = Var("head", DType.INT)
 Q_IDX = Var("q_idx", DType.INT, ("q",))
 KV_IDX = Var("kv_idx", DType.INT, ("kv",))
 
+# Query heads per kv head: a number of programs whose rows hold several heads (passes/pack_heads.py); at least 1.
+GROUP = Var("group", DType.INT)
+
 # The inputs of an online function's methods, besides its own row states and saved row values.
 LOGIT = Var("logit", DType.FLOAT, ("q", "kv"))  # the score after score_mod
 OUT = Var("out", DType.FLOAT, ("q", "dv"))  # the un-normalised output accumulator

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.lower.capture import CaptureGradient, Route, capture_gradients
+from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import Gradients, Schedule
+from attn_engine.codegen.schedule import Gradients, Schedule, schedule_of_rows
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
-from attn_engine.ir.program import Attention
+from attn_engine.ir.passes.pack_heads import Packing, pack_heads
+from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
+from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -74,6 +77,7 @@ class CompiledAttention:
     backend: Backend
     schedule: Schedule
     _directions: dict[tuple[str, tuple[str, ...]], Direction] = field(default_factory=dict)
+    _variants: dict[tuple[Packing, Schedule], CompiledAttention] = field(default_factory=dict)
 
     def module(self, direction: str, learned: tuple[str, ...] = ()) -> Module:
         return lower(self.program, self.schedule, direction, learned)
@@ -105,13 +109,60 @@ class CompiledAttention:
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
-        found = self.kernels("forward")
-        (kernel,) = found.kernels
+        packing = choose_packing(self.program, self.schedule, q, k)
+        if packing is Packing.NONE:
+            return self._of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
+        packed = PackedHeads(q, k, out)
+        compiled = self._of_rows(packing, packed.q.shape[2])
+        numbers = {**scalars, GROUP.name: packed.group}
+        return packed.finish(compiled._forward(packed.q, k, v, captured, numbers, packed.out))
+
+    def _of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
+        """The kernels of a forward pass whose heads have this many query rows each."""
+        schedule = schedule_of_rows(self.schedule, rows)
+        if packing is Packing.NONE and schedule is self.schedule:
+            return self
+        found = self._variants.get((packing, schedule))
+        if found is None:
+            found = CompiledAttention(pack_heads(self.program, packing), self.backend, schedule)
+            self._variants[packing, schedule] = found
+        return found
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
+    ) -> list[Tensor]:
+        """The forward pass as this object's schedule says, in one piece or with the keys split."""
         rows, sizes = q.shape[:3], sizes_of(q, k)
         saved = {name: q.new_empty(rows, dtype=self._compute) for name in self._saved}
-        tables = tile_tables(found.tables[0], captured, scalars, sizes, self._compute)
-        kernel.launch({"Q": q, "K": k, "V": v, "O": out, **captured, **saved, **tables}, scalars, sizes)
+        tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
+        splits = choose_splits(self.program, self.schedule, q, k)
+        if splits > 1:
+            sizes["splits"] = splits
+            scalars = {**scalars, "splits": splits}
+            tensors.update(self._partials(q, splits))
+        self._launch(self.kernels("forward" if splits == 1 else "decode"), tensors, captured, scalars, sizes)
         return list(saved.values())
+
+    def _launch(
+        self,
+        direction: Direction,
+        tensors: dict[str, Tensor],
+        captured: Tensors,
+        scalars: Scalars,
+        sizes: Mapping[str, int],
+    ) -> None:
+        """The kernels in order, each with its tables."""
+        for kernel, tables in zip(direction.kernels, direction.tables, strict=True):
+            if tables:
+                tensors.update(tile_tables(tables, captured, scalars, sizes, self._compute))
+            kernel.launch(tensors, scalars, sizes)
+
+    def _partials(self, q: Tensor, splits: int) -> dict[str, Tensor]:
+        """Where the splits leave their outputs and row states."""
+        shape = (splits, *q.shape[:3])
+        parts = {partial_state(s.name): shape for s in self.program.rule.states}
+        parts[PARTIAL_OUT] = (*shape, self.program.dim_v)
+        return {n: torch.empty(x, dtype=self._compute, device=q.device) for n, x in parts.items()}
 
     def backward(
         self,
@@ -150,9 +201,7 @@ class CompiledAttention:
         else:
             tensors["dQ"] = dq
         tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in direction.captures})
-        for kernel, tables in zip(direction.kernels, direction.tables, strict=True):
-            tensors.update(tile_tables(tables, captured, numbers, sizes, self._compute))
-            kernel.launch(tensors, numbers, sizes)
+        self._launch(direction, tensors, captured, numbers, sizes)
         if "dQ_parts" in tensors:
             _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
         numbers.update(sizes)

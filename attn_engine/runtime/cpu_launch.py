@@ -77,9 +77,10 @@ class CpuKernel:
     def _threads(self, sizes: Mapping[str, int]) -> int:
         tasks, work = 1, self._width
         for size, block in self._grid:
-            count = sizes[size]
-            tasks *= -(-count // block)
-            work *= count
+            blocks = -(-sizes[size] // block)
+            tasks *= blocks
+            if size != "splits":  # they share the same work
+                work *= blocks * block
         for size in self._loops:
             work *= sizes[size]
         return 1 if work < SMALL_WORK else min(tasks, torch.get_num_threads())

@@ -40,11 +40,15 @@ ints = st.recursive(
 )
 factors = st.sampled_from([-2, -1, 0, 1, 1, 2, 3])
 linear = st.builds(lambda a, b, c: Q_IDX * a + KV_IDX * b + c, factors, factors, st.integers(-9, 9))
+# Quotients by a positive number: rows that hold several heads, masks of chunks.
+stepped = st.builds(lambda e, n, c: e // n + c, linear, st.sampled_from([1, 2, 3, 5]), st.integers(-3, 3))
 comparisons = st.sampled_from([Op.LE, Op.LT, Op.EQ, Op.NE])
 masks = st.recursive(
     st.one_of(
         st.builds(call, comparisons, linear, st.just(Const(0))),
         st.builds(call, comparisons, linear, linear),
+        st.builds(call, comparisons, stepped, linear),
+        st.builds(call, comparisons, stepped, stepped),
         st.builds(call, comparisons, ints, ints),
         st.booleans().map(Const),
     ),

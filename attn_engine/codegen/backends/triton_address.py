@@ -27,7 +27,7 @@ BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
 GRID_SIZES = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
 NON_NEGATIVE = frozenset(
     f"{axis}_{what}" for axis in ("q", "kv", "d", "dv") for what in ("idx", "start", "len")
-) | {*GRID_SIZES, *GRID_SIZES.values()}  # fmt: skip
+) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
 _SMALLEST_BLOCK = 16  # what a matrix unit multiplies
 
 

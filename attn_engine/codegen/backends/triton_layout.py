@@ -56,7 +56,14 @@ def _operand(operand: str, room: int) -> list[str]:
     opening = _call_start(operand)
     if not opening:
         return [operand]
-    return [operand[: opening + 1], *_arguments(operand[opening + 1 : -1], room), operand[-1]]
+    inside = operand[opening + 1 : -1]
+    if not re.search(r"[\w\]]$", operand[:opening]):  # a group, not a call: a comma would make it a tuple
+        return [
+            operand[: opening + 1],
+            *(INDENT + x for x in _operand(inside, room - len(INDENT))),
+            operand[-1],
+        ]
+    return [operand[: opening + 1], *_arguments(inside, room), operand[-1]]
 
 
 def _arguments(inside: str, room: int) -> list[str]:

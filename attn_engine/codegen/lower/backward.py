@@ -20,7 +20,7 @@ from attn_engine.codegen.lower.capture import (
 )
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
-from attn_engine.codegen.lower.ranges import masking, phases
+from attn_engine.codegen.lower.ranges import masking, phases, split_bounds
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
 from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
@@ -38,7 +38,6 @@ from attn_engine.codegen.lower.values import (
     QUERY,
     SCALE,
     SPLIT,
-    SPLITS,
     VALUE,
     captured_params,
     compute_storage,
@@ -52,12 +51,10 @@ from attn_engine.codegen.lower.values import (
     wide,
 )
 from attn_engine.codegen.schedule import Gradients, Schedule
-from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, call, postorder, where
-from attn_engine.ir.ops import Op
+from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, postorder, where
 from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
 from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
-from attn_engine.ir.passes.simplify import simplify
 from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, PROBS, SCORE, Attention, saved_var
 from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
 
@@ -157,7 +154,9 @@ def lower_d_key_value(
         return backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), body, tests=sweep.tests)
     outputs.append(Param("dQ_parts", compute_storage(program), DQ_PARTS_SHAPE, True))
     outputs += [buffer_param(program, c, parts=True) for c in row_sums]
-    split = [Section("kv tiles of this split"), *split_bounds(tiles["kv"])]
+    n = tiles["kv"]
+    shares = split_bounds(n, Const(0), scalar("kv_tiles") * n, (KV_LEN + (n - 1)) // n)
+    split = [Section("kv tiles of this split"), *shares]
     loop = Loop("kv_start", scalar("split_begin"), scalar("split_end"), "kv", tuple(body), "kv_tile")
     grid = ("split", "kv_head", "batch")
     own = [*split, loop]
@@ -165,18 +164,6 @@ def lower_d_key_value(
         program, name, grid, ORDER_KV, tiles, tuple(outputs), own, (scalar("splits"),), sweep.tests
     )
     return replace(kernel, lanes=schedule.backward_lanes)
-
-
-def split_bounds(n: int) -> list[Stmt]:
-    """Contiguous shares of the kv tiles, one per split."""
-    kv_tiles, share = scalar("kv_tiles"), scalar("tiles_per_split")
-    begin = simplify(SPLIT * share * n)
-    return [
-        Let("kv_tiles", (KV_LEN + (n - 1)) // n),
-        Let("tiles_per_split", (kv_tiles + SPLITS - 1) // SPLITS),
-        Let("split_begin", begin),
-        Let("split_end", call(Op.MIN, scalar("split_begin") + share * n, kv_tiles * n)),
-    ]
 
 
 def kv_tile(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.ranges import masking, phases
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
-from attn_engine.codegen.lower.tile_classes import tile_tests
+from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
     GROUP_OF_HEADS,
     Q_ROW,
     SCALE,
+    SPLITS,
     VALUE,
     captured_params,
     indices,
@@ -22,11 +24,16 @@ from attn_engine.codegen.lower.values import (
     wide,
 )
 from attn_engine.codegen.schedule import Schedule
-from attn_engine.ir.expr import REDUCE_IDENTITY, Const, Dot, Expr, Full, Reduce, Var, postorder, where
+from attn_engine.ir.expr import REDUCE_IDENTITY, Const, Dot, Expr, Full, Reduce, Var, where
 from attn_engine.ir.passes.mask_range import MaskPlan, plan_mask
-from attn_engine.ir.passes.rule_analysis import output_of_empty_row, saved_of_empty_row, vanishes_when_masked
-from attn_engine.ir.program import HEAD, LOGIT, OUT, Attention, OnlineRule, RowState
-from attn_engine.ir.tile import Kernel, Let, Section, Stmt, StoreTile
+from attn_engine.ir.passes.rule_analysis import (
+    in_dependency_order,
+    output_of_empty_row,
+    saved_of_empty_row,
+    vanishes_when_masked,
+)
+from attn_engine.ir.program import HEAD, LOGIT, OUT, Attention, OnlineRule
+from attn_engine.ir.tile import Kernel, Let, Param, Section, Stmt, StoreTile
 
 ORDER_Q = ("q", "kv", "d", "dv")  # tiles are [q, kv] here
 
@@ -34,45 +41,82 @@ ORDER_Q = ("q", "kv", "d", "dv")  # tiles are [q, kv] here
 def lower_forward(program: Attention, schedule: Schedule) -> Kernel:
     """O and the saved row values of one q tile."""
     names = reserved_names(program)
+    keys = pass_over_keys(program, schedule, names)
+    outputs = (wide(program, "O", output=True), *saved_outputs(program))
+    return forward_kernel(program, schedule, "forward", outputs, keys, epilogue(program, names))
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The statements of a pass over the keys, and what it asks of each tile."""
+
+    body: tuple[Stmt, ...]
+    tests: TileTests | None
+
+
+def forward_kernel(
+    program: Attention,
+    schedule: Schedule,
+    name: str,
+    outputs: tuple[Param, ...],
+    keys: Pass,
+    end: list[Stmt],
+) -> Kernel:
+    """One q tile per program; where there are splits, one of them. `end` follows the pass over the keys."""
+    tests = keys.tests
+    inputs = (*captured_params(program), *(tests.params if tests else ()))
+    split = any("splits" in p.shape for p in outputs)
+    return Kernel(
+        name=name,
+        params=(*(wide(program, t) for t in "QKV"), *inputs, *outputs),
+        scalars=(SCALE, *program.scalars, *([SPLITS] if split else [])),
+        grid=(*(["split"] if split else []), "q", "head", "batch"),
+        order=ORDER_Q,
+        tile=tuple_of_tiles(program, {"q": schedule.block_q, "kv": schedule.block_kv}),
+        body=(*keys.body, *end),
+        header=(f"{program.name}: {name}",),
+        heavy_last=not split and later_rows_see_more(mask_plan(program)),
+        lanes=schedule.lanes,
+        tables=tests.tables if tests else (),
+    )
+
+
+def pass_over_keys(program: Attention, schedule: Schedule, names: Names, *, one_split: bool = False) -> Pass:
+    """The un-normalised output and the row state of one q tile, over the keys it sees or over one share of them."""
     tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
-    plan = plan_mask(program.mask.result if program.mask else None, "kv")
     tests = tile_tests(program, names, "kv", tiles)
-    seen = phases(plan, tiles, schedule.edges, tests)
+    seen = phases(mask_plan(program), tiles, schedule.edges, tests, one_split=one_split)
     before, known = hoisted(program, names, "kv")
     body: list[Stmt] = [
         Section("query tile of this program"),
         Let("kv_head", HEAD // GROUP_OF_HEADS),
         Let("query", load_tile("Q")),
         *before,
-        Section(f"row state of {program.rule.name}"),
-        *(Let(s.name, Full(s.initial, ("q",))) for s in program.rule.states),
-        Let("out", Full(0.0, ("q", "dv"))),
+        *empty_row_state(program.rule),
         Section("kv tiles this tile can see"),
         *seen.bounds,
     ]
     for run in seen.runs:
         loop = run.loop("kv", lambda masked: kv_step(program, names.copy(), known, masked))
         body += [Section(run.title), loop]
-    body += epilogue(program, names)
-    return Kernel(
-        name="forward",
-        params=(
-            *(wide(program, t) for t in "QKV"),
-            *captured_params(program),
-            *(tests.params if tests else ()),
-            wide(program, "O", output=True),
-            *(rows(program, saved_param(name), output=True) for name, _ in program.rule.saved),
-        ),
-        scalars=(SCALE, *program.scalars),
-        grid=("q", "head", "batch"),
-        order=ORDER_Q,
-        tile=tuple_of_tiles(program, tiles),
-        body=tuple(body),
-        header=(f"{program.name}: forward",),
-        heavy_last=later_rows_see_more(plan),
-        lanes=schedule.lanes,
-        tables=tests.tables if tests else (),
-    )
+    return Pass(tuple(body), tests)
+
+
+def empty_row_state(rule: OnlineRule) -> list[Stmt]:
+    """A row that has met no key."""
+    return [
+        Section(f"row state of {rule.name}"),
+        *(Let(s.name, Full(s.initial, ("q",))) for s in rule.states),
+        Let(OUT.name, Full(0.0, OUT.axes)),
+    ]
+
+
+def saved_outputs(program: Attention) -> tuple[Param, ...]:
+    return tuple(rows(program, saved_param(name), output=True) for name, _ in program.rule.saved)
+
+
+def mask_plan(program: Attention) -> MaskPlan:
+    return plan_mask(program.mask.result if program.mask else None, "kv")
 
 
 def tuple_of_tiles(program: Attention, tiles: dict[str, int]) -> tuple[tuple[str, int], ...]:
@@ -154,14 +198,6 @@ def adjuster(visible: Expr | None) -> Callable[[Expr], Expr]:
         return base_two(e)
 
     return adjust
-
-
-def in_dependency_order(rule: OnlineRule) -> list[tuple[RowState, Expr]]:
-    """Each new state after those that its expression contains."""
-    pairs = list(zip(rule.states, rule.new_states, strict=True))
-    return sorted(
-        pairs, key=lambda p: sum(other is not p[1] and other in postorder(p[1]) for _, other in pairs)
-    )
 
 
 def epilogue(program: Attention, names: Names) -> list[Stmt]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attn_engine.codegen.lower.tile_classes import TileTests, last_row
-from attn_engine.codegen.lower.values import INT, scalar
+from attn_engine.codegen.lower.values import INT, SPLIT, SPLITS, scalar
 from attn_engine.codegen.schedule import Edges
 from attn_engine.ir.expr import Const, Expr, Var, call, variables, where
 from attn_engine.ir.ops import DType, Op
@@ -67,11 +67,13 @@ def phases(
     tests: TileTests | None = None,
     *,
     own_rows_count: bool = False,
+    one_split: bool = False,
 ) -> Phases:
     """Bounds as Lets, then the runs over them. The ragged last tile of the loop is never a full one.
 
     own_rows_count: rows past the end of the program's own tile would count too (they are summed over, not just not
     stored), so where the own tile is ragged, no tile is a full one.
+    one_split: the program has one of several shares of what its tile can see.
     """
     loop, axis = plan.loop, OTHER[plan.loop]
     n, length = tiles[loop], scalar(f"{loop}_len")
@@ -85,6 +87,9 @@ def phases(
     first = Const(0) if hull_lo is None else call(Op.MAX, floor_to(hull_lo, n), 0)
     stop = length if hull_hi is None else call(Op.MIN, hull_hi, length)
     bounds += [_let(f"{loop}_begin", first), _let(f"{loop}_end", call(Op.MAX, ceil_to(stop, n), begin))]
+    if one_split:
+        bounds += split_bounds(n, begin, end, (end - begin) // n)
+        begin, end = scalar("split_begin"), scalar("split_end")
     if tests is not None:
         title = f"{loop} tiles in sight: none, some or all of the pairs visible"
         run = Run(title, "step", begin, end, True, tests, edges is Edges.BRANCH)
@@ -111,6 +116,17 @@ def phases(
         else _split(loop, begin, full_begin, full_end, end)
     )
     return Phases(tuple(bounds), runs)
+
+
+def split_bounds(n: int, begin: Expr, end: Expr, tiles: Expr) -> list[Stmt]:
+    """Contiguous shares, one per split, of the kv tiles of n rows from `begin` to `end`."""
+    share = scalar("tiles_per_split")
+    return [
+        Let("kv_tiles", tiles),
+        Let("tiles_per_split", (scalar("kv_tiles") + SPLITS - 1) // SPLITS),
+        _let("split_begin", begin + SPLIT * share * n),
+        _let("split_end", call(Op.MIN, scalar("split_begin") + share * n, end)),
+    ]
 
 
 def _branch(loop: str, begin: Expr, full_begin: Expr, full_end: Expr, end: Expr) -> tuple[Run, ...]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two
 from attn_engine.codegen.lower.values import INSIDE, KEY, QUERY, SCALE
-from attn_engine.ir.expr import Const, Dot, Expr, Load, Var, loads
+from attn_engine.ir.expr import Call, Const, Dot, Expr, Load, Var, loads, postorder, substitute
+from attn_engine.ir.ops import Op
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.program import LOGIT, SCORE, Attention
+from attn_engine.ir.program import LOGIT, SCORE, Attention, ScalarFn
 from attn_engine.ir.tile import Let, Stmt
 
 # Names of kernel variables that a user's local variable must not take.
@@ -19,7 +20,7 @@ RESERVED = frozenset(
     d_logit d_score d_query d_key d_value visible delta product scale q_idx kv_idx d_idx dv_idx q_start kv_start q_last
     kv_last q_len kv_len heads kv_heads batches batch head kv_head first_head group split splits q_begin q_end
     q_full_begin q_full_end kv_begin kv_end kv_full_begin kv_full_end kv_tiles tiles_per_split split_begin split_end
-    row_is_empty tile_is_whole tl triton kernel args lanes rows row block tile
+    row_is_empty tile_is_whole partial_out part_out tl triton kernel args lanes rows row block tile
     """.split()
 )
 
@@ -27,23 +28,43 @@ RESERVED = frozenset(
 def reserved_names(program: Attention) -> Names:
     """Names taken in every kernel of the program: the shared ones, its tensors, its numbers and its row values."""
     taken = set(RESERVED) | {c.name for c in program.captures} | {s.name for s in program.scalars}
-    taken |= {s.name for s in program.rule.states} | {name for name, _ in program.rule.saved}
+    for state in program.rule.states:
+        taken |= {state.name, f"part_{state.name}", f"partial_{state.name}"}
+    taken |= {name for name, _ in program.rule.saved}
     return Names(taken)
 
 
 def hoisted(program: Attention, names: Names, loop: str) -> tuple[list[Stmt], dict[Expr, Expr]]:
-    """Captured values that do not change along the loop axis, read once before the loop."""
+    """Captured values that do not change along the loop axis, and quotients of query positions, before the loop."""
     lets: list[Stmt] = []
     known: dict[Expr, Expr] = {}
+
+    def before(node: Expr, wanted: str, fn: ScalarFn) -> None:
+        let = Let(
+            names.fresh(fn.names.get(node) or wanted), substitute(node, known), fn.sources.get(node, "")
+        )
+        lets.append(let)
+        known[node] = let.var
+
     for fn in program.functions:
+        for node in quotients(fn.result) if loop == "kv" else []:
+            if node not in known:
+                before(node, "remainder" if isinstance(node, Call) and node.op is Op.MOD else "quotient", fn)
         for load in loads(fn.result):
             if loop in load.axes or load in known or any(loads(i) for i in load.indices):
                 continue
-            wanted = fn.names.get(load) or f"{load.tensor}_{'row' if load.axes else 'value'}"
-            let = Let(names.fresh(wanted), load, fn.sources.get(load, ""))
-            lets.append(let)
-            known[load] = let.var
+            before(load, f"{load.tensor}_{'row' if load.axes else 'value'}", fn)
     return lets, known
+
+
+def quotients(root: Expr) -> list[Expr]:
+    """Integer divisions of query positions: slow, and the same for every key."""
+    divisions = (Op.FLOORDIV, Op.MOD)
+    return [
+        e
+        for e in postorder(root)
+        if isinstance(e, Call) and e.op in divisions and e.axes == ("q",) and not loads(e)
+    ]
 
 
 def score_lets(program: Attention, emitter: Emitter) -> Expr:

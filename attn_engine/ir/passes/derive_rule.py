@@ -13,9 +13,10 @@ import random
 from dataclasses import dataclass
 
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import Call, Const, Expr, Load, Reduce, Var, postorder, substitute
-from attn_engine.ir.ops import DType, Op
+from attn_engine.ir.expr import Const, Expr, Load, Reduce, Var, postorder, substitute
+from attn_engine.ir.ops import DType
 from attn_engine.ir.passes.autodiff import gradients
+from attn_engine.ir.passes.rule_analysis import tile_extremum
 from attn_engine.ir.passes.simplify import simplify
 from attn_engine.ir.program import D_PROBS, DELTA, LOGIT, OUT, RowState, saved_var
 
@@ -61,9 +62,9 @@ def derive_rule(
     factor = substitute(_epilogue_factor(output), aliases)
     whole = simplify(numerator * factor)
     own = [(s, n) for s, n in zip(states, new_states, strict=True) if s.var not in aliases]
-    sums = tuple(_sum_of(s, n, final) for s, n in own if not _is_extremum(s, n))
+    sums = tuple(_sum_of(s, n, final) for s, n in own if tile_extremum(s, n) is None)
     for state, new in own:
-        if _is_extremum(state, new):
+        if tile_extremum(state, new) is not None:
             _check_stabiliser(state, new, sums, numerator, factor, out_scale)
     (gradient,) = gradients(whole, D_PROBS, (LOGIT,))
     for item in sums:
@@ -112,14 +113,6 @@ def _epilogue_factor(output: Expr) -> Expr:
     if not free_of_out or not _agree(output, OUT * slope):
         raise NotDerivable("the epilogue is not the output times a row value")
     return slope
-
-
-def _is_extremum(state: RowState, new: Expr) -> bool:
-    """new = max(state, max of the tile), or the same with min."""
-    if not isinstance(new, Call) or new.op not in (Op.MAX, Op.MIN) or state.var not in new.args:
-        return False
-    other = new.args[0] if new.args[1] is state.var else new.args[1]
-    return isinstance(other, Reduce) and other.kind == new.op.value
 
 
 def _sum_of(state: RowState, new: Expr, final: dict[Expr, Expr]) -> _Sum:

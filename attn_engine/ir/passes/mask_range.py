@@ -8,13 +8,15 @@ no visible pair, and a loop tile inside `full` holds visible pairs only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from attn_engine.ir.expr import Call, Const, Expr, Var, call, where
+from attn_engine.ir.expr import Call, Const, Expr, Var, call, substitute, where
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.passes.simplify import simplify, sum_of
 from attn_engine.ir.printer import format_expr
+from attn_engine.ir.program import GROUP
 
+ZERO, ONE = Const(0), Const(1)
 OTHER = {"q": "kv", "kv": "q"}
 
 
@@ -61,11 +63,34 @@ class MaskPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """tile * tile_idx + loop * loop_idx + rest."""
+    """sum of factor * f(tile_idx) + loop * ((loop_idx + shift) // unit) + rest.
 
-    tile: int
+    tile: pairs of f, which never decreases along the tile, and its factor, never 0. unit: a positive number.
+    """
+
+    tile: tuple[tuple[Expr, int], ...]
     loop: int
     rest: Expr
+    unit: Expr
+    shift: Expr
+
+    def plus(self, other: _Linear, sign: int) -> _Linear | None:
+        """self + sign * other; None where the loop index occurs in two different quotients."""
+        ours, theirs = (self.unit, self.shift), (other.unit, other.shift)
+        if self.loop and other.loop and ours != theirs:
+            return None
+        unit, shift = ours if self.loop else theirs
+        factors = dict(self.tile)
+        for f, factor in other.tile:
+            factors[f] = factors.get(f, 0) + sign * factor
+        tile = tuple((f, factor) for f, factor in factors.items() if factor)
+        rest = simplify(call(Op.ADD if sign > 0 else Op.SUB, self.rest, other.rest))
+        loop = self.loop + sign * other.loop
+        return _Linear(tile, loop, rest, unit if loop else ONE, shift if loop else ZERO)
+
+    def times(self, c: int) -> _Linear:
+        tile = tuple((f, factor * c) for f, factor in self.tile if c)
+        return replace(self, tile=tile, loop=self.loop * c, rest=simplify(self.rest * c))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +113,7 @@ class _Analysis:
     def __init__(self, loop: str) -> None:
         self.loop = loop
         self.tile = OTHER[loop]
+        self.position = Var(f"{self.tile}_idx", DType.INT, (self.tile,))
         self.start = Var(f"{self.tile}_start", DType.INT)
         self.last = Var(f"{self.tile}_last", DType.INT)
         self.length = Var(f"{loop}_len", DType.INT)
@@ -146,7 +172,10 @@ class _Analysis:
         x, y = self.linear(a), self.linear(b)
         if x is None or y is None:
             return self.unknown(f"not linear in the positions: {format_expr(atom)}")
-        slack = _Linear(x.tile - y.tile, x.loop - y.loop, simplify(x.rest - y.rest - (1 if strict else 0)))
+        slack = x.plus(y, -1)
+        if slack is None:
+            return self.unknown(f"the {self.loop} position divided twice: {format_expr(atom)}")
+        slack = replace(slack, rest=simplify(slack.rest - (1 if strict else 0)))
         if slack.loop == 0:
             lowest, highest = self.at(slack, lowest=True), self.at(slack, lowest=False)
             return self.condition(
@@ -155,22 +184,26 @@ class _Analysis:
         return self.bound(slack, f"{format_expr(atom)}: linear")
 
     def bound(self, slack: _Linear, reason: str) -> _Seen:
-        """tile * i + loop * j + rest >= 0 as a bound on j; over the tile it is extreme at one of the tile's ends."""
+        """slack >= 0 as a bound on the loop index; over the tile it is extreme at one of the tile's ends."""
         lowest, highest = self.at(slack, lowest=True), self.at(slack, lowest=False)
-        if slack.loop > 0:  # j >= ceil(-(tile * i + rest) / loop)
-            lo, full_lo = (simplify(-_floor_divide(x, slack.loop)) for x in (highest, lowest))
+
+        def index(quotient: Expr) -> Expr:
+            """The first loop index with that quotient."""
+            return quotient if slack.unit is ONE else simplify(quotient * slack.unit - slack.shift)
+
+        if slack.loop > 0:  # quotient >= ceil(-(tile + rest) / loop)
+            lo, full_lo = (index(simplify(-_floor_divide(x, slack.loop))) for x in (highest, lowest))
             return _Seen(Interval(lo, None), Interval(full_lo, None), (reason,))
-        hi, full_hi = (simplify(_floor_divide(x, -slack.loop) + 1) for x in (highest, lowest))
+        hi, full_hi = (index(simplify(_floor_divide(x, -slack.loop) + 1)) for x in (highest, lowest))
         return _Seen(Interval(None, hi), Interval(None, full_hi), (reason,))
 
     def at(self, slack: _Linear, *, lowest: bool) -> Expr:
-        """The extreme of tile * i + rest over the tile."""
-        if slack.tile == 0:
-            return slack.rest
-        end = self.start if (slack.tile > 0) == lowest else self.last
-        return simplify(
-            sum_of(end if slack.tile == 1 else -end if slack.tile == -1 else end * slack.tile, slack.rest)
-        )
+        """The extreme of the tile's part and the rest over the tile."""
+        total: Expr = ZERO
+        for f, factor in slack.tile:
+            end = substitute(f, {self.position: self.start if (factor > 0) == lowest else self.last})
+            total = sum_of(total, end if factor == 1 else -end if factor == -1 else end * factor)
+        return simplify(sum_of(total, slack.rest))
 
     def both(self, x: _Seen, y: _Seen) -> _Seen:
         full = (
@@ -188,31 +221,56 @@ class _Analysis:
         """e as a linear form, or None."""
         if e.dtype is not DType.INT:
             return None
+        if not e.axes:
+            return _Linear((), 0, e, ONE, ZERO)
         match e:
-            case Var(name) if name == f"{self.tile}_idx":
-                return _Linear(1, 0, Const(0))
+            case Var() if e is self.position:
+                return _Linear(((e, 1),), 0, ZERO, ONE, ZERO)
             case Var(name) if name == f"{self.loop}_idx":
-                return _Linear(0, 1, Const(0))
+                return _Linear((), 1, ZERO, ONE, ZERO)
             case Call(Op.ADD | Op.SUB as op, (a, b)):
                 x, y = self.linear(a), self.linear(b)
-                if x is None or y is None:
-                    return None
-                sign = 1 if op is Op.ADD else -1
-                return _Linear(
-                    x.tile + sign * y.tile, x.loop + sign * y.loop, simplify(call(op, x.rest, y.rest))
-                )
+                return None if x is None or y is None else x.plus(y, 1 if op is Op.ADD else -1)
             case Call(Op.NEG, (a,)):
                 return self.scaled(a, -1)
             case Call(Op.MUL, (a, Const(int() as c))) | Call(Op.MUL, (Const(int() as c), a)):
                 return self.scaled(a, c)
-            case _ if not e.axes:
-                return _Linear(0, 0, e)
+            case Call(Op.FLOORDIV, (a, b)) if _positive(b):
+                return self.quotient(a, b)
             case _:
                 return None
 
     def scaled(self, e: Expr, c: int) -> _Linear | None:
         x = self.linear(e)
-        return None if x is None else _Linear(x.tile * c, x.loop * c, simplify(x.rest * c))
+        return None if x is None else x.times(c)
+
+    def quotient(self, a: Expr, b: Expr) -> _Linear | None:
+        """a // b: still never decreasing (or never increasing) along the tile, or a step function of the loop."""
+        x = self.linear(a)
+        if x is None:
+            return None
+        # Built anew from the form: a's own text may still name an index that cancelled.
+        if not x.loop and not x.tile:
+            return _Linear((), 0, simplify(x.rest // b), ONE, ZERO)
+        if not x.loop and all(factor > 0 for _, factor in x.tile):
+            return _Linear(((_along_tile(x) // b, 1),), 0, ZERO, ONE, ZERO)
+        if not x.loop and all(factor < 0 for _, factor in x.tile):
+            return _Linear(((-(_along_tile(x) // b), -1),), 0, ZERO, ONE, ZERO)
+        if x.loop == 1 and not x.tile and x.unit is ONE:
+            return _Linear((), 1, ZERO, b, x.rest)
+        return None
+
+
+def _along_tile(x: _Linear) -> Expr:
+    """A form without the loop index as an expression."""
+    total: Expr = ZERO
+    for f, factor in x.tile:
+        total = sum_of(total, f * factor)
+    return simplify(sum_of(total, x.rest))
+
+
+def _positive(e: Expr) -> bool:
+    return e is GROUP or (isinstance(e, Const) and e.value > 0)
 
 
 def _floor_divide(x: Expr, n: int) -> Expr:

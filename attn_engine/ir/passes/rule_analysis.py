@@ -1,6 +1,7 @@
-"""What a row rule does at its edges: with a masked score of -inf, and in a row that has seen no key.
+"""What a row rule is made of, and what it does at its edges: with a masked score of -inf, in a row without keys.
 
-Decided by evaluating the rule's expressions at several points, so that any user's rule gets the guards it needs.
+The edges are decided by evaluating the rule's expressions at several points, so that any user's rule gets the guards
+it needs.
 """
 
 from __future__ import annotations
@@ -8,11 +9,28 @@ from __future__ import annotations
 import math
 
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import REDUCE_IDENTITY, Expr, Full, Reduce, postorder, substitute
-from attn_engine.ir.ops import Number
-from attn_engine.ir.program import LOGIT, OUT, OnlineRule
+from attn_engine.ir.expr import REDUCE_IDENTITY, Call, Expr, Full, Reduce, postorder, substitute
+from attn_engine.ir.ops import Number, Op
+from attn_engine.ir.program import BATCH, HEAD, LOGIT, OUT, Q_IDX, OnlineRule, RowState
 
+_PLACE: dict[Expr, Number] = {BATCH: 1, HEAD: 2, Q_IDX: 3}  # a normaliser may ask where its row is
 _POINTS = ((0.37, 1.9), (-2.25, 0.6), (3.5, 7.25))
+
+
+def in_dependency_order(rule: OnlineRule) -> list[tuple[RowState, Expr]]:
+    """Each state with its new value, after those that the value contains."""
+    pairs = list(zip(rule.states, rule.new_states, strict=True))
+    return sorted(
+        pairs, key=lambda p: sum(other is not p[1] and other in postorder(p[1]) for _, other in pairs)
+    )
+
+
+def tile_extremum(state: RowState, new: Expr) -> Reduce | None:
+    """The tile's extremum in new = max(state, max of the tile), or the same with min; None for any other value."""
+    if not isinstance(new, Call) or new.op not in (Op.MAX, Op.MIN) or state.var not in new.args:
+        return None
+    other = new.args[0] if new.args[1] is state.var else new.args[1]
+    return other if isinstance(other, Reduce) and other.kind == new.op.value else None
 
 
 def vanishes_when_masked(rule: OnlineRule) -> bool:
@@ -35,7 +53,7 @@ def _at_minus_infinity(e: Expr, env: dict[Expr, Number]) -> Number:
 
 
 def _environment(rule: OnlineRule, point: tuple[float, float]) -> dict[Expr, Number]:
-    return {s.var: point[i % 2] + i for i, s in enumerate(rule.states)}
+    return {**_PLACE, **{s.var: point[i % 2] + i for i, s in enumerate(rule.states)}}
 
 
 def output_of_empty_row(rule: OnlineRule) -> Number:
@@ -49,4 +67,4 @@ def saved_of_empty_row(rule: OnlineRule) -> dict[str, Number]:
 
 
 def _initial(rule: OnlineRule) -> dict[Expr, Number]:
-    return {s.var: s.initial for s in rule.states}
+    return {**_PLACE, **{s.var: s.initial for s in rule.states}}

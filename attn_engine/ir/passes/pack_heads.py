@@ -1,0 +1,72 @@
+"""Grouped heads as query rows: the query heads that share a kv head become the rows of one tile.
+
+The packed program sees Hkv heads of Sq * group rows each, row = q * group + g. Its functions still speak of the user's
+head and position:
+
+    head := head * group + row % group       q_idx := row // group
+
+With one query there is nothing to divide: head := head * group + row, q_idx := 0, and masks stay linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from enum import Enum
+
+from attn_engine.ir.expr import Const, Expr, postorder, substitute
+from attn_engine.ir.program import GROUP, HEAD, Q_IDX, Attention, OnlineRule, ScalarFn
+
+
+class Packing(Enum):
+    """How query heads lie in the rows of a tile."""
+
+    NONE = "one query head per tile"
+    ONE_QUERY = "the heads of a group, one query each"
+    QUERIES = "the heads of a group, for every query"
+
+
+def packable(rule: OnlineRule) -> bool:
+    """Whether heads can be packed: the normaliser itself must not ask for the head or the position."""
+    roots = (rule.weights, *rule.new_states, rule.out_scale, rule.output, *(e for _, e in rule.saved))
+    return not {HEAD, Q_IDX} & set(postorder(*roots))
+
+
+def pack_heads(program: Attention, packing: Packing) -> Attention:
+    """The same attention on packed rows; it takes the number `group` where its functions need it.
+
+    >>> from attn_engine.ir.program import KV_IDX
+    >>> _packed(ScalarFn("causal", KV_IDX <= Q_IDX), Packing.QUERIES).result is (KV_IDX <= Q_IDX // GROUP)
+    True
+    """
+    if packing is Packing.NONE:
+        return program
+    assert packable(program.rule), "the normaliser asks for the head or the position"
+    score, mask = (f and _packed(f, packing) for f in (program.score, program.mask))
+    return replace(program, score=score, mask=mask)
+
+
+def _packed(fn: ScalarFn, packing: Packing) -> ScalarFn:
+    position, head = _meanings(packing)
+    replacements: dict[Expr, Expr] = {Q_IDX: position, HEAD: head}
+    result = substitute(fn.result, replacements)
+
+    def moved(notes: Mapping[Expr, str]) -> dict[Expr, str]:
+        return {substitute(node, replacements): text for node, text in notes.items()}
+
+    names = {**moved(fn.names), position: "position", Q_IDX % GROUP: "head_in_group"}
+    needs_group = GROUP in postorder(result)
+    return replace(
+        fn,
+        result=result,
+        scalars=(*fn.scalars, GROUP) if needs_group else fn.scalars,
+        names={node: name for node, name in names.items() if node.operands},
+        sources=moved(fn.sources),
+    )
+
+
+def _meanings(packing: Packing) -> tuple[Expr, Expr]:
+    """The user's q_idx and head in terms of the row and the kv head."""
+    if packing is Packing.ONE_QUERY:
+        return Const(0), HEAD * GROUP + Q_IDX
+    return Q_IDX // GROUP, HEAD * GROUP + Q_IDX % GROUP

@@ -1,0 +1,68 @@
+"""Calls with few query rows: which heads share a tile of rows, and in how many splits the keys are read.
+
+Both are chosen from the call's shapes alone, never from the number of threads: the same call always gives the same
+bits. Neither compiles anything again for another length: kernels take group and number of splits as arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_engine.codegen.schedule import Schedule
+from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
+from attn_engine.ir.passes.pack_heads import Packing, packable
+from attn_engine.ir.program import Attention
+
+# A split reads at least this many numbers of K and V (about 0.1 ms): less is not worth a merge.
+LEAST_NUMBERS_PER_SPLIT = 2**19
+
+
+def choose_packing(program: Attention, schedule: Schedule, q: Tensor, k: Tensor) -> Packing:
+    """Pack the heads that share a kv head where one head's queries leave at least half of a tile's rows empty."""
+    group, q_len = q.shape[1] // max(k.shape[1], 1), q.shape[2]
+    if group <= 1 or 2 * q_len > schedule.block_q or not packable(program.rule):
+        return Packing.NONE
+    return Packing.ONE_QUERY if q_len == 1 else Packing.QUERIES
+
+
+def choose_splits(program: Attention, schedule: Schedule, q: Tensor, k: Tensor) -> int:
+    """Splits of the keys: 1 where the query tiles are work enough for every thread that there may be."""
+    batches, heads, q_len, _ = q.shape
+    tiles = batches * heads * -(-q_len // schedule.block_q)
+    if tiles == 0 or tiles >= schedule.most_tasks:
+        return 1
+    longest = k.shape[2] * (program.dim_qk + program.dim_v) // LEAST_NUMBERS_PER_SPLIT
+    splits = min(-(-schedule.most_tasks // tiles), longest)
+    return splits if splits > 1 and isinstance(derive_merge(program.rule), MergeRule) else 1
+
+
+class PackedHeads:
+    """q and out (B, H, Sq, D) as (B, Hkv, Sq * group, D), row = q * group + g; copies where no view can be."""
+
+    def __init__(self, q: Tensor, k: Tensor, out: Tensor) -> None:
+        self.kv_heads = k.shape[1]
+        self.group = q.shape[1] // self.kv_heads
+        self._wanted = self._by_query(out)
+        self.q = self._by_query(q).flatten(2, 3)
+        batches, kv_heads, q_len, group, dim_v = self._wanted.shape
+        in_place = q_len == 1 or self._wanted.stride(2) == group * self._wanted.stride(3)
+        shape = (batches, kv_heads, q_len * group, dim_v)
+        self.out = (
+            self._wanted.view(shape) if in_place else torch.empty(shape, dtype=out.dtype, device=out.device)
+        )
+
+    def _by_query(self, x: Tensor) -> Tensor:
+        """(B, Hkv, Sq, group, D), without a copy."""
+        batches, _, q_len, dim = x.shape
+        return x.view(batches, self.kv_heads, self.group, q_len, dim).transpose(2, 3)
+
+    def finish(self, saved: list[Tensor]) -> list[Tensor]:
+        """Bring the output to where it was wanted; the saved row values as (B, H, Sq)."""
+        if self.out.data_ptr() != self._wanted.data_ptr():
+            self._wanted.copy_(self.out.view(self._wanted.shape))
+        batches, kv_heads, q_len, group, _ = self._wanted.shape
+        return [
+            x.view(batches, kv_heads, q_len, group).transpose(2, 3).reshape(batches, kv_heads * group, q_len)
+            for x in saved
+        ]
