@@ -95,8 +95,9 @@ SHARED = {
 def test_score_functions_with_shared_values(name: str) -> None:
     traced, dense = SHARED[name]
     q, k, v = qkv(requires_grad=True)
-    built = engine(score_mod=lambda score, b, h, q_idx, kv_idx: traced(score), scale=0.3)
-    assert_same_gradients(built(q, k, v), softmax_attention(q, k, v, 0.3, dense), [q, k, v])
+    scale = 0.1  # squares of larger scores magnify the rounding of either side
+    built = engine(score_mod=lambda score, b, h, q_idx, kv_idx: traced(score), scale=scale)
+    assert_same_gradients(built(q, k, v), softmax_attention(q, k, v, scale, dense), [q, k, v])
 
 
 def test_one_tensor_read_twice() -> None:

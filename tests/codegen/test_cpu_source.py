@@ -62,7 +62,10 @@ def test_forward_has_a_loop_per_product_and_one_for_the_powers(score: ScalarFn |
 @pytest.mark.parametrize("score", [None, SOFTCAP], ids=["plain", "softcap"])
 def test_backward_has_a_loop_per_product(score: ScalarFn | None):
     for nests in steps_of(schedule_nests(kernel(program(score, CAUSAL), "backward"))):
-        loops = [n for n in row_loops(nests) if n.shape.lanes]
+        of_rows, *loops = row_loops(nests)
+        assert {name for name in of_rows.stored} <= {"safe_lse", "delta"}, (
+            "numbers of each query row, read once"
+        )
         assert len(loops) == 5
         assert all(isinstance(n.steps[0], Product) for n in loops)
         stored = set().union(*(n.stored for n in loops))

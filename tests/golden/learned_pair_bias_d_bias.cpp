@@ -86,7 +86,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
           const auto logit = score + bias(head, q_idx, kv_idx);
           // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
           const auto below_max = min(logit - safe_row_max, 0.0f);
-          const auto probs = exp2(below_max * 1.442695f) * inverse_sum;
+          const auto probs = exp(below_max) * inverse_sum;
           const auto d_logit = probs * (load(d_probs_tile[row]) - delta);
           const auto d_score = d_logit;
           const auto d_bias_tile = d_logit;
@@ -121,7 +121,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
           // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
           const auto below_max = min(logit - safe_row_max, 0.0f);
           const auto visible = (q_idx < q_len) & (kv_idx < kv_len);
-          const auto probs = where(visible, exp2(below_max * 1.442695f) * inverse_sum, 0.0f);
+          const auto probs = where(visible, exp(below_max) * inverse_sum, 0.0f);
           const auto d_logit = probs * (load(d_probs_tile[row]) - delta);
           const auto d_score = where(visible, d_logit, 0.0f);
           const auto d_bias_tile = where(visible, d_logit, 0.0f);

@@ -92,11 +92,11 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     const auto new_max = max(row_max, tile_max);
     const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
     // normalisers.py:28: rescale = torch.exp(old_max - new_max)
-    const auto rescale = exp2((row_max - safe_row_max) * 1.442695f);
+    const auto rescale = exp(row_max - safe_row_max);
     row_max = new_max;
     Floats tile_sum = fill(0);
     for (int row = 0; row < kv_rows; ++row) {
-      const auto probs = exp2((load(logit_tile[row]) - safe_row_max) * 1.442695f);
+      const auto probs = exp(load(logit_tile[row]) - safe_row_max);
       store(logit_tile[row], probs);
       tile_sum = tile_sum + probs;
     }
@@ -140,11 +140,11 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     const auto new_max = max(row_max, tile_max);
     const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
     // normalisers.py:28: rescale = torch.exp(old_max - new_max)
-    const auto rescale = exp2((row_max - safe_row_max) * 1.442695f);
+    const auto rescale = exp(row_max - safe_row_max);
     row_max = new_max;
     Floats tile_sum = fill(0);
     for (int row = 0; row < kv_rows; ++row) {
-      const auto probs = exp2((load(masked_logit_tile[row]) - safe_row_max) * 1.442695f);
+      const auto probs = exp(load(masked_logit_tile[row]) - safe_row_max);
       store(masked_logit_tile[row], probs);
       tile_sum = tile_sum + probs;
     }

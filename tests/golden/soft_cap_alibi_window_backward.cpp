@@ -146,7 +146,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             // test_golden.py:42: in_window = q_idx - kv_idx < window
             const auto in_window = q_idx - kv_idx < window;
             const auto visible = in_past & in_window & ((q_idx < q_len) & (kv_idx < kv_len));
-            const auto probs = where(visible, exp2(below_max * 1.442695f) * inverse_sum_tile[row], 0.0f);
+            const auto probs = where(visible, exp(below_max) * inverse_sum_tile[row], 0.0f);
             store(probs_tile[row], probs);
             const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
             store(d_score_tile[row], where(visible, d_logit * cap * (1.0f - tanh(score / cap) * tanh(score / cap)) / cap, 0.0f));
@@ -220,7 +220,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const auto logit = squashed - slopes_value * distance;
             // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
-            const auto probs = exp2(below_max * 1.442695f) * inverse_sum_tile[row];
+            const auto probs = exp(below_max) * inverse_sum_tile[row];
             store(probs_tile[row], probs);
             const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
             store(d_score_tile[row], d_logit * cap * (1.0f - tanh(score / cap) * tanh(score / cap)) / cap);

@@ -90,7 +90,6 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   // -- kv tiles seen in part: left edge
   const auto partial_step = [&](int kv_start) __attribute__((noinline)) {
     const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
-    const Positions kv_idx = positions(kv_start);
     const auto key = from_row(matrix(K, batch, kv_head), kv_start);
     const auto value = from_row(matrix(V, batch, kv_head), kv_start);
     inner_products<D>(score_tile, query_packed, key, kv_rows);
@@ -121,11 +120,11 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       const auto new_max = max(row_max_tile[row], tile_max_tile[row]);
       const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
       // normalisers.py:28: rescale = torch.exp(old_max - new_max)
-      rescale_tile[row] = exp2((row_max_tile[row] - safe_row_max) * 1.442695f);
+      rescale_tile[row] = exp(row_max_tile[row] - safe_row_max);
       row_max_tile[row] = new_max;
       Floats tile_sum = fill(0);
       for (int column = 0; column < kv_rows; column += LANES) {
-        const auto probs = exp2((load(masked_logit_tile[row] + column) - safe_row_max) * 1.442695f);
+        const auto probs = exp(load(masked_logit_tile[row] + column) - safe_row_max);
         store(masked_logit_tile[row] + column, probs);
         tile_sum = tile_sum + probs;
       }
@@ -148,7 +147,6 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   // -- kv tiles seen in full: no mask
   const auto full_step = [&](int kv_start) __attribute__((noinline)) {
     const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
-    const Positions kv_idx = positions(kv_start);
     const auto key = from_row(matrix(K, batch, kv_head), kv_start);
     const auto value = from_row(matrix(V, batch, kv_head), kv_start);
     inner_products<D>(score_tile, query_packed, key, kv_rows);
@@ -173,11 +171,11 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       const auto new_max = max(row_max_tile[row], tile_max_tile[row]);
       const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
       // normalisers.py:28: rescale = torch.exp(old_max - new_max)
-      rescale_tile[row] = exp2((row_max_tile[row] - safe_row_max) * 1.442695f);
+      rescale_tile[row] = exp(row_max_tile[row] - safe_row_max);
       row_max_tile[row] = new_max;
       Floats tile_sum = fill(0);
       for (int column = 0; column < kv_rows; column += LANES) {
-        const auto probs = exp2((load(logit_tile[row] + column) - safe_row_max) * 1.442695f);
+        const auto probs = exp(load(logit_tile[row] + column) - safe_row_max);
         store(logit_tile[row] + column, probs);
         tile_sum = tile_sum + probs;
       }

@@ -125,7 +125,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(score - safe_row_max_tile[row], 0.0f);
             const auto visible = (kv_idx <= q_idx) & ((q_idx < q_len) & (kv_idx < kv_len));
-            const auto probs = where(visible, exp2(below_max * 1.442695f) * inverse_sum_tile[row], 0.0f);
+            const auto probs = where(visible, exp(below_max) * inverse_sum_tile[row], 0.0f);
             store(probs_tile[row], probs);
             store(d_probs_tile[row], where(visible, probs * (load(d_probs_tile[row]) - delta_tile[row]), 0.0f));
           }
@@ -188,7 +188,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const Floats score = sums[r];
             // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(score - safe_row_max_tile[row], 0.0f);
-            const auto probs = exp2(below_max * 1.442695f) * inverse_sum_tile[row];
+            const auto probs = exp(below_max) * inverse_sum_tile[row];
             store(probs_tile[row], probs);
             store(d_probs_tile[row], probs * (load(d_probs_tile[row]) - delta_tile[row]));
           }

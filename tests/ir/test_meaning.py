@@ -13,7 +13,7 @@ from attn_engine import ir
 from attn_engine.ir import expr as expr_module
 from attn_engine.ir import tile as tile_module
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import Const, Expr, Var, call, postorder, where
+from attn_engine.ir.expr import Call, Const, Expr, Var, call, postorder, where
 from attn_engine.ir.ops import INFO, DType, Op
 from attn_engine.ir.passes.autodiff import GRADIENTS, NOT_DIFFERENTIABLE, derivative
 from attn_engine.ir.passes.mask_range import Interval, NoneKnown, plan_mask
@@ -120,12 +120,22 @@ def test_simplify_keeps_float_values(e: Expr, x: float, y: float) -> None:
     assert before == pytest.approx(after, rel=1e-9, abs=1e-9, nan_ok=True)
 
 
+def ties(node: Expr, env: dict[Expr, float]) -> bool:
+    """Whether a maximum, minimum or absolute value stands on its kink."""
+    if not isinstance(node, Call) or node.op not in (Op.MAX, Op.MIN, Op.ABS):
+        return False
+    values = [float(evaluate(x, env)) for x in node.args]
+    return values[0] == (values[1] if len(values) == 2 else 0)
+
+
 @QUICK
 @given(floats, st.floats(-2, 2), st.floats(-2, 2))
 def test_derivative_is_the_finite_difference(e: Expr, x: float, y: float) -> None:
     def f(at: float) -> float:
         return float(evaluate(e, {X: at, Y: y}))
 
+    if any(ties(node, {X: x, Y: y}) for node in postorder(e)):
+        return  # several subgradients: their sum need not be the derivative, even where there is one
     at_x = (float(evaluate(node, {X: x, Y: y})) for node in postorder(e))
     if any(abs(value) > 1e6 for value in at_x):
         return  # 0 * infinity on the way

@@ -181,23 +181,6 @@ def test_a_forked_child_computes_gradients():
     works(run(START + FORK))
 
 
-EXIT = """
-import threading, time
-def for_ever():
-    while True:
-        engine(q.detach(), k.detach(), v.detach())
-engine(q, k, v)
-for _ in range(2):
-    threading.Thread(target=for_ever, daemon=True).start()
-time.sleep(0.3)
-"""
-
-
-def test_the_interpreter_ends_while_threads_compute():
-    """Forward only: any daemon thread inside torch's autograd aborts a process that ends (plain torch does too)."""
-    assert "Error" not in works(run(START + EXIT))
-
-
 def test_two_processes_compile_the_same_kernel(tmp_path: Path):
     folder = tmp_path / "kernels"
     environment = {**os.environ, "ATTN_ENGINE_CACHE": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
