@@ -1,4 +1,4 @@
-"""Blocks of a kernel cut into straight runs of statements, and each run fused into nests that are still being filled."""
+"""Blocks of a kernel cut into straight runs of statements, and each run fused into nests that are still filled."""
 
 from __future__ import annotations
 
