@@ -71,22 +71,21 @@ def cpu_schedule(lanes: int) -> Schedule:
 
 
 WIDE = 32
-FEW_ROWS = (1, 2, 4, 8)
-MOST_FEW_ROWS = 16  # beyond, a query row per lane is faster (measured: between 16 and 32)
+FEW_ROWS = (1, 2, 4, 8, 16)
+MOST_FEW_ROWS = FEW_ROWS[-1]  # beyond, a query row per lane is faster (measured: between 16 and 32)
 
 
 def few_rows_schedule(rows: int, lanes: int = 32) -> Schedule:
-    """A forward pass of 1, 2, 4 or 8 query rows per tile, keys in lanes; the backward pass of `cpu_schedule(lanes)`."""
+    """A forward pass of 1, 2, 4, 8 or 16 query rows per tile, keys in lanes; the backward pass of `cpu_schedule(lanes)`."""
     assert rows in FEW_ROWS, rows
     return replace(cpu_schedule(lanes), block_q=rows, block_kv=128, lanes=Lanes.FEW_ROWS)
 
 
-def schedule_of_rows(schedule: Schedule, rows: int) -> Schedule:
-    """The schedule of a forward pass whose heads have this many query rows each."""
+def tile_of_few_rows(schedule: Schedule, rows: int) -> int:
+    """The query rows of a tile of `few_rows_schedule` where that suits heads of this many rows; 0: where it does not."""
     if schedule.most_tasks == 0 or not 0 < rows <= MOST_FEW_ROWS:
-        return schedule
-    tile = next((n for n in FEW_ROWS if rows <= n), FEW_ROWS[-1])
-    return few_rows_schedule(tile, schedule.block_q)
+        return 0
+    return next(n for n in FEW_ROWS if rows <= n)
 
 
 def torch_schedule() -> Schedule:

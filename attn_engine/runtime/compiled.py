@@ -17,7 +17,7 @@ from attn_engine.codegen.lower.capture import CaptureGradient, Route, capture_gr
 from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import Gradients, Schedule, schedule_of_rows
+from attn_engine.codegen.schedule import Gradients, Schedule, few_rows_schedule, tile_of_few_rows
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
@@ -77,7 +77,7 @@ class CompiledAttention:
     backend: Backend
     schedule: Schedule
     _directions: dict[tuple[str, tuple[str, ...]], Direction] = field(default_factory=dict)
-    _variants: dict[tuple[Packing, Schedule], CompiledAttention] = field(default_factory=dict)
+    _variants: dict[tuple[Packing, int], CompiledAttention] = field(default_factory=dict)
 
     def module(self, direction: str, learned: tuple[str, ...] = ()) -> Module:
         return lower(self.program, self.schedule, direction, learned)
@@ -119,13 +119,14 @@ class CompiledAttention:
 
     def _of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""
-        schedule = schedule_of_rows(self.schedule, rows)
-        if packing is Packing.NONE and schedule is self.schedule:
+        tile = tile_of_few_rows(self.schedule, rows)
+        if packing is Packing.NONE and tile == 0:
             return self
-        found = self._variants.get((packing, schedule))
+        found = self._variants.get((packing, tile))
         if found is None:
+            schedule = few_rows_schedule(tile, self.schedule.block_q) if tile else self.schedule
             found = CompiledAttention(pack_heads(self.program, packing), self.backend, schedule)
-            self._variants[packing, schedule] = found
+            self._variants[packing, tile] = found
         return found
 
     def _forward(

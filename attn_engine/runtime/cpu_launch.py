@@ -22,7 +22,7 @@ from attn_engine.ir.tile import Kernel
 
 ABI_VERSION = "1"
 # Below this many multiply-adds, waking another thread costs more than it saves.
-SMALL_WORK = 4_000_000
+SMALL_WORK = 100_000
 
 _forked = False
 

@@ -63,9 +63,7 @@ def test_forward_has_a_loop_per_product_and_one_for_the_powers(score: ScalarFn |
 def test_backward_has_a_loop_per_product(score: ScalarFn | None):
     for nests in steps_of(schedule_nests(kernel(program(score, CAUSAL), "backward"))):
         of_rows, *loops = row_loops(nests)
-        assert of_rows.stored <= {"safe_lse", "delta"}, (
-            "numbers of each query row, read once"
-        )
+        assert of_rows.stored <= {"safe_lse", "delta"}, "numbers of each query row, read once"
         assert len(loops) == 5
         assert all(isinstance(n.steps[0], Product) for n in loops)
         stored = set().union(*(n.stored for n in loops))
