@@ -76,13 +76,13 @@ MOST_FEW_ROWS = FEW_ROWS[-1]  # beyond, a query row per lane is faster (measured
 
 
 def few_rows_schedule(rows: int, lanes: int = 32) -> Schedule:
-    """A forward pass of 1, 2, 4, 8 or 16 query rows per tile, keys in lanes; the backward pass of `cpu_schedule(lanes)`."""
+    """A forward pass in tiles of FEW_ROWS query rows, keys in lanes; the backward pass of `cpu_schedule(lanes)`."""
     assert rows in FEW_ROWS, rows
     return replace(cpu_schedule(lanes), block_q=rows, block_kv=128, lanes=Lanes.FEW_ROWS)
 
 
 def tile_of_few_rows(schedule: Schedule, rows: int) -> int:
-    """The query rows of a tile of `few_rows_schedule` where that suits heads of this many rows; 0: where it does not."""
+    """The rows of a tile of `few_rows_schedule` where that suits heads of this many query rows, else 0."""
     if schedule.most_tasks == 0 or not 0 < rows <= MOST_FEW_ROWS:
         return 0
     return next(n for n in FEW_ROWS if rows <= n)
