@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS, LaneRenderer
-from attn_engine.codegen.lower.steps import COLUMNS, Form, Pack, Product, Shape
+from attn_engine.codegen.lower.steps import COLUMNS, Form, Pack, Product, Shape, is_pair_load
 from attn_engine.ir.expr import Expr, Load, Var
 
 TRIPS = {"q": "q_rows", "kv": "kv_rows", "d": "D", "dv": "DV"}  # rows that a nest visits
@@ -17,7 +17,7 @@ class TileRenderer(LaneRenderer):
     # -- tiles of tensors
 
     def pack(self, s: Pack) -> str:
-        columns = BLOCKS[s.load.axes[-1]]
+        columns = BLOCKS["kv" if is_pair_load(s.load) else s.load.axes[-1]]
         place = f"{self.matrix(s.load.tensor, s.load.indices)}, {self.axis}_start, {TRIPS[self.axis]}"
         if s.form is Form.PAIRS:
             array = f"{s.name}_packed_pairs"
@@ -26,6 +26,8 @@ class TileRenderer(LaneRenderer):
         array = f"{s.name}_packed"
         self.packed.add(s.name)
         self.scratch[array] = f"Real {array}[{columns}][LANES]"
+        if is_pair_load(s.load):
+            return f"pack_lanes_of_pairs<{columns}>({array}, {place}, kv_start, kv_rows);"
         return f"pack_lanes<{columns}>({array}, {place}, {self.expr(s.factor)});"
 
     def view(self, name: str, load: Load, padding: str, form: Form) -> list[str]:

@@ -229,7 +229,8 @@ def lower_pair_gradient(program: Attention, schedule: Schedule, capture: Capture
             inner = (Loop(axis, Const(0), count, None, inner),)
     output = (buffer_param(program, capture),)
     order = ORDER_KV if owned == "kv" else ORDER_Q
-    return backward_kernel(program, capture.buffer, grid, order, tiles, output, [*inner], tests=sweep.tests)
+    kernel = backward_kernel(program, capture.buffer, grid, order, tiles, output, [*inner], tests=sweep.tests)
+    return replace(kernel, lanes=schedule.backward_lanes) if owned == "kv" else kernel
 
 
 def runs_side_by_side(captures: tuple[CaptureGradient, ...]) -> CaptureGradient | None:

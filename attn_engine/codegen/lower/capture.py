@@ -2,8 +2,8 @@
 
 A read `bias[index]` contributes d_bias[index] += d(loss)/d(read), summed over every (batch, head, q, kv) with that
 index. How the index depends on the position decides the route, and none needs atomics:
-- not on kv: one sum per query row, made beside dQ; the runtime adds rows of equal index in order;
-- on kv but not on q: one sum per key, made beside dK;
+- not on q: one sum per key, made beside dK; the runtime adds keys of equal index in order;
+- on q but not on kv: one sum per query row, made beside dQ;
 - on both: a kernel of its own that adds every pair in a fixed order, parallel only over axes that are themselves
   coordinates of the index, so no two program instances share an element.
 """
@@ -57,9 +57,9 @@ def capture_gradients(program: Attention, learned: tuple[str, ...]) -> tuple[Cap
 
 
 def route_of(load: Load) -> Route:
-    if "kv" not in load.axes:
-        return Route.ROW
-    return Route.COLUMN if "q" not in load.axes else Route.PAIR
+    if "q" not in load.axes:
+        return Route.COLUMN  # also where it depends on neither: a CPU's backward pass has a key per lane
+    return Route.ROW if "kv" not in load.axes else Route.PAIR
 
 
 def buffer_param(program: Attention, gradient: CaptureGradient, *, parts: bool = False) -> Param:

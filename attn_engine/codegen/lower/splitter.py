@@ -16,6 +16,7 @@ from attn_engine.codegen.lower.steps import (
     Step,
     Unpack,
     View,
+    is_pair_load,
     is_tile_load,
     shape_of,
     step_shape,
@@ -41,6 +42,7 @@ from attn_engine.ir.tile import (
     Accumulate,
     If,
     Kernel,
+    Lanes,
     Let,
     Loop,
     Section,
@@ -174,6 +176,8 @@ class Splitter:
                     self.steps.append(Pack(name, value, self._factors.get(name, Const(1.0)), form))
                 for form, padding in self._uses.views.get(name, {}).items():
                     self.steps.append(View(name, value, padding, form))
+            case Load() if self._far_apart(value):
+                self.steps.append(Pack(name, value, Const(1.0)))
             case Dot():
                 self.product(name, Full(0.0, value.axes), value, source)
             case Call(Op.ADD, (init, Dot() as dot)) | Call(Op.ADD, (Dot() as dot, init)) if (
@@ -185,6 +189,10 @@ class Splitter:
             case _:
                 self.steps.append(Let(name, self.split(value), source))
 
+    def _far_apart(self, e: Expr) -> bool:
+        """Whether neighbouring lanes read elements of different rows."""
+        return self.lanes is Lanes.QUERIES and is_pair_load(e)
+
     def split(self, e: Expr) -> Expr:
         """e with every product and reduction inside it replaced by the name of a step."""
         match e:
@@ -194,6 +202,8 @@ class Splitter:
                 return self.own_let(f"tile_{kind}", e)
             case Load() if is_tile_load(e):
                 return self.own_let(f"{e.tensor}_rows", e)
+            case Load() if self._far_apart(e):
+                return self.own_let(f"{e.tensor}_tile", e)
             case _:
                 return rebuild(e, tuple(self.split(o) for o in e.operands))
 

@@ -22,6 +22,8 @@ from attn_engine.ir.expr import (
     Var,
     variables,
 )
+from attn_engine.ir.ops import DType
+from attn_engine.ir.program import KV_IDX, Q_IDX
 from attn_engine.ir.tile import (
     Accumulate,
     Lanes,
@@ -92,7 +94,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """The rows of a tensor, times `factor`; transposed where a row is a lane. In pairs: of neighbouring columns."""
+    """The rows of a tensor, times `factor`; transposed where a row is a lane. In pairs: of neighbouring columns.
+
+    A tile of a captured matrix is packed as well where a query row is a lane: its lanes would lie far apart.
+    """
 
     name: str
     load: Load
@@ -126,6 +131,11 @@ def loops_of(shape: Shape, lanes: Lanes) -> set[str | None]:
 
 def is_tile_load(e: Expr) -> bool:
     return isinstance(e, Load) and bool(set(e.axes) & set(COLUMNS))
+
+
+def is_pair_load(e: Expr) -> bool:
+    """A captured number for each pair of positions, read where it lies: a tile of rows of a matrix."""
+    return isinstance(e, Load) and e.dtype is DType.FLOAT and e.indices[-2:] == (Q_IDX, KV_IDX)
 
 
 def stored_by_column(s: StoreTile | Accumulate) -> bool:

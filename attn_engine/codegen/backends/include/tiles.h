@@ -9,7 +9,7 @@ constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 /// The last two dimensions of a tensor.
 template <class T> struct Matrix {
   T* data;
-  int64_t row_stride, column_stride, rows;
+  int64_t row_stride, column_stride, rows, columns = 0;
   T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
@@ -18,7 +18,7 @@ template <class T, int RANK, class... Index> INLINE Matrix<T> matrix(const Tenso
   T* data = tensor.data;
   int i = 0;
   ((data += index * tensor.strides[i++]), ...);
-  return {data, tensor.strides[RANK - 2], tensor.strides[RANK - 1], tensor.sizes[RANK - 2]};
+  return {data, tensor.strides[RANK - 2], tensor.strides[RANK - 1], tensor.sizes[RANK - 2], tensor.sizes[RANK - 1]};
 }
 
 struct Rows {  // a row-major matrix of compute numbers, read in place
@@ -91,6 +91,31 @@ OUTLINE void pack_lanes(Real (*to)[LANES], const Matrix<T>& x, int first, int co
     }
     for (int column = vectors; column < COLUMNS; ++column)
       for (int i = lane; i < lane + WIDTH; ++i) to[column][i] = i < count ? value_of(*x.at(first + i, column)) * factor : 0;
+  }
+}
+
+/// to[column][lane] = x[first + lane][start + column]; zero in lanes from `count` on, in columns from `wanted` on, and
+/// outside x, where hidden pairs may lie.
+template <int COLUMNS, class T>
+OUTLINE void pack_lanes_of_pairs(Real (*to)[LANES], const Matrix<T>& x, int first, int count, int start, int wanted) {
+  const int lanes = min(count, (int)x.rows - first), columns = min(wanted, (int)x.columns - start);
+  for (int lane = 0; lane < LANES; lane += WIDTH) {
+    int column = 0;
+    if (x.column_stride == 1) {
+      for (; column + WIDTH <= columns; column += WIDTH) {
+        FloatVector square[WIDTH];
+        UNROLL for (int i = 0; i < WIDTH; ++i)
+          square[i] = lane + i < lanes ? load_vector(x.at(first + lane + i, start + column)) : FloatVector{};
+        transpose(square);
+        UNROLL for (int i = 0; i < WIDTH; ++i) *(FloatVector*)(to[column + i] + lane) = square[i];
+      }
+    } else if (x.row_stride == 1 && lane + WIDTH <= lanes) {
+      for (; column < columns; ++column)
+        *(FloatVector*)(to[column] + lane) = load_vector(x.at(first + lane, start + column));
+    }
+    for (; column < COLUMNS; ++column)
+      for (int i = lane; i < lane + WIDTH; ++i)
+        to[column][i] = i < lanes && column < columns ? value_of(*x.at(first + i, start + column)) : 0;
   }
 }
 
