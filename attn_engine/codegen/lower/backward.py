@@ -206,7 +206,7 @@ def kv_tile(
 
 def lower_pair_gradient(program: Attention, schedule: Schedule, capture: CaptureGradient) -> Kernel:
     """The gradient of a tensor whose index depends on both positions; loops over every axis that might collide."""
-    names, grid = reserved_names(program), parallel_axes(capture.load)
+    names, grid = reserved_names(program), parallel_axes(capture.load, schedule.backward_lanes.axis)
     owned = "kv" if "kv" in grid else "q"
     loop = "q" if owned == "kv" else "kv"
     tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
@@ -230,7 +230,7 @@ def lower_pair_gradient(program: Attention, schedule: Schedule, capture: Capture
     output = (buffer_param(program, capture),)
     order = ORDER_KV if owned == "kv" else ORDER_Q
     kernel = backward_kernel(program, capture.buffer, grid, order, tiles, output, [*inner], tests=sweep.tests)
-    return replace(kernel, lanes=schedule.backward_lanes) if owned == "kv" else kernel
+    return replace(kernel, lanes=schedule.backward_lanes) if owned == schedule.backward_lanes.axis else kernel
 
 
 def runs_side_by_side(captures: tuple[CaptureGradient, ...]) -> CaptureGradient | None:

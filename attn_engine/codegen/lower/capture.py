@@ -76,10 +76,13 @@ def buffer_param(program: Attention, gradient: CaptureGradient, *, parts: bool =
             return Param(gradient.buffer, storage, sizes, True)
 
 
-def parallel_axes(load: Load) -> tuple[str, ...]:
-    """Grid axes along which program instances write disjoint elements: coordinates of the index itself."""
+def parallel_axes(load: Load, wanted: str) -> tuple[str, ...]:
+    """Grid axes along which program instances write disjoint elements: coordinates of the index itself.
+
+    One of "q" and "kv" is enough; `wanted` where there are both.
+    """
     axes = [axis for axis, position in (("kv", KV_IDX), ("q", Q_IDX)) if position in load.indices]
-    axes = axes[-1:]  # one of the two is enough, and a q tile keeps its queries
+    axes = [wanted] if wanted in axes else axes
     return (*axes, *(axis for axis, var in (("head", HEAD), ("batch", BATCH)) if var in load.indices))
 
 
