@@ -43,7 +43,8 @@ class CpuBackend:
     def schedule(self, program: Attention) -> Schedule:
         from attn_engine.runtime.cpu_compile import host_target
 
-        return cpu_schedule(host_target().lanes(program.element, program.dim_qk, program.dim_v))
+        lanes = host_target().lanes(program.element, program.dim_qk, program.dim_v)
+        return cpu_schedule(lanes, masked=program.mask is not None)
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
         """Nothing is refused."""
