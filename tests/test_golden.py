@@ -106,3 +106,12 @@ def test_showcase_of_few_query_rows(golden: Callable[[str, str], None]) -> None:
     schedule = few_rows_schedule(2)
     (kernel,) = lower(program, schedule, "forward").kernels
     golden("soft_cap_alibi_window_few_rows_forward.cpp", _cpp(kernel, schedule))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_showcase_of_pairs(direction: str, golden: Callable[[str, str], None]) -> None:
+    metas = [meta_tensor(None, None, None, 64, dtype=torch.bfloat16)] * 3
+    program = AttentionEngine(metas, **softmax_causal(), backend="torch").program
+    target = CpuTarget(bfloat16_dot=True)
+    kernel = lower(program, cpu_schedule(target.lanes(program.element)), direction).kernel(direction)
+    golden(f"softmax_causal_pairs_{direction}.cpp", render_cpu(with_header(kernel, "cpu", "golden"), target))

@@ -28,6 +28,7 @@ struct Scratch {  // of one thread
   alignas(64) Real out_tile[round_up(DV, ROWS)][LANES];
   alignas(64) Real key_spare[BLOCK_KV][D];
   alignas(64) Real value_spare[BLOCK_KV][round_up(DV, ROWS)];
+  alignas(64) Real bias_tile_packed[BLOCK_KV][LANES];
   alignas(64) Real logit_tile[BLOCK_KV][LANES];
   alignas(64) Real masked_logit_tile[BLOCK_KV][LANES];
   alignas(64) Real result_tile[round_up(DV, ROWS)][LANES];
@@ -48,6 +49,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   auto& out_tile = scratch.out_tile;
   auto& key_spare = scratch.key_spare;
   auto& value_spare = scratch.value_spare;
+  auto& bias_tile_packed = scratch.bias_tile_packed;
   auto& logit_tile = scratch.logit_tile;
   auto& masked_logit_tile = scratch.masked_logit_tile;
   auto& result_tile = scratch.result_tile;
@@ -73,6 +75,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
     const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
     const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+    pack_lanes_of_pairs<BLOCK_KV>(bias_tile_packed, matrix(bias, head), q_start, q_rows, kv_start, kv_rows);
     Floats tile_max = fill(-INFINITY);
     for (int block = 0; block < kv_rows; block += ROWS) {
       Floats sums[ROWS];
@@ -83,7 +86,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         const int kv_idx = kv_start + row;
         const Floats score = sums[r];
         // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
-        const auto logit = score + bias(head, q_idx, kv_idx);
+        const auto logit = score + load(bias_tile_packed[row]);
         store(logit_tile[row], logit);
         tile_max = max(tile_max, logit);
       }
@@ -119,6 +122,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
     const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
     const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+    pack_lanes_of_pairs<BLOCK_KV>(bias_tile_packed, matrix(bias, head), q_start, q_rows, kv_start, kv_rows);
     Floats tile_max = fill(-INFINITY);
     for (int block = 0; block < kv_rows; block += ROWS) {
       Floats sums[ROWS];
@@ -129,7 +133,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         const int kv_idx = kv_start + row;
         const Floats score = sums[r];
         // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
-        const auto logit = score + bias(head, q_idx, kv_idx);
+        const auto logit = score + load(bias_tile_packed[row]);
         const auto visible = kv_idx < kv_len;
         const auto masked_logit = where(visible, logit, -INFINITY);
         store(masked_logit_tile[row], masked_logit);

@@ -20,15 +20,15 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
   Tensor<const float, 1> slopes;
   Tensor<float, 4> dK;
   Tensor<float, 4> dV;
+  Tensor<float, 3> d_slopes_columns;
   Tensor<float, 5> dQ_parts;
-  Tensor<float, 4> d_slopes_rows;
   int64_t batches, heads, kv_heads, q_len, kv_len;
   double scale;
   double cap;
   int64_t window;
   int64_t splits;
 };
-static_assert(sizeof(Arguments) == 8 * 108);
+static_assert(sizeof(Arguments) == 8 * 106);
 
 struct Scratch {  // of one thread
   alignas(64) Real d_value_tile[round_up(DV, ROWS)][LANES];
@@ -58,8 +58,8 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
   const auto& slopes = arguments.slopes;
   const auto& dK = arguments.dK;
   const auto& dV = arguments.dV;
+  const auto& d_slopes_columns = arguments.d_slopes_columns;
   const auto& dQ_parts = arguments.dQ_parts;
-  const auto& d_slopes_rows = arguments.d_slopes_rows;
   const int heads = arguments.heads, kv_heads = arguments.kv_heads, q_len = arguments.q_len, kv_len = arguments.kv_len;
   const Real scale = arguments.scale;
   const Real cap = arguments.cap;
@@ -101,6 +101,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
     const int first_head = kv_head * group;
     for (int head = first_head; head < first_head + group; ++head) {
       const Real slopes_value = slopes(head);
+      Floats d_slopes_columns_sum = fill(0.0f);
       const int kv_last = min(kv_start + 63, kv_len - 1);
       const int q_begin = max(floor_div(kv_start, 64) * 64, 0);
       const int q_end = max(floor_div(min(kv_last + (window - 1) + 1, q_len) + 63, 64) * 64, q_begin);
@@ -125,6 +126,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
           multiply_add(sums, DV, d_out[block], d_out.stride, 1, value_packed[0], LANES);
           UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
         }
+        Floats tile_sum = fill(0);
         for (int block = 0; block < q_rows; block += ROWS) {
           Floats sums[ROWS];
           UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
@@ -150,9 +152,8 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             store(probs_tile[row], probs);
             const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
             store(d_score_tile[row], where(visible, d_logit * cap * (1.0f - tanh(score / cap) * tanh(score / cap)) / cap, 0.0f));
-            const auto d_slopes_rows_tile = where(visible, -d_logit * distance, 0.0f);
-            const auto tile_sum = sum_lanes(d_slopes_rows_tile, kv_rows);
-            if (row < q_rows) add(d_slopes_rows, 1, tile_sum, split, batch, head, q_idx);
+            const auto d_slopes_columns_tile = where(visible, -d_logit * distance, 0.0f);
+            tile_sum = tile_sum + d_slopes_columns_tile;
           }
         }
         const auto dQ_parts_matrix = matrix(dQ_parts, split, batch, head);
@@ -168,6 +169,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             }
           }
         }
+        d_slopes_columns_sum = d_slopes_columns_sum + tile_sum;
         for (int block = 0; block < D; block += ROWS) {
           Floats sums[ROWS];
           UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
@@ -204,6 +206,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
           multiply_add(sums, DV, d_out[block], d_out.stride, 1, value_packed[0], LANES);
           UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
         }
+        Floats tile_sum = fill(0);
         for (int block = 0; block < q_rows; block += ROWS) {
           Floats sums[ROWS];
           UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
@@ -224,9 +227,8 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             store(probs_tile[row], probs);
             const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
             store(d_score_tile[row], d_logit * cap * (1.0f - tanh(score / cap) * tanh(score / cap)) / cap);
-            const auto d_slopes_rows_tile = -d_logit * distance;
-            const auto tile_sum = sum_lanes(d_slopes_rows_tile, kv_rows);
-            if (row < q_rows) add(d_slopes_rows, 1, tile_sum, split, batch, head, q_idx);
+            const auto d_slopes_columns_tile = -d_logit * distance;
+            tile_sum = tile_sum + d_slopes_columns_tile;
           }
         }
         const auto dQ_parts_matrix = matrix(dQ_parts, split, batch, head);
@@ -242,6 +244,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             }
           }
         }
+        d_slopes_columns_sum = d_slopes_columns_sum + tile_sum;
         for (int block = 0; block < D; block += ROWS) {
           Floats sums[ROWS];
           UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
@@ -263,6 +266,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
       // -- q tiles seen in part: right edge
       for (int q_start = q_full_end; q_start < q_end; q_start += BLOCK_Q)
         partial_step(q_start);
+      write(d_slopes_columns, kv_rows, d_slopes_columns_sum, batch, head, kv_idx);
     }
 
     // -- store

@@ -32,11 +32,12 @@ def tanh(x):
 
 @triton.jit(do_not_specialize=[
     "saved_row_max_batch_stride", "saved_row_max_head_stride", "saved_inverse_sum_batch_stride",
-    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride", "scale", "cap",
-    "window", "heads", "kv_heads", "q_len", "kv_len", "slopes_size_0"
+    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride",
+    "d_slopes_columns_batch_stride", "d_slopes_columns_head_stride", "scale", "cap", "window",
+    "heads", "kv_heads", "q_len", "kv_len", "slopes_size_0"
 ])  # fmt: skip
 def dkdv(
-    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, slopes, dK, dV,
+    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, slopes, dK, dV, d_slopes_columns,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
@@ -47,6 +48,7 @@ def dkdv(
     slopes_stride_0,
     dK_batch_stride, dK_head_stride, dK_row_stride, dK_d_stride,
     dV_batch_stride, dV_head_stride, dV_row_stride, dV_d_stride,
+    d_slopes_columns_batch_stride, d_slopes_columns_head_stride, d_slopes_columns_row_stride,
     scale, cap, window, heads, kv_heads, q_len, kv_len,
     slopes_size_0,
 ):  # fmt: skip
@@ -81,6 +83,7 @@ def dkdv(
     first_head = kv_head * group
     for head in tl.range(first_head, first_head + group):
         slopes_value = tl.load(slopes + tl.minimum(head, slopes_size_0 - 1) * slopes_stride_0)
+        d_slopes_columns_sum = tl.full([BLOCK_KV], 0.0, tl.float32)
         kv_last = tl.minimum(kv_start + 63, kv_len - 1)
         q_begin = tl.maximum(kv_start // 32 * 32, 0)
         q_end = tl.maximum(
@@ -153,6 +156,7 @@ def dkdv(
             d_probs = tl.dot(value, d_out.T)
             d_logit = probs * (d_probs - delta[None, :])
             d_score = d_logit * cap * (1.0 - tanh(score / cap) * tanh(score / cap)) / cap
+            d_slopes_columns_tile = -d_logit * distance
             if (q_start < q_full_begin) | (q_full_end <= q_start):
                 # test_golden.py:41: in_past = kv_idx <= q_idx
                 in_past = kv_idx[:, None] <= q_idx[None, :]
@@ -161,8 +165,21 @@ def dkdv(
                 visible = in_past & in_window & (q_idx[None, :] < q_len)
                 probs = tl.where(visible, probs, 0.0)
                 d_score = tl.where(visible, d_score, 0.0)
+                d_slopes_columns_tile = tl.where(visible, d_slopes_columns_tile, 0.0)
             d_value = d_value + tl.dot(probs.to(V.dtype.element_ty), d_out)
             d_key = d_key + tl.dot(d_score.to(K.dtype.element_ty), query)
+            d_slopes_columns_sum = d_slopes_columns_sum + tl.sum(d_slopes_columns_tile, axis=1)
+        d_slopes_columns_base = (
+            d_slopes_columns
+            + batch * d_slopes_columns_batch_stride
+            + head * d_slopes_columns_head_stride
+            + kv_row * d_slopes_columns_row_stride
+        )
+        tl.store(
+            d_slopes_columns_base + kv_tile * d_slopes_columns_row_stride,
+            d_slopes_columns_sum,
+            mask=kv_idx < kv_len,
+        )
 
     # -- store
     dK_base = dK + batch * dK_batch_stride + kv_head * dK_head_stride + kv_row * dK_row_stride

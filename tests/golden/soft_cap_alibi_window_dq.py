@@ -32,12 +32,11 @@ def tanh(x):
 
 @triton.jit(do_not_specialize=[
     "saved_row_max_batch_stride", "saved_row_max_head_stride", "saved_inverse_sum_batch_stride",
-    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride",
-    "d_slopes_rows_batch_stride", "d_slopes_rows_head_stride", "scale", "cap", "window", "heads",
-    "kv_heads", "q_len", "kv_len", "slopes_size_0"
+    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride", "scale", "cap",
+    "window", "heads", "kv_heads", "q_len", "kv_len", "slopes_size_0"
 ])  # fmt: skip
 def dq(
-    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, slopes, dQ, d_slopes_rows,
+    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, slopes, dQ,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
@@ -47,7 +46,6 @@ def dq(
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     slopes_stride_0,
     dQ_batch_stride, dQ_head_stride, dQ_row_stride, dQ_d_stride,
-    d_slopes_rows_batch_stride, d_slopes_rows_head_stride, d_slopes_rows_row_stride,
     scale, cap, window, heads, kv_heads, q_len, kv_len,
     slopes_size_0,
 ):  # fmt: skip
@@ -102,7 +100,6 @@ def dq(
     delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
     slopes_value = tl.load(slopes + tl.minimum(head, slopes_size_0 - 1) * slopes_stride_0)
     d_query = tl.full([BLOCK_Q, BLOCK_D], 0.0, tl.float32)
-    d_slopes_rows_sum = tl.full([BLOCK_Q], 0.0, tl.float32)
 
     # -- kv tiles this tile meets
     q_last = tl.minimum(q_start + 127, q_len - 1)
@@ -144,7 +141,6 @@ def dq(
         d_probs = tl.dot(d_out, value.T)
         d_logit = probs * (d_probs - delta[:, None])
         d_score = d_logit * cap * (1.0 - tanh(score / cap) * tanh(score / cap)) / cap
-        d_slopes_rows_tile = -d_logit * distance
         if (kv_start < kv_full_begin) | (kv_full_end <= kv_start):
             # test_golden.py:41: in_past = kv_idx <= q_idx
             in_past = kv_idx[None, :] <= q_idx[:, None]
@@ -153,9 +149,7 @@ def dq(
             visible = in_past & in_window & (kv_idx[None, :] < kv_len)
             probs = tl.where(visible, probs, 0.0)
             d_score = tl.where(visible, d_score, 0.0)
-            d_slopes_rows_tile = tl.where(visible, d_slopes_rows_tile, 0.0)
         d_query = d_query + tl.dot(d_score.to(K.dtype.element_ty), key)
-        d_slopes_rows_sum = d_slopes_rows_sum + tl.sum(d_slopes_rows_tile, axis=1)
 
     # -- store
     dQ_base = dQ + batch * dQ_batch_stride + head * dQ_head_stride + q_row * dQ_row_stride
@@ -163,15 +157,4 @@ def dq(
         dQ_base + (q_tile[:, None] * dQ_row_stride + d_idx[None, :] * dQ_d_stride),
         d_query * scale,
         mask=q_idx[:, None] < q_len,
-    )
-    d_slopes_rows_base = (
-        d_slopes_rows
-        + batch * d_slopes_rows_batch_stride
-        + head * d_slopes_rows_head_stride
-        + q_row * d_slopes_rows_row_stride
-    )
-    tl.store(
-        d_slopes_rows_base + q_tile * d_slopes_rows_row_stride,
-        d_slopes_rows_sum,
-        mask=q_idx < q_len,
     )
