@@ -58,7 +58,7 @@ class Schedule:
 
 
 def cpu_schedule(lanes: int) -> Schedule:
-    """One query row per lane; a kv tile of 64 rows keeps K, V and the scores in the L2 cache.
+    """Forward, a query row per lane; a kv tile of 64 rows keeps K, V and the scores in the L2 cache.
 
     The backward pass owns keys: a key per lane lets it read every q tile in place. With narrow vectors it would go over
     the queries too often.
