@@ -249,7 +249,7 @@ class AttentionEngine:
     # -- looking inside
 
     def source(self, backend: str | None = None, kernel: Kernel = "forward") -> str:
-        """The text of a generated kernel: "forward", "decode" (the forward pass of few queries over split keys, and the
+        """The text of a generated kernel: "forward", "decode" (the forward pass of one query over split keys, and the
         merge), "delta" (the backward's row sums) or "backward" (all the rest).
 
         backend: "cpu", "triton", ...; None: the engine's own. No device and no compiler is needed. The backward text

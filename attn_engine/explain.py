@@ -9,7 +9,7 @@ from attn_engine.ir.expr import Expr, Var, postorder, substitute
 from attn_engine.ir.passes.mask_range import MaskPlan, NoneKnown, plan_mask
 from attn_engine.ir.passes.mask_tiles import TileClass, classify_tiles
 from attn_engine.ir.passes.merge_rule import MergeRule, NotMergeable, derive_merge
-from attn_engine.ir.passes.pack_heads import packable
+from attn_engine.ir.passes.pack_heads import Packing, packable
 from attn_engine.ir.passes.rule_analysis import vanishes_when_masked
 from attn_engine.ir.printer import format_expr, format_program
 from attn_engine.ir.program import Attention
@@ -113,6 +113,8 @@ def sources(compiled: CompiledAttention, kernel: str) -> list[str]:
     if kernel == "decode" and isinstance(merge := derive_merge(compiled.program.rule), NotMergeable):
         return [f"no kernels: {merge.reason}, so the keys of a row are never split"]
     learned = tuple(c.name for c in compiled.program.differentiable_captures)
+    if kernel == "decode":
+        compiled = compiled.of_rows(Packing.NONE, 1)
     direction = kernel if kernel in ("forward", "decode") else "backward"
     kernels = compiled.module(direction, compiled.supported(learned)).kernels
     wanted = [k for k in kernels if direction != "backward" or (k.name == "delta") is (kernel == "delta")]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attn_engine import AttentionEngine, CustomIO, OnlineFunc, SymbolScalar, Var, meta_tensor
 from attn_engine.runtime.backends import CpuBackend
+from tests.ir.user_rules import Softmin
 
 D = 16
 
@@ -312,13 +313,13 @@ def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_new_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = count_compilations(monkeypatch)
     built = engine(mask_mod=causal)
-    for length in (3, 64, 65, 200, 5):
+    for length in (3, 64, 65, 200, 4):
         q, k, v = qkv(length, requires_grad=length != 65)
         o = built(q, k, v)
         if length != 65:
             o.sum().backward()
     assert sorted(compiled) == ["backward", "delta", "forward", "forward"], (
-        "one forward kernel for packed heads (3 and 5 rows), one for long; the backward at the first backward"
+        "one forward kernel for packed heads (of 3 and 4 queries: tiles of 8 rows), one for long; the backward at the first backward"
     )
 
 
@@ -421,6 +422,21 @@ def test_user_normalisers(rule: type[OnlineFunc]) -> None:
     o, rows = built(q, k, v, return_final_rowscales=True)
     assert_same_gradients(o, softmax_attention(q, k, v, D**-0.5, lambda s: s, visible), [q, k, v])
     assert set(rows) >= {"lse"}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_minimum_that_has_seen_nothing_yet(backend: str) -> None:
+    """The first tiles of a row hold no visible key, while other rows of the tile see some of theirs."""
+    visible = torch.arange(300)[None, :] >= torch.arange(40)[:, None] % 7 * 40
+    for q_len in (1, 40):
+        q, k, v = (torch.randn(1, n, 2, D, requires_grad=True) for n in (q_len, 300, 300))
+        built = engine(
+            online_func=Softmin(),
+            mask_mod=lambda b, h, q_idx, kv_idx: kv_idx >= (q_idx + 40 - q_len) % 7 * 40,
+            backend=backend,
+        )
+        wanted = softmax_attention(q, k, v, D**-0.5, lambda s: -s, visible[40 - q_len :])
+        assert_same_gradients(built(q, k, v), wanted, [q, k, v])
 
 
 # -- torch around it

@@ -13,7 +13,7 @@ from attn_engine.codegen.lower.forward import lower_forward
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.program import Attention
-from attn_engine.ir.tile import Kernel, Module
+from attn_engine.ir.tile import Kernel, Lanes, Module
 from attn_engine.ir.verify import verify_kernel
 
 DIRECTIONS = ("forward", "decode", "backward")
@@ -42,6 +42,6 @@ def with_header(kernel: Kernel, backend: str, version: str) -> Kernel:
     """The kernel under a header that says what it is, how it is cut into tiles and how to make it again."""
     blocks = " ".join(f"block_{axis}={n}" for axis, n in kernel.tile if axis in ("q", "kv"))
     first = f"attn_engine {version} | {kernel.header[0]} | {backend} | {blocks}"
-    wanted = "decode" if kernel.name == "merge" else kernel.name
+    wanted = "decode" if kernel.name == "merge" or kernel.lanes is Lanes.FEW_ROWS else kernel.name
     again = f'regenerate: engine.source(backend="{backend}", kernel="{wanted}")'
     return replace(kernel, header=(first, again, *kernel.header[1:]))

@@ -111,13 +111,13 @@ class CompiledAttention:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
         packing = choose_packing(self.program, self.schedule, q, k)
         if packing is Packing.NONE:
-            return self._of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
+            return self.of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
         packed = PackedHeads(q, k, out)
-        compiled = self._of_rows(packing, packed.q.shape[2])
+        compiled = self.of_rows(packing, packed.q.shape[2])
         numbers = {**scalars, GROUP.name: packed.group}
         return packed.finish(compiled._forward(packed.q, k, v, captured, numbers, packed.out))
 
-    def _of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
+    def of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""
         tile = tile_of_few_rows(self.schedule, rows)
         if packing is Packing.NONE and tile == 0:

@@ -155,3 +155,35 @@ class HeadScaled(OnlineFunc):
         dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any
     ) -> Any:
         return dp / (h + 1)
+
+
+class Softmin(OnlineFunc):
+    """exp(-s) over its row sum, the minimum added: softmax of the negated scores, with a minimum as its state."""
+
+    def __init__(self) -> None:
+        super().__init__({"row_min": float("inf"), "row_sum": 0.0}, {"row_min": 0.0, "inverse_sum": 0.0})
+
+    @staticmethod
+    def online_fwd(scores: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        old_min = online_rowscales["row_min"]
+        new_min = old_min.min(scores.get_reduce("min"))
+        rescale = torch.exp(new_min - old_min)
+        weights = torch.exp(new_min - scores)
+        new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+        return weights, {"row_min": new_min, "row_sum": new_sum}, rescale
+
+    @staticmethod
+    def online_fwd_epilogue(o: Any, online_rowscales: Any, b: Any, h: Any, q_idx: Any) -> Any:
+        total = online_rowscales["row_sum"]
+        inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
+        return o * inverse_sum, {"row_min": online_rowscales["row_min"], "inverse_sum": inverse_sum}
+
+    @staticmethod
+    def forward(scores: Any, final_rowscales: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return torch.exp(final_rowscales["row_min"] - scores) * final_rowscales["inverse_sum"]
+
+    @staticmethod
+    def backward(
+        dp: Any, scores: Any, final_rowscales: Any, doosum: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any
+    ) -> Any:
+        return scores * (doosum - dp)

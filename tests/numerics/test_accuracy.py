@@ -70,7 +70,7 @@ def squared_errors(o: Tensor | None, leaves: list[Tensor], d_out: Tensor, wanted
     """Mean square of the error of o, dq, dk and dv."""
     if o is None:
         return torch.zeros(4, dtype=torch.float64)
-    results = [o, *torch.autograd.grad(o, leaves, d_out)]
+    results = [o.detach(), *torch.autograd.grad(o, leaves, d_out)]
     return torch.stack([(r.double() - w).pow(2).mean() for r, w in zip(results, wanted, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""C++ for CPUs: a query row per lane, products through a register-blocked micro-kernel, all else fused around it.
+"""C++ for CPUs: a query row or a key per lane, products through a blocked micro-kernel, all else fused around it.
 
 Arithmetic lives in include/*.h; codegen/lower/nests.py decides what shares a loop; this file prints the file around the
 kernel, cpu_nests.py the loops. For few query rows, with keys in lanes, cpu_rows.py prints them.

@@ -79,7 +79,7 @@ class LaneRenderer(Renderer):
         self.arrays = arrays
         self.operands = operands
         self.scratch: dict[str, str] = {}
-        self.packed: set[str] = set()  # tiles with a query row per lane
+        self.packed: set[str] = set()  # tiles with one of their rows per lane
         self.views: set[str] = set()  # tiles read by rows, as they lie
         self.at_hand: frozenset[str] = frozenset()  # values that the row being printed has in registers
         self.places: Mapping[str, str] = {}  # stored values that use another one's array

@@ -24,7 +24,7 @@ from attn_engine.codegen.lower.values import (
     wide,
 )
 from attn_engine.codegen.schedule import Schedule
-from attn_engine.ir.expr import REDUCE_IDENTITY, Const, Dot, Expr, Full, Reduce, Var, where
+from attn_engine.ir.expr import REDUCE_IDENTITY, Const, Dot, Expr, Full, Reduce, Var, postorder, where
 from attn_engine.ir.passes.mask_range import MaskPlan, plan_mask
 from attn_engine.ir.passes.rule_analysis import (
     in_dependency_order,
@@ -159,10 +159,10 @@ def online_update(
     called = names_of_step(rule)
     new: dict[str, Expr] = {}
     for state, value in in_dependency_order(rule):
-        if state.initial == -math.inf:
+        if math.isinf(state.initial) and is_read_in_step(rule, value):
             new[state.name] = var = emitter.define(called[value], value, called, rule.sources)
-            # Nothing visible yet leaves -inf here; reading 0 instead keeps exp2(-inf - -inf) away from NaN.
-            safe = emitter.let(names.fresh(f"safe_{state.name}"), where(var.equals(-math.inf), 0.0, var))
+            # Nothing visible yet leaves the infinity here; reading 0 instead keeps exp2(inf - inf) away from NaN.
+            safe = emitter.let(names.fresh(f"safe_{state.name}"), where(var.equals(state.initial), 0.0, var))
             emitter.bind(value, safe)
     scale: Expr = rule.out_scale
     if not isinstance(scale, Const):
@@ -177,6 +177,12 @@ def online_update(
     emitter.let("out", OUT * scale + Dot(rounded(weights, "V"), VALUE))
     emitter.lets += [Let(name, value) for name, value in new.items()]
     return emitter.lets
+
+
+def is_read_in_step(rule: OnlineRule, new: Expr) -> bool:
+    """Whether the weights, the output's factor or another state are made from this new value of a state."""
+    others = (e for e in rule.new_states if e is not new)
+    return new in postorder(rule.weights, rule.out_scale, *others)
 
 
 def names_of_step(rule: OnlineRule) -> dict[Expr, str]:

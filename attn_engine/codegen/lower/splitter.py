@@ -105,7 +105,7 @@ def fold_scale(kernel: Kernel) -> tuple[tuple[Stmt, ...], dict[str, Expr]]:
     factors: dict[str, set[Expr]] = {}
 
     def packed(e: Dot) -> str | None:
-        """The operand of a product over columns that has a query row per lane."""
+        """The operand of a product over columns that has one of its rows per lane."""
         found = [
             x.name
             for x in e.operands

@@ -4,9 +4,9 @@
          | StoreTile | Accumulate | Unpack(tensor, indices, name)
 
 One axis of a step is the row loop that runs it, another lies across the vector's lanes (`Shape`). Which one, the kernel
-says (`Kernel.lanes`). Usually a query row is a lane wherever the query axis occurs, so that row sums and maxima are
-vertical; the gradients' products, which contract the query axis or go to memory row by row, have a column per lane.
-For few query rows, keys are lanes: a vector after the other along each row.
+says (`Kernel.lanes`). In a forward kernel a query row is a lane wherever the query axis occurs, so that row sums and
+maxima are vertical; in a backward kernel, which owns keys, a key is one. Products that go to memory row by row have a
+column per lane. For few query rows, keys are lanes: a vector after the other along each row.
 """
 
 from __future__ import annotations

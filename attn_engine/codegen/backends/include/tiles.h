@@ -51,7 +51,7 @@ OUTLINE Rows tile_of(const Matrix<T>& x, int first, int count, Real (*spare)[PAD
   return {spare[0], PADDED};
 }
 
-// -- tiles with one query row per lane: transposed on the way in and out
+// -- tiles with a row per lane, of queries or of keys: transposed on the way in and out
 
 /// Transposes a square of WIDTH registers in place.
 INLINE void transpose(FloatVector (&v)[WIDTH]) {
