@@ -319,7 +319,7 @@ def test_a_new_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         if length != 65:
             o.sum().backward()
     assert sorted(compiled) == ["backward", "delta", "forward", "forward"], (
-        "one forward kernel for packed heads (of 3 and 4 queries: tiles of 8 rows), one for long; the backward at the first backward"
+        "a forward kernel for packed heads (3 and 4 queries: tiles of 8 rows), one for long; the backward when asked"
     )
 
 

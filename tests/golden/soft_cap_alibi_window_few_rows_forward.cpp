@@ -1,5 +1,5 @@
 // attn_engine golden | score_mod_mask_mod_OnlineSoftmax: forward | cpu | block_q=2 block_kv=128
-// regenerate: engine.source(backend="cpu", kernel="forward")
+// regenerate: engine.source(backend="cpu", kernel="decode")
 #define LANE_REGISTERS 2
 #include "kernel.h"
 

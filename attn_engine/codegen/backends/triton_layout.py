@@ -37,10 +37,11 @@ def _parts(line: str) -> tuple[str, str, str]:
 def _broken(head: str, value: str, tail: str, room: int) -> list[str]:
     operands = _split_loosest(value)
     last = operands[-1]
-    if len(operands) <= 2 and (opening := _call_start(last)):
-        before, inside = value[: len(value) - len(last) + opening], last[opening + 1 : -1]
+    opening = _call_start(last)
+    if len(operands) <= 2 and opening:
+        before = value[: len(value) - len(last) + opening]
         if len(f"{head}{before}(") <= room:
-            return [f"{head}{before}{last[opening]}", *_arguments(inside, room), f"{last[-1]}{tail}"]
+            return [f"{head}{before}{last[opening]}", *_inside(last, opening, room), f"{last[-1]}{tail}"]
     if len(value) <= room - len(INDENT):
         return [f"{head}(", INDENT + value, f"){tail}"]
     lines = [INDENT + line for operand in operands for line in _operand(operand, room - len(INDENT))]
@@ -56,14 +57,15 @@ def _operand(operand: str, room: int) -> list[str]:
     opening = _call_start(operand)
     if not opening:
         return [operand]
+    return [operand[: opening + 1], *_inside(operand, opening, room), operand[-1]]
+
+
+def _inside(operand: str, opening: int, room: int) -> list[str]:
+    """The lines between its brackets: arguments of a call, or of a group, where a comma would make a tuple."""
     inside = operand[opening + 1 : -1]
-    if not re.search(r"[\w\]]$", operand[:opening]):  # a group, not a call: a comma would make it a tuple
-        return [
-            operand[: opening + 1],
-            *(INDENT + x for x in _operand(inside, room - len(INDENT))),
-            operand[-1],
-        ]
-    return [operand[: opening + 1], *_arguments(inside, room), operand[-1]]
+    if _is_call(operand, opening):
+        return _arguments(inside, room)
+    return [INDENT + x for x in _operand(inside, room - len(INDENT))]
 
 
 def _arguments(inside: str, room: int) -> list[str]:
@@ -99,6 +101,11 @@ def _split(text: str, symbols: tuple[str, ...], *, keep: bool) -> list[str]:
         start = position + (1 if keep else len(symbol))
         position += len(symbol)
     return [*parts, text[start:]]
+
+
+def _is_call(text: str, opening: int) -> bool:
+    """Whether the bracket at `opening` belongs to a call or a subscript, and is no group."""
+    return opening > 0 and re.search(r"[\w\]]$", text[:opening]) is not None
 
 
 def _call_start(text: str) -> int:
