@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from attn_engine.ir.expr import Expr, Var
+from attn_engine.ir.expr import Expr, Load, Var
 from attn_engine.ir.ops import DType, Storage
 
 # The inputs of traced functions. `score` is q.k times the scale; the indices are positions in the sequence.
@@ -71,6 +71,33 @@ class RowState:
 
 
 @dataclass(frozen=True, slots=True)
+class RowPass:
+    """A pass over the keys that makes row values for the passes after it.
+
+    new_states (q): one per state, in terms of LOGIT, the states' variables before the tile, and the values of earlier
+    passes. values: name -> (q) row values in terms of the states after the last tile; later passes read
+    `saved_var(name)`.
+    """
+
+    states: tuple[RowState, ...]
+    new_states: tuple[Expr, ...]
+    values: tuple[tuple[str, Expr], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleParameter:
+    """The gradient of one read of a captured tensor by the rule's own functions (a learned sink, a temperature).
+
+    load: the read, without an axis or along q. per_pair (q, kv): what is summed over the keys that a row sees; per_row
+    (q): what is added once per row. Both in terms of the backward inputs of `OnlineRule`; None where there is nothing.
+    """
+
+    load: Load
+    per_pair: Expr | None
+    per_row: Expr | None
+
+
+@dataclass(frozen=True, slots=True)
 class OnlineRule:
     """A normaliser: how a row of scores becomes weights, one tile of keys at a time, and back.
 
@@ -79,7 +106,11 @@ class OnlineRule:
     Epilogue, in terms of OUT and the states' variables (after the last tile):
         output (q, dv), saved: name -> (q) row values kept for the backward pass and returned to the user.
     Backward, in terms of LOGIT and the saved names' variables:
-        recompute (q, kv): the weights again; gradient (q, kv): d(loss)/d(LOGIT) from PROBS, D_PROBS, DELTA too.
+        recompute (q, kv): the weights again; gradient (q, kv): d(loss)/d(LOGIT) from PROBS, D_PROBS, DELTA too, and
+        from d_saved_var(name) where d(loss)/d(saved row value) is not zero.
+    A rule of one pass has neither `earlier` nor `adjoints`. `earlier`: passes over the keys before the online update,
+    which may read their values by saved_var(name) (as may the epilogue). `adjoints`: passes over the keys before the
+    gradient, in terms of the same inputs as it; the gradient reads their values by saved_var(name).
     The source of each is a user's OnlineFunc; see spec in docs/online_functions.md.
     """
 
@@ -94,6 +125,11 @@ class OnlineRule:
     gradient: Expr
     names: Mapping[Expr, str] = field(default_factory=dict[Expr, str], compare=False, repr=False)
     sources: Mapping[Expr, str] = field(default_factory=dict[Expr, str], compare=False, repr=False)
+    earlier: tuple[RowPass, ...] = ()
+    adjoints: tuple[RowPass, ...] = ()
+    parameters: tuple[RuleParameter, ...] = ()
+    captures: tuple[Captured, ...] = ()
+    scalars: tuple[Var, ...] = ()
 
     @property
     def saved_vars(self) -> tuple[Var, ...]:
@@ -101,8 +137,13 @@ class OnlineRule:
 
 
 def saved_var(name: str) -> Var:
-    """The variable under which the backward methods read a saved row value."""
+    """The variable under which the backward methods, and later passes, read a row value."""
     return Var(name, DType.FLOAT, ("q",))
+
+
+def d_saved_var(name: str) -> Var:
+    """d(loss)/d(saved row value), for row values that a user has used in a loss."""
+    return Var(f"d_{name}", DType.FLOAT, ("q",))
 
 
 @dataclass(frozen=True, slots=True)
