@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args, overload
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from attn_engine.codegen.schedule import within_blocks
 from attn_engine.dump import dump_stages
+from attn_engine.engine_numbers import key_of, numbered
 from attn_engine.errors import (
     AttnEngineError,
     IndexNotInteger,
@@ -28,7 +28,15 @@ from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention
 from attn_engine.library.normalisers import OnlineSoftmax
-from attn_engine.options import check_options, checked_rule, checked_scale, fixed_sizes, three_metas
+from attn_engine.listed_calls import blocks_of, lists_of_call
+from attn_engine.options import (
+    block_lists,
+    check_options,
+    checked_rule,
+    checked_scale,
+    fixed_sizes,
+    three_metas,
+)
 from attn_engine.runtime.backends import DEVICES, backend_named
 from attn_engine.runtime.bind import Expected, custom_by_name, storage_of
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
@@ -54,6 +62,8 @@ class AttentionEngine:
     layout: how tensors lie, "bshd" (batch, length, heads, dim) or "bhsd"; strides are free.
     backend: "auto" (by the tensors' device), "cpu", "torch", "triton", "triton-interpreter", or "reference" (dense,
         float64, O(S^2) memory: the definition).
+    block_mask: the blocks that are visible at all, made ahead of the calls: `BlockLists`, or what gives some by `.lists()`.
+        mask_mod is asked in their partial blocks alone. A call may bring another one: `engine(q, k, v, block_mask=...)`.
     scale: multiplies q k^T before score_mod. None: 1 where a score_mod is given (it scales itself), else 1/sqrt(D).
 
     Functions may use plain Python and torch operators; numbers and tensors they capture are read at every call, and
@@ -73,7 +83,7 @@ class AttentionEngine:
         layout: str = "bshd",
         backend: str = "auto",
         scale: float | None = None,
-        block_mask: None = None,
+        block_mask: Any = None,
         tune: bool = False,
         **unknown: Any,
     ) -> None:
@@ -86,8 +96,9 @@ class AttentionEngine:
             "layout": layout,
             "backend": backend,
             "scale": scale,
+            "block_mask": block_mask,
         }
-        self._set_up(**self._arguments, options=(block_mask, tune, unknown))
+        self._set_up(**self._arguments, options=(tune, unknown))
         self._traced = self._first_trace()
 
     def _set_up(
@@ -100,10 +111,12 @@ class AttentionEngine:
         layout: str,
         backend: str,
         scale: float | None,
-        options: tuple[object, bool, dict[str, Any]] = (None, False, {}),
+        block_mask: Any,
+        options: tuple[bool, dict[str, Any]] = (False, {}),
     ) -> None:
         """Everything but the first trace."""
         check_options(layout, backend, *options)
+        self._lists = block_lists(block_mask)
         q, k, v = three_metas(qkv_meta)
         self.layout, self.backend = layout, backend
         self.custom_io = CustomIO() if custom_fwd_inputs is None else custom_fwd_inputs
@@ -125,8 +138,7 @@ class AttentionEngine:
         self._first_error: AttnEngineError | None = None
         self._traced: TracedProgram | None = None
         self._calls: dict[tuple[object, str], tuple[Call, int]] = {}
-        self._number = next(_numbers)
-        _engines[self._number] = self
+        self._number = numbered(self)
 
     def _first_trace(self) -> TracedProgram | None:
         """The program, so that mistakes show here and not at the first call.
@@ -145,7 +157,12 @@ class AttentionEngine:
     @property
     def program(self) -> Attention:
         """The traced program; before the first call custom inputs are taken for float32."""
-        return self._present.program
+        return self._shown.program
+
+    @property
+    def _shown(self) -> TracedProgram:
+        """The program, with the blocks of the engine's own lists."""
+        return self._present if self._lists is None else self._present.with_lists(blocks_of(self._lists))
 
     @property
     def _present(self) -> TracedProgram:
@@ -166,6 +183,7 @@ class AttentionEngine:
         v: Tensor,
         *custom_inputs: Tensor,
         return_final_rowscales: Literal[False] = False,
+        block_mask: Any = None,
         **named: Tensor,
     ) -> Tensor: ...
     @overload
@@ -176,6 +194,7 @@ class AttentionEngine:
         v: Tensor,
         *custom_inputs: Tensor,
         return_final_rowscales: Literal[True],
+        block_mask: Any = None,
         **named: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -186,6 +205,7 @@ class AttentionEngine:
         v: Tensor,
         *custom_inputs: Tensor,
         return_final_rowscales: bool = False,
+        block_mask: Any = None,
         **named: Tensor,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """o, of q's shape with v's head dimension; with return_final_rowscales also {"lse": (B, H, Sq), ...}.
@@ -194,13 +214,13 @@ class AttentionEngine:
         float64 inputs), lse is a natural logarithm and -inf in a row that sees no key; they carry no gradient.
         """
         if self.backend == "reference":
-            o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64)
+            o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64, block_mask)
             return (o.to(q.dtype), saved) if return_final_rowscales else o.to(q.dtype)
         if torch.compiler.is_compiling():
-            o, *rows = self._in_graph(q, k, v, custom_inputs, named)
+            o, *rows = self._in_graph(q, k, v, custom_inputs, named, block_mask)
         else:
             refuse_transforms((q, k, v, *custom_inputs, *named.values()))
-            traced, captured, numbers = self._bind(q, k, v, custom_inputs, named)
+            traced, captured, numbers = self._bind(q, k, v, custom_inputs, named, block_mask)
             refuse_transforms(captured.values())
             call, key = self._call(traced, q.device.type)
             o, *rows = apply(call, key, q, k, v, captured, numbers)
@@ -216,10 +236,11 @@ class AttentionEngine:
         *custom_inputs: Tensor,
         dtype: torch.dtype = torch.float64,
         return_final_rowscales: bool = False,
+        block_mask: Any = None,
         **named: Tensor,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The same attention evaluated densely in `dtype`: the definition; O(S^2) in memory, differentiable."""
-        o, rows = self._dense(q, k, v, custom_inputs, named, dtype)
+        o, rows = self._dense(q, k, v, custom_inputs, named, dtype, block_mask)
         return (o, rows) if return_final_rowscales else o
 
     def _dense(
@@ -230,9 +251,10 @@ class AttentionEngine:
         custom_inputs: Sequence[Tensor],
         named: dict[str, Tensor],
         dtype: torch.dtype,
+        block_mask: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values, evaluated densely."""
-        traced, captured, numbers = self._bind(q, k, v, custom_inputs, named)
+        traced, captured, numbers = self._bind(q, k, v, custom_inputs, named, block_mask)
         q, k, v = (self._logical(x) for x in (q, k, v))
         o, rows = reference(traced.program, q, k, v, captured, numbers, dtype)
         return self._logical(o), rows
@@ -268,7 +290,7 @@ class AttentionEngine:
 
     def explain(self) -> Explanation:
         """What was traced, what the mask plan is and why, what is saved for the backward pass, the tiles. Print it."""
-        return explain(self.program, self.scale, self._compiled(self._present, self._own_backend()))
+        return explain(self.program, self.scale, self._compiled(self._shown, self._own_backend()))
 
     def __repr__(self) -> str:
         p = self.program
@@ -296,24 +318,46 @@ class AttentionEngine:
     # -- from a call to its kernels
 
     def _bind(
-        self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        custom_inputs: Sequence[Tensor],
+        named: dict[str, Tensor],
+        block_mask: Any = None,
     ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number]]:
-        """The program of this call, its captured tensors and its numbers ("scale" first), all checked."""
+        """The program of this call, its captured tensors and lists, its numbers ("scale" first), all checked."""
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
+        lists = self._lists if block_mask is None else block_lists(block_mask)
+        if lists is not None:
+            self._checks.check_shapes(q, k, v)
+            blocks, listed = lists_of_call(lists, self._logical(q), self._logical(k))
+            traced, tensors = traced.with_lists(blocks), tensors | listed
         self._checks(traced.program, q, k, v, custom, tensors, numbers)
         return traced, tensors, {"scale": self.scale, **numbers}
 
     def _in_graph(
-        self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        custom_inputs: Sequence[Tensor],
+        named: dict[str, Tensor],
+        block_mask: Any,
     ) -> Sequence[Tensor]:
         """A call that torch.compile traces: one operator on the tensors, which checks them when the graph runs."""
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         kinds = tuple(x.dtype for x in custom.values())
-        key = _key_of(self._number, q.device.type, kinds)
         traced = self._present
         captured = list(traced.tensors(custom).values())
+        blocks, lists = None, self._lists if block_mask is None else block_lists(block_mask)
+        if lists is not None:
+            listed, tensors = lists_of_call(lists, self._logical(q), self._logical(k))
+            blocks = (listed.q, listed.kv, listed.heads)
+            captured += tensors.values()
+        key = key_of(self._number, q.device.type, kinds, blocks)
         read = [given for trace in traced.traces for _, given in trace.custom]
         unread = [x for name, x in custom.items() if name not in read]
         scalars = [float(x) for x in (self.scale, *traced.scalars().values())]
@@ -349,7 +393,8 @@ class AttentionEngine:
 
     def _compiled(self, traced: TracedProgram, name: str) -> CompiledAttention:
         backend = backend_named(name)
-        return CompiledAttention(traced.program, backend, backend.schedule(traced.program))
+        schedule = within_blocks(backend.schedule(traced.program), traced.program.listed)
+        return CompiledAttention(traced.program, backend, schedule)
 
     def _backend_for(self, device: str) -> str:
         if self.backend != "auto":
@@ -368,26 +413,9 @@ class AttentionEngine:
         return "triton" if torch.cuda.is_available() else "cpu"
 
     def _sources(self, backend: str | None, kernel: str) -> list[str]:
-        compiled = self._compiled(self._present, self._own_backend() if backend is None else backend)
+        compiled = self._compiled(self._shown, self._own_backend() if backend is None else backend)
         return sources(compiled, kernel)
 
 
 def _remade(arguments: dict[str, Any]) -> AttentionEngine:
     return AttentionEngine(**arguments)
-
-
-# Engines by number: a graph of torch.compile can hold a number, not an engine.
-_engines: WeakValueDictionary[int, AttentionEngine] = WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def _key_of(number: int, device: str, kinds: tuple[torch.dtype, ...]) -> int:
-    """The operator key of an engine's kernels for custom inputs of these dtypes; a constant of the compiled graph."""
-    engine = _engines[number]
-    storages = {name: storage_of(name, kind) for name, kind in zip(engine.custom_io, kinds, strict=True)}
-    _, key = engine._call(engine._current(storages), device)
-    return key
-
-
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
-_key_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

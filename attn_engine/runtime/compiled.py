@@ -23,6 +23,7 @@ from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
 from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module, TileTable
+from attn_engine.runtime.block_lists import listed_keys
 from attn_engine.runtime.capture_sums import scatter_sums
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
 from attn_engine.runtime.storage import compute_dtype
@@ -124,7 +125,8 @@ class CompiledAttention:
             return self
         found = self._variants.get((packing, tile))
         if found is None:
-            schedule = few_rows_schedule(tile, self.schedule.block_q) if tile else self.schedule
+            kv_block = self.program.listed.kv if self.program.listed else 0
+            schedule = few_rows_schedule(tile, self.schedule.block_q, kv_block) if tile else self.schedule
             found = CompiledAttention(pack_heads(self.program, packing), self.backend, schedule)
             self._variants[packing, tile] = found
         return found
@@ -136,7 +138,9 @@ class CompiledAttention:
         rows, sizes = q.shape[:3], sizes_of(q, k)
         saved = {name: q.new_empty(rows, dtype=self._compute) for name in self._saved}
         tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
-        splits = choose_splits(self.program, self.schedule, q, k)
+        listed = self.program.listed
+        keys = listed_keys(listed, captured, k.shape[2]) if listed else None
+        splits = choose_splits(self.program, self.schedule, q, k, keys)
         if splits > 1:
             sizes["splits"] = splits
             scalars = {**scalars, "splits": splits}

@@ -23,16 +23,24 @@ def choose_packing(program: Attention, schedule: Schedule, q: Tensor, k: Tensor)
     group, q_len = q.shape[1] // max(k.shape[1], 1), q.shape[2]
     if group <= 1 or 2 * q_len > schedule.block_q or not packable(program.rule):
         return Packing.NONE
+    if (listed := program.listed) and (listed.heads != "kv_heads" or q_len > listed.q):
+        return Packing.NONE  # rows of a tile share their lists
     return Packing.ONE_QUERY if q_len == 1 else Packing.QUERIES
 
 
-def choose_splits(program: Attention, schedule: Schedule, q: Tensor, k: Tensor) -> int:
-    """Splits of the keys: 1 where the query tiles are work enough for every thread that there may be."""
+def choose_splits(
+    program: Attention, schedule: Schedule, q: Tensor, k: Tensor, keys: int | None = None
+) -> int:
+    """Splits of the keys: 1 where the query tiles are work enough for every thread that there may be.
+
+    keys: how many a row meets; None: all of them.
+    """
     batches, heads, q_len, _ = q.shape
     tiles = batches * heads * -(-q_len // schedule.block_q)
     if tiles == 0 or tiles >= schedule.most_tasks:
         return 1
-    longest = k.shape[2] * (program.dim_qk + program.dim_v) // LEAST_NUMBERS_PER_SPLIT
+    keys = k.shape[2] if keys is None else keys
+    longest = keys * (program.dim_qk + program.dim_v) // LEAST_NUMBERS_PER_SPLIT
     splits = min(-(-schedule.most_tasks // tiles), longest)
     return splits if splits > 1 and isinstance(derive_merge(program.rule), MergeRule) else 1
 
