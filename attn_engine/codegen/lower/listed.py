@@ -114,10 +114,7 @@ def listed_runs(
     if one_split:
         bounds += _shares()
         ends = {kind: (scalar(f"{kind}_first"), scalar(f"{kind}_stop")) for kind in KINDS}
-    inside = [loop, axis] if own_rows_count else [loop]
-    whole: Expr = Const(True)
-    for a in inside:
-        whole = whole & (scalar(f"{a}_start") + tiles[a] <= scalar(f"{a}_len"))
+    whole = _inside(loop, n) & _inside(axis, tiles[axis]) if own_rows_count else _inside(loop, n)
 
     def run(kind: str, title: str) -> ListedRun:
         by_mask = kind == "partial" and program.mask is not None
@@ -136,6 +133,11 @@ def listed_runs(
         run("partial", f"listed {loop} blocks seen in part"),
         run("full", f"listed {loop} blocks seen in full"),
     )
+
+
+def _inside(axis: str, tile: int) -> Expr:
+    """Whether a tile of `axis` ends before the axis does."""
+    return scalar(f"{axis}_start") + tile <= scalar(f"{axis}_len")
 
 
 def _shares() -> list[Stmt]:
