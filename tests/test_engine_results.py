@@ -289,3 +289,23 @@ def test_a_minimum_that_has_seen_nothing_yet(backend: str) -> None:
         )
         wanted = softmax_attention(q, k, v, D**-0.5, lambda s: -s, visible[40 - q_len :])
         assert_same_gradients(built(q, k, v), wanted, [q, k, v])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_minimum_in_rows_without_keys(backend: str) -> None:
+    """Such a row keeps its initial +inf, and nothing made from it is NaN."""
+    built = engine(
+        online_func=Softmin(),
+        mask_mod=lambda b, h, q_idx, kv_idx: (q_idx % 3 != 0) & (kv_idx != 5),
+        backend=backend,
+    )
+    for q_len in (1, 40):
+        q, k, v = qkv(q_len, 60, requires_grad=True)
+        o, rows = built(q, k, v, return_final_rowscales=True)
+        assert (o[:, ::3] == 0).all()
+        assert (rows["row_min"][..., ::3] == float("inf")).all()
+        assert (rows["inverse_sum"][..., ::3] == 0).all()
+        gradients = torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+        assert (gradients[0][:, ::3] == 0).all()
+        assert not any(x.isnan().any() for x in (o, *rows.values(), *gradients))
+        torch.testing.assert_close(o.double(), built.reference(q, k, v), rtol=1e-4, atol=1e-4)
