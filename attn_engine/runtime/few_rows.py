@@ -37,11 +37,11 @@ def choose_splits(
     """
     batches, heads, q_len, _ = q.shape
     tiles = batches * heads * -(-q_len // schedule.block_q)
-    if tiles == 0 or tiles >= schedule.most_tasks:
+    if tiles == 0 or tiles >= schedule.split_tasks:
         return 1
     keys = k.shape[2] if keys is None else keys
     longest = keys * (program.dim_qk + program.dim_v) // LEAST_NUMBERS_PER_SPLIT
-    splits = min(-(-schedule.most_tasks // tiles), longest)
+    splits = min(-(-schedule.split_tasks // tiles), longest)
     return splits if splits > 1 and isinstance(derive_merge(program.rule), MergeRule) else 1
 
 
