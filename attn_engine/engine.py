@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args, overload
+from dataclasses import astuple
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,11 +19,9 @@ from attn_engine.errors import (
     IndexNotInteger,
     MaskIsNotBool,
     ScoreIsBool,
-    UnknownOption,
-    UnsupportedOnBackend,
     WrongOperands,
 )
-from attn_engine.explain import Explanation, explain, sources
+from attn_engine.explain import Explanation, Kernel, explain, sources
 from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
 from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Number, Storage
@@ -37,15 +36,13 @@ from attn_engine.options import (
     fixed_sizes,
     three_metas,
 )
-from attn_engine.runtime.backends import DEVICES, backend_named
+from attn_engine.runtime.backends import DEVICES, backend_for, backend_named
 from attn_engine.runtime.bind import Expected, custom_by_name, storage_of
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.operator import Call, apply, register
 from attn_engine.runtime.reference import reference
 from attn_engine.traced_program import Description, TracedProgram
-
-Kernel = Literal["forward", "decode", "backward", "delta"]
 
 
 class AttentionEngine:
@@ -62,8 +59,8 @@ class AttentionEngine:
     layout: how tensors lie, "bshd" (batch, length, heads, dim) or "bhsd"; strides are free.
     backend: "auto" (by the tensors' device), "cpu", "torch", "triton", "triton-interpreter", or "reference" (dense,
         float64, O(S^2) memory: the definition).
-    block_mask: the blocks that are visible at all, made ahead of the calls: `BlockLists`, or what gives some by `.lists()`.
-        mask_mod is asked in their partial blocks alone. A call may bring another one: `engine(q, k, v, block_mask=...)`.
+    block_mask: the blocks that are visible at all, made ahead of the calls: `BlockLists`, or what gives some by
+        `.lists()`. mask_mod is asked in partial blocks alone. A call may bring another one, as block_mask=...
     scale: multiplies q k^T before score_mod. None: 1 where a score_mod is given (it scales itself), else 1/sqrt(D).
 
     Functions may use plain Python and torch operators; numbers and tensors they capture are read at every call, and
@@ -277,9 +274,6 @@ class AttentionEngine:
         backend: "cpu", "triton", ...; None: the engine's own. No device and no compiler is needed. The backward text
         includes the gradients of every captured tensor that can have one and that the backend can compute.
         """
-        if kernel not in (kernels := get_args(Kernel)):
-            known = ", ".join(map(repr, kernels))
-            raise UnknownOption(option="kernel", value=kernel, where="engine.source", known=known)
         return "\n\n".join(self._sources(backend, kernel))
 
     def graph(self) -> Any:
@@ -290,7 +284,7 @@ class AttentionEngine:
 
     def explain(self) -> Explanation:
         """What was traced, what the mask plan is and why, what is saved for the backward pass, the tiles. Print it."""
-        return explain(self.program, self.scale, self._compiled(self._shown, self._own_backend()))
+        return explain(self.program, self.scale, self._compiled(self._shown, backend_for(self.backend)))
 
     def __repr__(self) -> str:
         p = self.program
@@ -330,11 +324,10 @@ class AttentionEngine:
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
-        lists = self._lists if block_mask is None else block_lists(block_mask)
-        if lists is not None:
+        if (lists := self._lists if block_mask is None else block_lists(block_mask)) is not None:
             self._checks.check_shapes(q, k, v)
-            blocks, listed = lists_of_call(lists, self._logical(q), self._logical(k))
-            traced, tensors = traced.with_lists(blocks), tensors | listed
+            listed = lists_of_call(lists, self._logical(q), self._logical(k))
+            traced, tensors = traced.with_lists(listed.blocks), tensors | listed.tensors
         self._checks(traced.program, q, k, v, custom, tensors, numbers)
         return traced, tensors, {"scale": self.scale, **numbers}
 
@@ -352,11 +345,10 @@ class AttentionEngine:
         kinds = tuple(x.dtype for x in custom.values())
         traced = self._present
         captured = list(traced.tensors(custom).values())
-        blocks, lists = None, self._lists if block_mask is None else block_lists(block_mask)
-        if lists is not None:
-            listed, tensors = lists_of_call(lists, self._logical(q), self._logical(k))
-            blocks = (listed.q, listed.kv, listed.heads)
-            captured += tensors.values()
+        blocks = None
+        if (lists := self._lists if block_mask is None else block_lists(block_mask)) is not None:
+            listed = lists_of_call(lists, self._logical(q), self._logical(k))
+            blocks, captured = astuple(listed.blocks), captured + list(listed.tensors.values())
         key = key_of(self._number, q.device.type, kinds, blocks)
         read = [given for trace in traced.traces for _, given in trace.custom]
         unread = [x for name, x in custom.items() if name not in read]
@@ -376,7 +368,7 @@ class AttentionEngine:
         return x.transpose(1, 2) if self.layout == "bshd" else x
 
     def _call(self, traced: TracedProgram, device: str) -> tuple[Call, int]:
-        name = self._backend_for(device)
+        name = backend_for(self.backend, device)
         found = traced.calls.get(name)
         if found is None:
             found = traced.calls[name] = self._call_of(traced, name)
@@ -396,24 +388,8 @@ class AttentionEngine:
         schedule = within_blocks(backend.schedule(traced.program), traced.program.listed)
         return CompiledAttention(traced.program, backend, schedule)
 
-    def _backend_for(self, device: str) -> str:
-        if self.backend != "auto":
-            return self.backend
-        if device == "cpu":
-            return "cpu"
-        if device == "cuda":
-            return "triton"
-        raise UnsupportedOnBackend(
-            backend="auto", feature=f"{device} tensors", instead="Move them to the CPU or to a CUDA device."
-        )
-
-    def _own_backend(self) -> str:
-        if self.backend != "auto":
-            return self.backend
-        return "triton" if torch.cuda.is_available() else "cpu"
-
     def _sources(self, backend: str | None, kernel: str) -> list[str]:
-        compiled = self._compiled(self._shown, self._own_backend() if backend is None else backend)
+        compiled = self._compiled(self._shown, backend_for(self.backend) if backend is None else backend)
         return sources(compiled, kernel)
 
 

@@ -28,8 +28,10 @@ def numbered(engine: AttentionEngine) -> int:
 def key_of(
     number: int, device: str, kinds: tuple[torch.dtype, ...], blocks: tuple[int, int, str] | None = None
 ) -> int:
-    """The operator key of an engine's kernels for custom inputs of these dtypes and for lists of these blocks; a constant
-    of the compiled graph."""
+    """The operator key of an engine's kernels for custom inputs of these dtypes and lists of these blocks.
+
+    It is a constant of the compiled graph.
+    """
     engine = _engines[number]
     storages = {name: storage_of(name, kind) for name, kind in zip(engine.custom_io, kinds, strict=True)}
     traced = engine._current(storages)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from attn_engine.codegen.lower.backward import uses_delta
+from attn_engine.errors import UnknownOption
 from attn_engine.ir.expr import Expr, Var, postorder, substitute
 from attn_engine.ir.passes.mask_range import MaskPlan, NoneKnown, plan_mask
 from attn_engine.ir.passes.mask_tiles import TileClass, classify_tiles
@@ -14,6 +16,8 @@ from attn_engine.ir.passes.rule_analysis import vanishes_when_masked
 from attn_engine.ir.printer import format_expr, format_program
 from attn_engine.ir.program import Attention
 from attn_engine.runtime.compiled import CompiledAttention
+
+Kernel = Literal["forward", "decode", "backward", "delta"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,10 @@ def _merge_lines(merge: MergeRule) -> list[str]:
 
 
 def sources(compiled: CompiledAttention, kernel: str) -> list[str]:
-    """The texts of `engine.source(kernel=...)`."""
+    """The texts of `engine.source(kernel=...)`; raises UnknownOption for another kernel."""
+    if kernel not in (kernels := get_args(Kernel)):
+        known = ", ".join(map(repr, kernels))
+        raise UnknownOption(option="kernel", value=kernel, where="engine.source", known=known)
     if kernel == "decode" and isinstance(merge := derive_merge(compiled.program.rule), NotMergeable):
         return [f"no kernels: {merge.reason}, so the keys of a row are never split"]
     learned = tuple(c.name for c in compiled.program.differentiable_captures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,33 +13,40 @@ from attn_engine.masks.lists import BlockLists
 from attn_engine.runtime.block_lists import list_tensors, listed_blocks
 from attn_engine.runtime.compiled import sizes_of
 
-Laid = tuple[ListedBlocks, dict[str, Tensor]]
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """The blocks that kernels are made for, and the tensors that they read, by name."""
+
+    blocks: ListedBlocks
+    tensors: dict[str, Tensor]
+
 
 MOST_REMEMBERED = 16
 # The lists are kept with what was made of them: while they are here, no others have their identity.
-_remembered: OrderedDict[tuple[int, ...], tuple[BlockLists, Laid]] = OrderedDict()
+_remembered: OrderedDict[tuple[int, ...], tuple[BlockLists, Listed]] = OrderedDict()
 
 
-def lists_of_call(lists: BlockLists, q: Tensor, k: Tensor) -> Laid:
-    """The blocks that kernels are made for and the tensors that they read; q and k are (batch, head, row, dimension).
+def lists_of_call(lists: BlockLists, q: Tensor, k: Tensor) -> Listed:
+    """What a call with these lists runs on; q and k are (batch, head, row, dimension).
 
     The same lists give the same tensors again, so that later checks need not look into them.
     """
     sizes = sizes_of(q, k)
     if torch.compiler.is_compiling():
-        return _laid(lists, sizes)
+        return _listed(lists, sizes)
     key = (id(lists), *sizes.values())
     found = _remembered.get(key)
     if found is None:
-        found = _remembered[key] = lists, _laid(lists, sizes)
+        found = _remembered[key] = lists, _listed(lists, sizes)
         while len(_remembered) > MOST_REMEMBERED:
             _remembered.popitem(last=False)
     return found[1]
 
 
-def _laid(lists: BlockLists, sizes: dict[str, int]) -> Laid:
+def _listed(lists: BlockLists, sizes: dict[str, int]) -> Listed:
     listed = listed_blocks(lists, sizes["heads"], sizes["kv_heads"])
-    return listed, list_tensors(lists, listed, sizes)
+    return Listed(listed, list_tensors(lists, listed, sizes))
 
 
 def blocks_of(lists: BlockLists) -> ListedBlocks:

@@ -26,7 +26,8 @@ class Drawn:
         partial, full = (x.repeat_interleave(heads // x.shape[1], 1) for x in (self.partial, self.full))
         if mask is not None:
             b, h, q, kv = (
-                torch.arange(n).view([-1 if i == d else 1 for i in range(4)]) for d, n in enumerate(partial.shape)
+                torch.arange(n).view([-1 if i == d else 1 for i in range(4)])
+                for d, n in enumerate(partial.shape)
             )
             partial = partial & mask(b, h, q, kv)
         return partial | full

@@ -83,28 +83,32 @@ class NestRenderer(TileRenderer):
                     lines += ["", self.remark(f"-- {title}")]
                 case Nest():
                     lines += self.nest(item)
-                case Sweep(inner) if item.innermost and inner.axis:
-                    lines += self.step_function(inner, inner, item.body, steps)
-                    if self.is_one_tile(inner):
-                        lines.append(f"{steps[inner.body]}({self.expr(inner.lo)});")
-                    else:
-                        lines += [*self.opening(item)[:-1], f"  {steps[inner.body]}({inner.var});"]
-                case Sweep(inner) if self.is_one_tile(inner):
-                    body = self.items(item.body, steps, inner)
-                    lines += [f"const int {inner.var} = {self.expr(inner.lo)};", *self.in_tile(inner, body)]
-                case Sweep(inner):
-                    for branch in titled(item.body):
-                        lines += self.step_function(inner, branch.branch, branch.body, steps)
-                    for loop_of_step, step, step_body in steps_of_entries(item):
-                        lines += self.step_function(loop_of_step, step, step_body, steps)
-                    body = self.items(item.body, steps, inner)
-                    lines += [*self.opening(item), *self.inside(inner, body), "}"]
+                case Sweep():
+                    lines += self.sweep(item, steps)
                 case Branch(branch) if loop is not None and branch.body in steps:
                     lines.append(f"if ({self.expr(branch.condition)}) {steps[branch.body]}({loop.var});")
                 case Branch(branch, body):
                     head = f"if ({self.expr(branch.condition)}) {{"
                     lines += [head, *self.indented(self.items(body, steps, loop)), "}"]
         return lines
+
+    def sweep(self, sweep: Sweep, steps: dict[tuple[Stmt, ...], str]) -> list[str]:
+        """A loop, after the functions of its steps."""
+        loop, body = sweep.loop, sweep.body
+        if sweep.innermost and loop.axis:
+            lines = self.step_function(loop, loop, body, steps)
+            if self.is_one_tile(loop):
+                return [*lines, f"{steps[loop.body]}({self.expr(loop.lo)});"]
+            return [*lines, *self.opening(sweep)[:-1], f"  {steps[loop.body]}({loop.var});"]
+        if self.is_one_tile(loop):
+            start = f"const int {loop.var} = {self.expr(loop.lo)};"
+            return [start, *self.in_tile(loop, self.items(body, steps, loop))]
+        lines = []
+        for branch in titled(body):
+            lines += self.step_function(loop, branch.branch, branch.body, steps)
+        for loop_of_step, step, step_body in steps_of_entries(sweep):
+            lines += self.step_function(loop_of_step, step, step_body, steps)
+        return [*lines, *self.opening(sweep), *self.inside(loop, self.items(body, steps, loop)), "}"]
 
     def opening(self, sweep: Sweep) -> list[str]:
         loop = sweep.loop
