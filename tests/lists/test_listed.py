@@ -208,13 +208,13 @@ def biased(shape: tuple[int, ...]) -> tuple[AttentionEngine, Tensor, Any]:
         def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
             return score * scale + bias[h, q_idx, kv_idx]
 
-        spread = lambda x: x[None]  # noqa: E731
+        spread = lambda x: x[None]
     else:
 
         def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
             return score * scale + bias[h, q_idx] + bias[h, kv_idx]
 
-        spread = lambda x: x[None, :, :, None] + x[None, :, None, :]  # noqa: E731
+        spread = lambda x: x[None, :, :, None] + x[None, :, None, :]
     metas = [meta_tensor(None, None, None, DIM, dtype=torch.float32)] * 3
     return AttentionEngine(metas, score_mod=score_mod, mask_mod=causal, layout="bhsd"), bias, spread
 
