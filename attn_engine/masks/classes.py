@@ -78,9 +78,10 @@ class BlockRanges:
 
 def block_ranges(analysis: Analysis, blocks: Blocks) -> BlockRanges | None:
     """The closed form of a mask at one moment; None where it is not a few ranges per row."""
-    may = find_ranges(analysis.may, blocks)
-    must = find_ranges(analysis.must, blocks) if may is not None else None
-    return None if may is None or must is None else BlockRanges(may, must)
+    if analysis.may is None or analysis.must is None:
+        return None
+    found = find_ranges((analysis.may, analysis.must), blocks)
+    return None if found is None else BlockRanges(*found)
 
 
 def classes_from_ranges(ranges: BlockRanges, blocks: Blocks) -> Classes:

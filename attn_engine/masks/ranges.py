@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,15 +16,15 @@ Range = tuple[Tensor, Tensor]
 MOST_RANGES = 6
 
 
-def find_ranges(formula: Formula | None, blocks: Blocks) -> list[Range] | None:
-    """Where a condition on a pair of blocks holds, as a union of ranges; None where it is not one of a few ranges."""
-    if formula is None:
-        return None
-    roots = leaves(formula)
+def find_ranges(formulas: Sequence[Formula], blocks: Blocks) -> list[list[Range]] | None:
+    """Where each condition on a pair of blocks holds, as a union of ranges; None where one is not one of a few."""
+    roots = tuple(dict.fromkeys(e for formula in formulas for e in leaves(formula)))
     values = dict(zip(roots, blocks.evaluate(roots), strict=True))
     if any(x.is_floating_point() and bool(x.isnan().any()) for x in values.values()):
         return None
-    return _ranges(formula, values, blocks.count["kv"])
+    found = [_ranges(formula, values, blocks.count["kv"]) for formula in formulas]
+    known = [ranges for ranges in found if ranges is not None]
+    return known if len(known) == len(found) else None
 
 
 def _ranges(formula: Formula, values: Mapping[Expr, Tensor], n: int) -> list[Range] | None:

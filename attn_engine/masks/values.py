@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,9 +52,8 @@ class Blocks:
         for dimension, axis in ((2, "q"), (3, "kv")):
             places[f"{axis}_start"] = _along(self.starts(axis), dimension)
             places[f"{axis}_last"] = _along(self.lasts(axis), dimension)
-        ends = {
-            node: _ends_along(self.extreme(node), 2 if node.axis == "q" else 3) for node in reductions(roots)
-        }
+        extremes = _asked(tuple(roots)).extremes.values()
+        ends = {node: _ends_along(self.extreme(node), 2 if node.axis == "q" else 3) for node in extremes}
         found = self.evaluate_with(roots, places, ends)
         return [x.reshape((1,) * (4 - x.ndim) + x.shape) for x in found]
 
@@ -61,14 +61,11 @@ class Blocks:
         self, roots: Sequence[Expr], places: Mapping[str, Tensor | Number], ends: Mapping[Reduce, Tensor]
     ) -> tuple[Tensor, ...]:
         """Roots where the variables `places` and the extremes `ends` are given, in shapes that broadcast."""
-        named = {node: Var(f"extreme {i}", node.dtype) for i, node in enumerate(ends)}
-        replacements: dict[Expr, Expr] = {**named}
-        replaced = tuple(substitute(root, replacements) for root in roots) if named else tuple(roots)
+        asked = _asked(tuple(roots))
         numbers = {**self.moment.sizes, **self.moment.scalars, **places}
-        numbers |= {var.name: ends[node] for node, var in named.items()}
-        used = dict.fromkeys(v for root in replaced for v in variables(root))
-        environment = {v: numbers[v.name] for v in used}
-        return evaluate_all(replaced, environment, self.moment.tensors, self.moment.compute)
+        numbers |= {name: ends[node] for name, node in asked.extremes.items()}
+        environment = {v: numbers[v.name] for v in asked.variables}
+        return evaluate_all(asked.roots, environment, self.moment.tensors, self.moment.compute)
 
     def extreme(self, node: Reduce) -> Tensor:
         """A value's smallest or largest element in each block: (batch or 1, heads or 1, blocks)."""
@@ -87,6 +84,24 @@ class Blocks:
 
     def _range(self, n: int, dimension: int) -> Tensor:
         return _along(torch.arange(n, device=self.moment.device), dimension)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Expressions in which every extreme is a variable: `extremes` says which one."""
+
+    roots: tuple[Expr, ...]
+    extremes: dict[str, Reduce]
+    variables: tuple[Var, ...]
+
+
+@lru_cache(maxsize=1024)
+def _asked(roots: tuple[Expr, ...]) -> _Asked:
+    extremes = {f"extreme {i}": node for i, node in enumerate(reductions(roots))}
+    replacements: dict[Expr, Expr] = {node: Var(name, node.dtype) for name, node in extremes.items()}
+    replaced = tuple(substitute(root, replacements) for root in roots)
+    read = tuple(dict.fromkeys(v for root in replaced for v in variables(root)))
+    return _Asked(replaced, extremes, read)
 
 
 def reductions(roots: Sequence[Expr]) -> list[Reduce]:
