@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from typing import Any, Literal, overload
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from attn_engine.codegen.schedule import within_blocks
 from attn_engine.dump import dump_stages
-from attn_engine.engine_numbers import key_of, numbered
 from attn_engine.errors import (
     AttnEngineError,
     IndexNotInteger,
@@ -23,11 +21,13 @@ from attn_engine.errors import (
 )
 from attn_engine.explain import Explanation, Kernel, explain, sources
 from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
+from attn_engine.graph_calls import in_graph, numbered
 from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention
 from attn_engine.library.normalisers import OnlineSoftmax
 from attn_engine.listed_calls import blocks_of, lists_of_call
+from attn_engine.masks.lists import BlockLists
 from attn_engine.options import (
     block_lists,
     check_options,
@@ -40,6 +40,7 @@ from attn_engine.runtime.backends import DEVICES, backend_for, backend_named
 from attn_engine.runtime.bind import Expected, custom_by_name, storage_of
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
 from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.operator import Call, apply, register
 from attn_engine.runtime.reference import reference
 from attn_engine.traced_program import Description, TracedProgram
@@ -60,7 +61,7 @@ class AttentionEngine:
     backend: "auto" (by the tensors' device), "cpu", "torch", "triton", "triton-interpreter", or "reference" (dense,
         float64, O(S^2) memory: the definition).
     block_mask: the blocks that are visible at all, made ahead of the calls: `BlockLists`, or what gives some by
-        `.lists()`. mask_mod is asked in partial blocks alone. A call may bring another one, as block_mask=...
+        `.lists()`. mask_mod (its own, where none is given) is asked in partial blocks alone. A call may bring another.
     scale: multiplies q k^T before score_mod. None: 1 where a score_mod is given (it scales itself), else 1/sqrt(D).
 
     Functions may use plain Python and torch operators; numbers and tensors they capture are read at every call, and
@@ -113,7 +114,8 @@ class AttentionEngine:
     ) -> None:
         """Everything but the first trace."""
         check_options(layout, backend, *options)
-        self._lists = block_lists(block_mask)
+        mask_mod = getattr(block_mask, "mask_mod", None) if mask_mod is None else mask_mod
+        self._block_mask = block_mask
         q, k, v = three_metas(qkv_meta)
         self.layout, self.backend = layout, backend
         self.custom_io = CustomIO() if custom_fwd_inputs is None else custom_fwd_inputs
@@ -127,6 +129,7 @@ class AttentionEngine:
             dim_qk=q.dim,
             dim_v=v.dim,
         )
+        self._lists_of(None)
         if backend != "auto":
             backend_named(backend)
         sizes = tuple(fixed_sizes(m) for m in (q, k, v))
@@ -159,7 +162,8 @@ class AttentionEngine:
     @property
     def _shown(self) -> TracedProgram:
         """The program, with the blocks of the engine's own lists."""
-        return self._present if self._lists is None else self._present.with_lists(blocks_of(self._lists))
+        lists = self._lists_of(None)
+        return self._present if lists is None else self._present.with_lists(blocks_of(lists))
 
     @property
     def _present(self) -> TracedProgram:
@@ -214,13 +218,13 @@ class AttentionEngine:
             o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64, block_mask)
             return (o.to(q.dtype), saved) if return_final_rowscales else o.to(q.dtype)
         if torch.compiler.is_compiling():
-            o, *rows = self._in_graph(q, k, v, custom_inputs, named, block_mask)
+            o, *rows = in_graph(self, self._number, q, k, v, custom_inputs, named, block_mask)
         else:
             refuse_transforms((q, k, v, *custom_inputs, *named.values()))
-            traced, captured, numbers = self._bind(q, k, v, custom_inputs, named, block_mask)
+            traced, captured, numbers, kind = self._bind(q, k, v, custom_inputs, named, block_mask)
             refuse_transforms(captured.values())
             call, key = self._call(traced, q.device.type)
-            o, *rows = apply(call, key, q, k, v, captured, numbers)
+            o, rows = apply(call, key, q, k, v, captured, numbers, kind)
         if return_final_rowscales:
             return o, dict(zip((name for name, _ in self.program.rule.saved), rows, strict=True))
         return o
@@ -251,7 +255,7 @@ class AttentionEngine:
         block_mask: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values, evaluated densely."""
-        traced, captured, numbers = self._bind(q, k, v, custom_inputs, named, block_mask)
+        traced, captured, numbers, _ = self._bind(q, k, v, custom_inputs, named, block_mask)
         q, k, v = (self._logical(x) for x in (q, k, v))
         o, rows = reference(traced.program, q, k, v, captured, numbers, dtype)
         return self._logical(o), rows
@@ -319,41 +323,23 @@ class AttentionEngine:
         custom_inputs: Sequence[Tensor],
         named: dict[str, Tensor],
         block_mask: Any = None,
-    ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number]]:
-        """The program of this call, its captured tensors and lists, its numbers ("scale" first), all checked."""
+    ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number], CallKind]:
+        """The program of this call, its captured tensors and lists, its numbers ("scale" first), all checked; and what
+        is remembered of such calls."""
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
-        if (lists := self._lists if block_mask is None else block_lists(block_mask)) is not None:
+        if (lists := self._lists_of(block_mask)) is not None:
             self._checks.check_shapes(q, k, v)
             listed = lists_of_call(lists, self._logical(q), self._logical(k))
             traced, tensors = traced.with_lists(listed.blocks), tensors | listed.tensors
-        self._checks(traced.program, q, k, v, custom, tensors, numbers)
-        return traced, tensors, {"scale": self.scale, **numbers}
+        kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)
+        return traced, tensors, {"scale": self.scale, **numbers}, kind
 
-    def _in_graph(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        custom_inputs: Sequence[Tensor],
-        named: dict[str, Tensor],
-        block_mask: Any,
-    ) -> Sequence[Tensor]:
-        """A call that torch.compile traces: one operator on the tensors, which checks them when the graph runs."""
-        custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
-        kinds = tuple(x.dtype for x in custom.values())
-        traced = self._present
-        captured = list(traced.tensors(custom).values())
-        blocks = None
-        if (lists := self._lists if block_mask is None else block_lists(block_mask)) is not None:
-            listed = lists_of_call(lists, self._logical(q), self._logical(k))
-            blocks, captured = astuple(listed.blocks), captured + list(listed.tensors.values())
-        key = key_of(self._number, q.device.type, kinds, blocks)
-        read = [given for trace in traced.traces for _, given in trace.custom]
-        unread = [x for name, x in custom.items() if name not in read]
-        scalars = [float(x) for x in (self.scale, *traced.scalars().values())]
-        return torch.ops.attn_engine.forward(q, k, v, captured + unread, scalars, key)
+    def _lists_of(self, block_mask: Any) -> BlockLists | None:
+        """Those of this moment: of the call's mask, else of the engine's own."""
+        block_mask = self._block_mask if block_mask is None else block_mask
+        return block_lists(block_mask, self._description.mask_mod is not None)
 
     def _storages(self, custom: dict[str, Tensor]) -> dict[str, Storage]:
         return {n: storage_of(n, custom[n].dtype) if n in custom else Storage.FLOAT32 for n in self.custom_io}

@@ -58,10 +58,16 @@ def checked_scale(scale: object, default: float) -> float:
     return float(scale)
 
 
-def block_lists(block_mask: Any) -> BlockLists | None:
-    """The lists of a block mask, which is one itself or gives one by `.lists()`."""
+def block_lists(block_mask: Any, masked: bool) -> BlockLists | None:
+    """The lists of a block mask, which is one itself or gives one by `.lists()`; masked: the engine has a mask_mod."""
     if block_mask is None or isinstance(block_mask, BlockLists):
         return block_mask
+    if not masked and getattr(block_mask, "mask_mod", None) is not None:
+        expected = "a block mask without a mask_mod, as the engine has none"
+        instead = (
+            "Make the engine with mask_mod=block_mask.mask_mod: partial blocks are masked by the engine's."
+        )
+        raise WrongArgument(argument="block_mask", got=block_mask, expected=expected, instead=instead)
     found = block_mask.lists() if callable(getattr(block_mask, "lists", None)) else None
     if not isinstance(found, BlockLists):
         instead = "Make one with create_block_mask, or give BlockLists of attn_engine.masks.lists."

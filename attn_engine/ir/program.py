@@ -152,12 +152,14 @@ class ListedBlocks:
 
     q, kv: positions of a block; q is 0 where one block holds every query. heads: "heads", or "kv_heads" where the query
     heads of a group share their lists. A pair of blocks in the list of full ones is visible whatever the mask says; in
-    that of partial ones the mask says; any other is hidden.
+    that of partial ones the mask says; any other is hidden. ragged: a block in the list of full ones may stick out
+    beyond the end of an axis.
     """
 
     q: int
     kv: int
     heads: str = "kv_heads"
+    ragged: bool = False
 
     def block(self, axis: str) -> int:
         return self.q if axis == "q" else self.kv

@@ -5,7 +5,8 @@ list names, for every block of one side, the blocks of the other side that it me
 
     a pair is visible  iff  its block is in `full`, or its block is in `partial` and mask_mod holds for the pair
 
-A block in no list holds no visible pair. No block is in both lists.
+A block in no list holds no visible pair. No block is in both lists. A block that sticks out beyond the end of an axis
+is never in `full` (as in torch), so a full block needs no test of its positions.
 """
 
 from __future__ import annotations

@@ -82,16 +82,20 @@ def tensor_names(program: Attention) -> tuple[str, ...]:
 def listed_blocks(lists: Lists, heads: int, kv_heads: int) -> ListedBlocks:
     """What kernels for these lists have compiled in; raises BlockSizeNotSupported.
 
-    A block that holds a whole axis may have any size: it is taken for the next larger one that is supported.
+    A block that holds a whole axis may have any size: it is taken for the next larger one that is supported, and may
+    then stick out although it is full.
     """
     sizes = {"block_q": (lists.block_q, lists.q_len), "block_kv": (lists.block_kv, lists.kv_len)}
     rounded: list[int] = []
+    ragged = False
     for argument, (size, length) in sizes.items():
         if size < 1 or (size % SMALLEST_BLOCK and size < length):
             raise BlockSizeNotSupported(argument=argument, got=size, smallest=SMALLEST_BLOCK)
         rounded.append(-(-size // SMALLEST_BLOCK) * SMALLEST_BLOCK)
+        ragged |= size == length != rounded[-1]
     shared = lists.by_q.full.starts.shape[1] in (1, kv_heads) if lists.by_q.full.starts.ndim == 3 else True
-    return ListedBlocks(*rounded, heads="kv_heads" if shared or heads == kv_heads else "heads")
+    heads_of_lists = "kv_heads" if shared or heads == kv_heads else "heads"
+    return ListedBlocks(rounded[0], rounded[1], heads_of_lists, ragged)
 
 
 def list_tensors(lists: Lists, listed: ListedBlocks, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -153,6 +157,8 @@ def check_lists(
             )
             _require(tensors[indices].ndim == 1, f"the rank of {indices}", tensors[indices].ndim, "1")
             _check_contents(starts, tensors[starts], indices, tensors[indices], blocks)
+    if not listed.ragged:
+        _check_ends(listed, tensors, sizes)
     for kind in KINDS:
         by_q, by_kv = (tensors[blocks_param(loop, kind)].numel() for loop in ("kv", "q"))
         _require(
@@ -161,6 +167,19 @@ def check_lists(
             by_kv,
             f"that by q block, {by_q}",
         )
+
+
+def _check_ends(listed: ListedBlocks, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+    """Full blocks are not tested for the ends of the axes, so none may stick out."""
+    for loop in OTHER:
+        indices, length = tensors[blocks_param(loop, "full")], sizes[f"{loop}_len"]
+        if length % listed.block(loop) and indices.numel():
+            _require(
+                int(indices.max()) < length // listed.block(loop),
+                f"a block in {blocks_param(loop, 'full')}",
+                f"block {length // listed.block(loop)}, which sticks out beyond the end of the axis",
+                "a whole block (list it as partial)",
+            )
 
 
 def _check_contents(name: str, starts: Tensor, indices_name: str, indices: Tensor, blocks: int) -> None:

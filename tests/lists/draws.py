@@ -45,6 +45,11 @@ def csr(blocks: Tensor) -> Csr:
 
 def lists_from(kinds: Tensor, block_q: int, block_kv: int, q_len: int, kv_len: int) -> Drawn:
     """kinds: (Bm, Hm, q blocks, kv blocks), 0 for hidden, 1 for partial, 2 for full."""
+    kinds = kinds.clone()
+    for axis, (size, length) in ((2, (block_q, q_len)), (3, (block_kv, kv_len))):
+        if length % size:  # no block that sticks out is full
+            last = kinds.select(axis, -1)
+            last.clamp_(max=1)
     partial, full = kinds == 1, kinds == 2
     by_q = Side(csr(partial), csr(full))
     by_kv = Side(csr(partial.transpose(2, 3)), csr(full.transpose(2, 3)))

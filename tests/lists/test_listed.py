@@ -49,6 +49,7 @@ CASES = (
     Case("every block in full", lengths=(130, 100), density=(0.0, 1.0)),
     Case("every block in part", lengths=(130, 100), density=(1.0, 0.0), mask=causal),
     Case("nothing", lengths=(130, 100), density=(0.0, 0.0), mask=causal),
+    Case("blocks as long as the axes", lengths=(50, 40), blocks=(50, 40), density=(0.0, 1.0), mask=causal),
     Case("blocks longer than the axes", lengths=(50, 40), blocks=(100, 57), density=(1.0, 0.0), mask=causal),
 )
 SHORT = tuple(c for c in CASES if c.name in ("causal", "ragged, grouped, per query head", "small key blocks"))

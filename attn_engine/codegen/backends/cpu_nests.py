@@ -103,7 +103,7 @@ class NestRenderer(TileRenderer):
         if self.is_one_tile(loop):
             start = f"const int {loop.var} = {self.expr(loop.lo)};"
             return [start, *self.in_tile(loop, self.items(body, steps, loop))]
-        lines = []
+        lines = list[str]()
         for branch in titled(body):
             lines += self.step_function(loop, branch.branch, branch.body, steps)
         for loop_of_step, step, step_body in steps_of_entries(sweep):

@@ -118,6 +118,7 @@ def listed_runs(
 
     def run(kind: str, title: str) -> ListedRun:
         by_mask = kind == "partial" and program.mask is not None
+        ragged = kind == "partial" or listed.ragged
         return ListedRun(
             title,
             "partial_step" if by_mask else "full_step",
@@ -125,8 +126,8 @@ def listed_runs(
             *ends[kind],
             listed.block(loop),
             n,
-            masked=True if by_mask else ENDS,
-            whole=None if by_mask or edges is Edges.BRANCH else whole,
+            masked=True if by_mask else ENDS if ragged else False,
+            whole=whole if ragged and not by_mask and edges is Edges.SPLIT else None,
         )
 
     return bounds, (
