@@ -206,6 +206,8 @@ class CompiledAttention:
         if "dQ_parts" in tensors:
             _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
         numbers.update(sizes)
+        if self.schedule.backward_lanes.axis == "kv":
+            tensors.update({c.buffer: tensors[c.buffer].flip(-1) for c in direction.captures if c.route is Route.DIAGONAL})
         return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
 
     @cached_property
@@ -229,6 +231,7 @@ class CompiledAttention:
         shape = {
             Route.ROW: (*parts, batches, heads, q_len),
             Route.COLUMN: (batches, heads, k.shape[2]),
+            Route.DIAGONAL: (*parts, batches, heads, max(0, q_len + k.shape[2] - 1)),
             Route.PAIR: tuple(captured[c.load.tensor].shape),
         }[c.route]
         return torch.zeros(shape, dtype=self._compute, device=q.device)

@@ -15,6 +15,7 @@ from attn_engine.codegen.lower.capture import (
     Route,
     buffer_param,
     capture_gradients,
+    diagonal,
     distinct_within_tile,
     parallel_axes,
 )
@@ -144,8 +145,10 @@ def lower_d_key_value(
     tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
     columns = [c for c in captures if c.route is Route.COLUMN]
     row_sums = [c for c in captures if c.route is Route.ROW] if with_query else []
+    diagonals = [c for c in captures if c.route is Route.DIAGONAL]
+    assert with_query or not diagonals, "instances that run at once would meet in a diagonal"
     sweep = Sweep(program, schedule, names, "q", tiles, sums_own_axis=with_query)
-    tile_body = kv_tile(program, sweep, columns, row_sums, with_query)
+    tile_body = kv_tile(program, sweep, columns, [*row_sums, *diagonals], with_query)
     body = [Section("kv tile of this program"), *tile_body]
     outputs = [wide(program, "dK", output=True), wide(program, "dV", output=True)]
     outputs += [buffer_param(program, c) for c in columns]
@@ -153,7 +156,7 @@ def lower_d_key_value(
         grid = ("kv", "kv_head", "batch")
         return backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), body, tests=sweep.tests)
     outputs.append(Param("dQ_parts", compute_storage(program), DQ_PARTS_SHAPE, True))
-    outputs += [buffer_param(program, c, parts=True) for c in row_sums]
+    outputs += [buffer_param(program, c, parts=True) for c in (*row_sums, *diagonals)]
     n = tiles["kv"]
     shares = split_bounds(n, Const(0), scalar("kv_tiles") * n, (KV_LEN + (n - 1)) // n)
     split = [Section("kv tiles of this split"), *shares]
@@ -170,10 +173,13 @@ def kv_tile(
     program: Attention,
     sweep: Sweep,
     columns: list[CaptureGradient],
-    row_sums: list[CaptureGradient],
+    parts: list[CaptureGradient],
     with_query: bool,
 ) -> list[Stmt]:
-    """Everything that one kv tile owns: loads, the sweep over heads and q tiles, stores."""
+    """Everything that one kv tile owns: loads, the sweep over heads and q tiles, stores.
+
+    parts: gradients added up in memory, a slice for each split.
+    """
     update: list[Stmt] = [
         Let("d_value", D_VALUE + Dot(rounded(PROBS, "V"), D_OUT)),
         Let("d_key", D_KEY + Dot(rounded(D_SCORE, "K"), QUERY)),
@@ -182,11 +188,11 @@ def kv_tile(
     if with_query:
         part = (SPLIT, *Q_ROW)
         update.append(Accumulate("dQ_parts", (*part, D_IDX), Dot(rounded(D_SCORE, "K"), KEY)))
-        update += [Accumulate(c.buffer, part, Reduce("sum", c.value, "kv")) for c in row_sums]
+        update += [part_of(c, sweep.lanes_axis) for c in parts]
     per_head = (
         *sweep.before,
         *(Let(c.total.name, Full(0.0, ("kv",))) for c in columns),
-        *sweep.loops([*columns, *row_sums], query_loads(program, sweep.names), update, in_loop=True),
+        *sweep.loops([*columns, *parts], query_loads(program, sweep.names), update, in_loop=True),
         *(StoreTile(c.buffer, (BATCH, HEAD, KV_IDX), c.total) for c in columns),
     )
     first, group = scalar("first_head"), scalar("group")
@@ -202,6 +208,13 @@ def kv_tile(
         StoreTile("dK", indices("dK"), D_KEY * SCALE),
         StoreTile("dV", indices("dV"), D_VALUE),
     ]
+
+
+def part_of(c: CaptureGradient, lanes_axis: str) -> Accumulate:
+    """A tile's part of a row's or a diagonal's sum, in the slice of this split."""
+    if c.route is Route.ROW:
+        return Accumulate(c.buffer, (SPLIT, *Q_ROW), Reduce("sum", c.value, "kv"))
+    return Accumulate(c.buffer, (SPLIT, BATCH, HEAD, diagonal(lanes_axis)), c.value)
 
 
 def lower_pair_gradient(program: Attention, schedule: Schedule, capture: CaptureGradient) -> Kernel:
@@ -235,7 +248,10 @@ def lower_pair_gradient(program: Attention, schedule: Schedule, capture: Capture
 
 def runs_side_by_side(captures: tuple[CaptureGradient, ...]) -> CaptureGradient | None:
     """A pair gradient whose tile may write one element twice: only a backend that adds in order can compute it."""
-    return next((c for c in captures if c.route is Route.PAIR and not distinct_within_tile(c.load)), None)
+    clashes = (
+        c.route is Route.DIAGONAL or (c.route is Route.PAIR and not distinct_within_tile(c.load)) for c in captures
+    )
+    return next((c for c, clash in zip(captures, clashes, strict=True) if clash), None)
 
 
 class Sweep:
@@ -253,6 +269,7 @@ class Sweep:
     ) -> None:
         """sums_own_axis: something is summed over the rows of the program's own tile, so its ragged end is masked."""
         self.program, self.names, self.loop = program, names, loop
+        self.lanes_axis = schedule.backward_lanes.axis
         self.masked_axes = ("q", "kv") if sums_own_axis else (loop,)
         plan = plan_mask(program.mask.result if program.mask else None, loop)
         self.tests = tile_tests(program, names, loop, tiles, own_rows_count=sums_own_axis)

@@ -4,7 +4,9 @@ A read `bias[index]` contributes d_bias[index] += d(loss)/d(read), summed over e
 index. How the index depends on the position decides the route, and none needs atomics:
 - not on q: one sum per key, made beside dK; the runtime adds keys of equal index in order;
 - on q but not on kv: one sum per query row, made beside dQ;
-- on both: a kernel of its own that adds every pair in a fixed order, parallel only over axes that are themselves
+- on both, but only through their distance: one sum per diagonal, added up in memory beside dQ; the runtime sends each
+  through the index;
+- on both otherwise: a kernel of its own that adds every pair in a fixed order, parallel only over axes that are themselves
   coordinates of the index, so no two program instances share an element.
 """
 
@@ -14,8 +16,17 @@ from dataclasses import dataclass
 from enum import Enum
 
 from attn_engine.codegen.lower.score import captured_loads
-from attn_engine.codegen.lower.values import COLUMN_SHAPE, ROW_SHAPE, compute_storage, tile
+from attn_engine.codegen.lower.values import (
+    COLUMN_SHAPE,
+    DIAGONAL_SHAPE,
+    KV_LEN,
+    Q_LEN,
+    ROW_SHAPE,
+    compute_storage,
+    tile,
+)
 from attn_engine.ir.expr import Expr, Load, Var
+from attn_engine.ir.passes.distance import by_distance
 from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention
 from attn_engine.ir.tile import Param
 
@@ -23,6 +34,7 @@ from attn_engine.ir.tile import Param
 class Route(Enum):
     ROW = "row"
     COLUMN = "column"
+    DIAGONAL = "diagonal"
     PAIR = "pair"
 
 
@@ -59,7 +71,14 @@ def capture_gradients(program: Attention, learned: tuple[str, ...]) -> tuple[Cap
 def route_of(load: Load) -> Route:
     if "q" not in load.axes:
         return Route.COLUMN  # also where it depends on neither: a CPU's backward pass has a key per lane
-    return Route.ROW if "kv" not in load.axes else Route.PAIR
+    if "kv" not in load.axes:
+        return Route.ROW
+    return Route.PAIR if any(by_distance(i) is None for i in load.indices) else Route.DIAGONAL
+
+
+def diagonal(lanes_axis: str) -> Expr:
+    """The place of a pair's diagonal among all of them; neighbouring lanes have neighbouring places."""
+    return KV_IDX - Q_IDX + (Q_LEN - 1) if lanes_axis == "kv" else Q_IDX - KV_IDX + (KV_LEN - 1)
 
 
 def buffer_param(program: Attention, gradient: CaptureGradient, *, parts: bool = False) -> Param:
@@ -70,6 +89,8 @@ def buffer_param(program: Attention, gradient: CaptureGradient, *, parts: bool =
             return Param(gradient.buffer, storage, ("splits", *ROW_SHAPE) if parts else ROW_SHAPE, True)
         case Route.COLUMN:
             return Param(gradient.buffer, storage, COLUMN_SHAPE, True)
+        case Route.DIAGONAL:
+            return Param(gradient.buffer, storage, DIAGONAL_SHAPE, True)
         case Route.PAIR:
             rank = len(gradient.load.indices)
             sizes = tuple(f"{gradient.load.tensor}_size_{i}" for i in range(rank))
