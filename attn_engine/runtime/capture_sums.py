@@ -1,4 +1,4 @@
-"""From sums per row, per key or per diagonal to the gradient of a captured tensor: add equal indices in a fixed order."""
+"""From sums per row, key or diagonal to the gradient of a captured tensor: add equal indices in a fixed order."""
 
 from __future__ import annotations
 
