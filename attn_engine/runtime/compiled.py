@@ -143,7 +143,7 @@ class CompiledAttention:
     ) -> list[Tensor]:
         """The forward pass as this object's schedule says, in one piece or with the keys split."""
         rows, sizes = q.shape[:3], sizes_of(q, k)
-        saved = {name: q.new_empty(rows, dtype=self._compute) for name in self._saved}
+        saved = {name: q.new_empty(rows, dtype=self.compute) for name in self.saved_names}
         tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
         splits = choose_splits(self.program, self.schedule, q, k)
         if splits > 1:
@@ -165,7 +165,7 @@ class CompiledAttention:
         """The kernels in order, each with its tables; the one that makes parts of dQ once for each piece of them."""
         for i, (kernel, tables) in enumerate(zip(direction.kernels, direction.tables, strict=True)):
             if tables:
-                tensors.update(tile_tables(tables, captured, scalars, sizes, self._compute))
+                tensors.update(tile_tables(tables, captured, scalars, sizes, self.compute))
             if parts is not None and i == direction.with_query_parts:
                 for more in parts.pieces(tensors, scalars["scale"]):
                     kernel.launch(tensors, {**scalars, **more}, sizes)
@@ -174,10 +174,14 @@ class CompiledAttention:
 
     def _partials(self, q: Tensor, splits: int) -> dict[str, Tensor]:
         """Where the splits leave their outputs and row states."""
+        shapes = self.partial_shapes(q, splits)
+        return {n: torch.empty(x, dtype=self.compute, device=q.device) for n, x in shapes.items()}
+
+    def partial_shapes(self, q: Tensor, splits: int) -> dict[str, tuple[int, ...]]:
+        """Of the outputs and row states that splits leave, by the kernels' names."""
         shape = (splits, *q.shape[:3])
-        parts = {partial_state(s.name): shape for s in self.program.rule.states}
-        parts[PARTIAL_OUT] = (*shape, self.program.dim_v)
-        return {n: torch.empty(x, dtype=self._compute, device=q.device) for n, x in parts.items()}
+        states = {partial_state(s.name): shape for s in self.program.rule.states}
+        return {**states, PARTIAL_OUT: (*shape, self.program.dim_v)}
 
     def backward(
         self,
@@ -205,8 +209,8 @@ class CompiledAttention:
             "dK": dk,
             "dV": dv,
             **captured,
-            **dict(zip(self._saved, saved, strict=True)),
-            "Delta": q.new_empty(q.shape[:3], dtype=self._compute),
+            **dict(zip(self.saved_names, saved, strict=True)),
+            "Delta": q.new_empty(q.shape[:3], dtype=self.compute),
         }
         splits, parts = 1, None
         if self.schedule.gradients is Gradients.ONE_KERNEL:
@@ -221,27 +225,30 @@ class CompiledAttention:
         return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
 
     @cached_property
-    def _compute(self) -> torch.dtype:
+    def compute(self) -> torch.dtype:
         return compute_dtype(self.program.element)
 
     @cached_property
-    def _saved(self) -> tuple[str, ...]:
+    def saved_names(self) -> tuple[str, ...]:
         """The kernels' names of the saved row values."""
         return tuple(saved_param(name) for name, _ in self.program.rule.saved)
+
+    def backward_splits(self, k: Tensor, shared: Sequence[str] = ()) -> int:
+        """Shares of the kv axis: from the shapes alone, so that the same call always adds in the same order."""
+        batches, kv_heads, kv_len, _ = k.shape
+        tasks = (1 if "batch" in shared else batches) * (1 if "kv_head" in shared else kv_heads)
+        tiles = -(-kv_len // self.schedule.backward_kv)
+        return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
 
     def _query_parts(
         self, dq: Tensor, k: Tensor, captures: Sequence[CaptureGradient], captured: Tensors
     ) -> QueryParts:
-        """Shares of the kv axis: from the shapes alone, so that the same call always adds in the same order."""
+        """How dQ is added up: which axes a program instance runs over, and how much of them in a launch."""
         beside_keys = [c for c in captures if added_beside_keys(c)]
         shared = shared_axes(beside_keys)
-        batches, kv_heads, kv_len, _ = k.shape
-        tasks = (1 if "batch" in shared else batches) * (1 if "kv_head" in shared else kv_heads)
-        tiles = -(-kv_len // self.schedule.backward_kv)
-        splits = max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
         pairs = [captured[c.load.tensor].numel() for c in beside_keys if c.route is Route.PAIR]
-        group = dq.shape[1] // max(1, kv_heads)
-        return QueryParts(dq, splits, group, shared, self._compute, max(ROOM, dq.numel(), *pairs))
+        group, room = dq.shape[1] // max(1, k.shape[1]), max(ROOM, dq.numel(), *pairs)
+        return QueryParts(dq, self.backward_splits(k, shared), group, shared, self.compute, room)
 
     def _order_diagonals(self, captures: Sequence[CaptureGradient], tensors: dict[str, Tensor]) -> None:
         """Sums per diagonal in order of q_idx - kv_idx, as `scatter_sums` wants them."""
@@ -259,7 +266,7 @@ class CompiledAttention:
             Route.DIAGONAL: (*parts, batches, heads, max(0, q_len + k.shape[2] - 1)),
             Route.PAIR: tuple(captured[c.load.tensor].shape),
         }[c.route]
-        return torch.zeros(shape, dtype=self._compute, device=q.device)
+        return torch.zeros(shape, dtype=self.compute, device=q.device)
 
 
 def _captured_gradient(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.ir.ops import Number
+from attn_engine.runtime.dq_parts import parts_of, sum_parts
 
 # Numbers that the parts of a launch may take up, where dQ and the captured gradients are smaller.
 ROOM = 2**23
@@ -37,7 +38,7 @@ class QueryParts:
             heads = slice(kv_heads.start * self.group, kv_heads.stop * self.group)
             piece = self.dq[batches, heads]
             if parts is None or parts.shape[1:] != piece.shape or self._in_place:
-                parts = self._parts_of(piece)
+                parts = parts_of(piece, self.splits, self.compute)
             else:
                 parts.zero_()
             tensors["dQ_parts"] = parts
@@ -47,7 +48,7 @@ class QueryParts:
                 "kv_head_begin": kv_heads.start,
                 "kv_head_end": kv_heads.stop,
             }
-            _sum_parts(piece, parts, scale)
+            sum_parts(piece, parts, scale)
 
     @property
     def _in_place(self) -> bool:
@@ -70,25 +71,3 @@ class QueryParts:
                     slice(batch, min(batches, batch + max(1, batches_at_once))),
                     slice(head, min(kv_heads, head + max(1, heads_at_once))),
                 )
-
-    def _parts_of(self, dq: Tensor) -> Tensor:
-        """(splits, B, H, Sq, D) zeros: dq itself where it can hold the sum, else slices in dq's order of dimensions."""
-        if self._in_place:
-            return dq.zero_().unsqueeze(0)
-        order = sorted(range(4), key=lambda i: (-dq.stride(i), i))
-        shape = (self.splits, *(dq.shape[i] for i in order))
-        base = torch.zeros(shape, dtype=self.compute, device=dq.device)
-        back = [order.index(i) + 1 for i in range(4)]
-        return base.permute(0, *back)
-
-
-def _sum_parts(dq: Tensor, parts: Tensor, scale: Number) -> None:
-    """dq = scale times the sum of `parts`, added one after the other and without further memory."""
-    splits = parts.shape[0]
-    if splits == 1 and parts.dtype is dq.dtype:  # the kernel added to dq itself
-        dq.mul_(scale)
-        return
-    total = parts[0]
-    for i in range(1, splits):
-        total += parts[i]
-    dq.copy_(total.mul_(scale))
