@@ -71,6 +71,11 @@ def by_offset(t: dict[str, Tensor]) -> Mod:
     return lambda s, b, h, q, kv: s + t["table"][t["offset"][q]] + t["table"][t["ids"][kv]]
 
 
+def by_double_index(t: dict[str, Tensor]) -> Mod:
+    x = t["x"]  # torch's own x[b][q] would read all pairs of the index tensors b and q
+    return lambda s, b, h, q, kv: s * (x[b, q] if isinstance(b, Tensor) else x[b][q])
+
+
 N = SQ + SKV
 CASES = {
     "(H,)": case(lambda t: lambda s, b, h, q, kv: s + t["x"][h], x=(H,)),
@@ -105,7 +110,7 @@ CASES = {
     "symmetric": case(lambda t: lambda s, b, h, q, kv: s + t["x"][q] + t["x"][kv], x=(SKV,)),
     "turned view": case(lambda t: lambda s, b, h, q, kv: s + t["x"].T[q, kv], x=(SKV, SQ)),
     "shifted view": case(lambda t: lambda s, b, h, q, kv: s + t["x"][1:][q, kv], x=(SQ + 1, SKV)),
-    "double index": case(lambda t: lambda s, b, h, q, kv: s + t["x"][b][q], x=(B, SQ)),
+    "double index": case(by_double_index, x=(B, SQ)),
     "indirect": case(by_offset, integers={"offset": ((SQ,), 5), "ids": ((SKV,), 5)}, table=(5,)),
     "factor": case(lambda t: lambda s, b, h, q, kv: s * t["x"][q, kv] * t["y"][h], x=(SQ, SKV), y=(H,)),
     "two biases": case(
