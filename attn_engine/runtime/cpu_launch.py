@@ -105,7 +105,7 @@ class CpuKernel:
         return 1 if work < SMALL_WORK else tasks
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PreparedKernel:
     """A kernel and its array of slots, filled in but for addresses and scalars. Every launch has a copy of its own, so
     several Python threads may use it at once."""

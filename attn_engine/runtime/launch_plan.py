@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ Offsets = tuple[tuple[str, int], ...]
 MOST_BACKWARD_PLANS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """How a tensor lies: sizes and strides in logical order."""
 
     shape: tuple[int, ...]
@@ -31,7 +30,7 @@ class Layout:
 
     @staticmethod
     def of(x: Tensor) -> Layout:
-        return Layout(tuple(x.shape), x.stride())
+        return Layout(x.shape, x.stride())
 
     @staticmethod
     def contiguous(shape: tuple[int, ...]) -> Layout:
@@ -50,14 +49,7 @@ class Prepared(Protocol):
         ...
 
 
-@runtime_checkable
-class Preparable(Protocol):
-    """A compiled kernel that can be prepared for one kind of call."""
-
-    def prepare(self, layouts: Mapping[str, Layout], sizes: Mapping[str, int]) -> Prepared: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ForwardPlan:
     """The forward pass of one kind of call.
 
@@ -93,7 +85,7 @@ class ForwardPlan:
         return [out, rows]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class BackwardPlan:
     """The backward pass of one kind of call, without gradients of captured tensors.
 
@@ -146,11 +138,10 @@ class BackwardPlan:
 class CallKind:
     """Calls of one engine with the same shapes, strides, dtypes and devices, and the plans of their passes.
 
-    A plan is made when such a call comes for the second time: with a growing number of keys none ever does. None where
-    a pass cannot be planned. Two threads may both make it, and one plan stays.
+    None where a pass cannot be planned, or was not yet. Two threads may both make a plan, and one stays.
     """
 
-    calls: int = 0
+    seen: bool = False
     forward: ForwardPlan | None = None
     backward: dict[object, BackwardPlan | None] = field(default_factory=dict[object, "BackwardPlan | None"])
 
