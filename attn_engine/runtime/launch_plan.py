@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,11 +36,8 @@ class Layout(NamedTuple):
 
     @staticmethod
     def contiguous(shape: tuple[int, ...]) -> Layout:
-        stride, step = [0] * len(shape), 1
-        for i in reversed(range(len(shape))):
-            stride[i] = step
-            step *= max(shape[i], 1)
-        return Layout(shape, tuple(stride))
+        sizes = [max(n, 1) for n in shape[:0:-1]]
+        return Layout(shape, tuple(accumulate(sizes, mul, initial=1))[::-1] if shape else ())
 
 
 class Prepared(Protocol):
@@ -138,10 +137,11 @@ class BackwardPlan:
 class CallKind:
     """Calls of one engine with the same shapes, strides, dtypes and devices, and the plans of their passes.
 
-    None where a pass cannot be planned, or was not yet. Two threads may both make a plan, and one stays.
+    calls: how many came, up to two. None where a pass cannot be planned, or was not yet. Two threads may both make a
+    plan, and one stays.
     """
 
-    seen: bool = False
+    calls: int = 0
     forward: ForwardPlan | None = None
     backward: dict[object, BackwardPlan | None] = field(default_factory=dict[object, "BackwardPlan | None"])
 

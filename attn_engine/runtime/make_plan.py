@@ -46,10 +46,12 @@ class Planned(Protocol):
 def planned_forward(
     call: Planned, kind: CallKind, q: Tensor, k: Tensor, v: Tensor, captured: Mapping[str, Tensor]
 ) -> ForwardPlan | None:
-    """The plan of this kind of call, made when the first one comes."""
-    if not kind.seen:
-        kind.forward = forward_plan(call.compiled, call.logical, q, k, v, captured)
-        kind.seen = True
+    """The plan of this kind of call, made when the second one comes: where the keys grow from call to call, none would
+    be used again."""
+    if kind.calls < 2:
+        kind.calls += 1
+        if kind.calls >= 2:
+            kind.forward = forward_plan(call.compiled, call.logical, q, k, v, captured)
     return kind.forward
 
 

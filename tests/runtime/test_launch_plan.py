@@ -31,7 +31,7 @@ def kinds_of(built: AttentionEngine) -> list[CallKind]:
 
 
 def assert_right(built: AttentionEngine, *tensors: Tensor) -> None:
-    """Three calls (the first makes the plan) against the definition, with fresh contents each time."""
+    """Three calls (the second makes the plan) against the definition, with fresh contents each time."""
     for _ in range(3):
         for x in tensors:
             x.copy_(torch.randn(x.shape))
@@ -39,7 +39,7 @@ def assert_right(built: AttentionEngine, *tensors: Tensor) -> None:
         out, found = built(*tensors, return_final_rowscales=True)
         torch.testing.assert_close(out.float(), wanted.float(), atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(found["lse"].float(), rows["lse"].float(), atol=2e-5, rtol=1e-4)
-    assert all(kind.seen for kind in kinds_of(built))
+    assert any(kind.calls == 2 for kind in kinds_of(built))
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
@@ -56,16 +56,17 @@ def test_planned_calls_are_right(layout: str, q_len: int, kv_len: int, kv_heads:
     assert (kind.forward is None) == (q_len == 3), "only copies of packed heads are not planned"
 
 
-def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_made_once_and_only_for_calls_that_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     make = make_plan.forward_plan
     monkeypatch.setattr(make_plan, "forward_plan", lambda *a: made.append(a) or make(*a))
     built = engine()
+    for length in range(5, 9):  # as a decoding loop does
+        built(*qkv(1, length))
+    assert not made
     for _ in range(3):
         built(*qkv(1, 5))
     assert len(made) == 1
-    built(*qkv(1, 6))
-    assert len(made) == 2
 
 
 def test_other_strides_have_another_plan() -> None:
