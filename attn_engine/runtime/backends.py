@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from attn_engine.codegen.backends.cpu import render_cpu
@@ -177,3 +178,17 @@ def backend_named(name: str) -> Backend:
             return TritonBackend("triton-interpreter", interpret=True)
         case _:
             raise UnknownBackend(backend=name, known=", ".join(repr(n) for n in NAMES))
+
+
+def backend_for(chosen: str, device: str | None = None) -> str:
+    """The backend that runs on a type of device where "auto" was chosen; None: on the best device of this machine."""
+    if chosen != "auto":
+        return chosen
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    if found is None:
+        raise UnsupportedOnBackend(
+            backend="auto", feature=f"{device} tensors", instead="Move them to the CPU or to a CUDA device."
+        )
+    return found

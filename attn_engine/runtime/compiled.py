@@ -133,7 +133,8 @@ class CompiledAttention:
             return self
         found = self._variants.get((packing, tile))
         if found is None:
-            schedule = few_rows_schedule(tile, self.schedule.block_q) if tile else self.schedule
+            kv_block = self.program.listed.kv if self.program.listed else 0
+            schedule = few_rows_schedule(tile, self.schedule.block_q, kv_block) if tile else self.schedule
             found = CompiledAttention(pack_heads(self.program, packing), self.backend, schedule)
             self._variants[packing, tile] = found
         return found
@@ -145,7 +146,7 @@ class CompiledAttention:
         rows, sizes = q.shape[:3], sizes_of(q, k)
         saved = {name: q.new_empty(rows, dtype=self.compute) for name in self.saved_names}
         tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
-        splits = choose_splits(self.program, self.schedule, q, k)
+        splits = choose_splits(self.program, self.schedule, q, k, captured)
         if splits > 1:
             sizes["splits"] = splits
             scalars = {**scalars, "splits": splits}

@@ -21,8 +21,16 @@ from attn_engine.codegen.lower.capture import (
 )
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
-from attn_engine.codegen.lower.ranges import masking, phases, split_bounds
-from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
+from attn_engine.codegen.lower.listed import list_params
+from attn_engine.codegen.lower.ranges import masking, phases_of, split_bounds
+from attn_engine.codegen.lower.score import (
+    Masked,
+    Visibility,
+    hoisted,
+    reserved_names,
+    score_lets,
+    visibility,
+)
 from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
     D_IDX,
@@ -243,9 +251,10 @@ class Sweep:
         self.program, self.names, self.loop = program, names, loop
         self.lanes_axis = schedule.backward_lanes.axis
         self.masked_axes = ("q", "kv") if sums_own_axis else (loop,)
-        plan = plan_mask(program.mask.result if program.mask else None, loop)
         self.tests = tile_tests(program, names, loop, tiles, own_rows_count=sums_own_axis)
-        self.phases = phases(plan, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis)
+        self.phases = phases_of(
+            program, loop, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis
+        )
         self.before, self.known = hoisted(program, names, loop)
 
     def loops(
@@ -259,7 +268,7 @@ class Sweep:
             body += [Section(run.title), loop]
         return body
 
-    def recompute(self, masked: bool | Expr, wanted: list[CaptureGradient]) -> list[Stmt]:
+    def recompute(self, masked: Masked, wanted: list[CaptureGradient]) -> list[Stmt]:
         """Weights from the saved row values; the gradient through the normaliser, then through score_mod."""
         program, rule = self.program, self.program.rule
         emitter = Emitter(self.names.copy(), self.known, base_two)
@@ -270,7 +279,7 @@ class Sweep:
         probs = emitter.value(rule.recompute, rule.names, rule.sources)
         seen = None
         if masked is not False:
-            seen = visibility(program, emitter.names, self.known, self.masked_axes)
+            seen = visibility(program, emitter.names, self.known, self.masked_axes, masked)
         hide_weights(emitter, probs, seen, masked)
         emitter.let(D_PROBS.name, Dot(D_OUT, VALUE))
         emitter.bind(PROBS, PROBS)
@@ -293,24 +302,24 @@ class Sweep:
         return [(n, emitter.value(g, fn.names, fn.sources)) for n, g in zip(names, through, strict=True)]
 
 
-def hide_weights(emitter: Emitter, probs: Expr, seen: Visibility | None, masked: bool | Expr) -> None:
+def hide_weights(emitter: Emitter, probs: Expr, seen: Visibility | None, masked: Masked) -> None:
     """Mask the weight, not the score: a row that sees nothing has no finite row value to subtract.
 
     Under a branch the weights are hidden together with the gradients, in one `if` after both.
     """
-    if seen is not None and masked is True:
+    if seen is not None and not isinstance(masked, Expr):
         emitter.lets += seen.lets
         probs = where(seen.var, probs, 0.0)
     emitter.let(PROBS.name, probs)
 
 
 def hide_gradients(
-    emitter: Emitter, results: list[tuple[str, Expr]], seen: Visibility | None, masked: bool | Expr
+    emitter: Emitter, results: list[tuple[str, Expr]], seen: Visibility | None, masked: Masked
 ) -> None:
     """Zero at invisible pairs, whatever the user's derivative is there."""
     for name, value in results:
         spread = value if set(value.axes) == {"q", "kv"} else value + Full(0.0, ("q", "kv"))
-        emitter.let(name, where(seen.var, spread, 0.0) if seen and masked is True else spread)
+        emitter.let(name, where(seen.var, spread, 0.0) if seen and not isinstance(masked, Expr) else spread)
     if seen and isinstance(masked, Expr):
         pairs = [PROBS, *(Var(name, FLOAT, ("q", "kv")) for name, _ in results)]
         hidden = [Let(x.name, where(seen.var, x, 0.0)) for x in pairs]
@@ -357,7 +366,7 @@ def backward_kernel(
     row_values += [rows(program, "Delta")] if uses_delta(program) else []
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
     inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_values, *captured_params(program))
-    inputs = (*inputs, *tests.params) if tests else inputs
+    inputs = (*inputs, *(tests.params if tests else ()), *list_params(program, tuple(body)))
     return Kernel(
         name=name,
         params=(*inputs, *outputs),
