@@ -204,7 +204,14 @@ def biased(shape: tuple[int, ...]) -> tuple[AttentionEngine, Tensor, Any]:
     """An engine with a learned bias, the bias, and how it lies over (B, H, Sq, Skv)."""
     bias = torch.randn(shape, requires_grad=True)
     scale = 1 / math.sqrt(DIM)
-    if len(shape) == 3:
+    if len(shape) == 1:
+        places = (torch.arange(200)[:, None] - torch.arange(200)).clamp(min=0)
+
+        def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            return score * scale + bias[(q_idx - kv_idx).clamp(min=0)]
+
+        spread = lambda x: x[places]
+    elif len(shape) == 3:
 
         def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
             return score * scale + bias[h, q_idx, kv_idx]
@@ -220,7 +227,9 @@ def biased(shape: tuple[int, ...]) -> tuple[AttentionEngine, Tensor, Any]:
     return AttentionEngine(metas, score_mod=score_mod, mask_mod=causal, layout="bhsd"), bias, spread
 
 
-@pytest.mark.parametrize("shape", [(2, 200, 200), (2, 200)], ids=["pairs", "rows and columns"])
+@pytest.mark.parametrize(
+    "shape", [(2, 200, 200), (2, 200), (200,)], ids=["pairs", "rows and columns", "diagonals"]
+)
 def test_gradient_of_a_bias(shape: tuple[int, ...]) -> None:
     case = Case("", (2, 2, 1), (200, 200), (64, 32), (2, 2), causal)
     drawn, inputs = lists_of(case), tensors(case, torch.float32)
