@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from attn_engine.ir.expr import Const, Expr, Reduce, Var, call, where
+from attn_engine.ir.expr import Const, Expr, Full, Reduce, Var, call, where
 from attn_engine.ir.ops import DType, Op, Storage
 from attn_engine.ir.program import (
     D_PROBS,
@@ -15,8 +15,10 @@ from attn_engine.ir.program import (
     Attention,
     Captured,
     OnlineRule,
+    RowPass,
     RowState,
     ScalarFn,
+    d_saved_var,
     saved_var,
 )
 
@@ -78,6 +80,42 @@ def retention() -> OnlineRule:
         (("row_abs_sum", total.var),),
         LOGIT / kept,
         D_PROBS / kept - where(saved > 1.0, DELTA / saved, 0.0) * sign,
+    )
+
+
+def centred() -> OnlineRule:
+    """p = relu(s - mean)^2, w = p / (1 + sum of p): two passes forward, and one before the gradient."""
+    total, keys, power = RowState("running_total", 0.0), RowState("running_keys", 0.0), RowState("power", 0.0)
+    mean, count, norm = saved_var("mean"), saved_var("key_count"), saved_var("norm")
+    pull, slopes = saved_var("pull"), RowState("slopes", 0.0)
+    above = call(Op.MAX, LOGIT - mean, 0.0)
+    weights = above * above
+    slope = 2.0 * above * ((D_PROBS - DELTA) / norm + d_saved_var("norm"))
+    ones = Full(1.0, ("q", "kv"))
+    return OnlineRule(
+        "centred",
+        (power,),
+        weights,
+        (power.var + Reduce("sum", weights, "kv"),),
+        Const(1.0),
+        OUT / (power.var + 1.0),
+        (("mean", mean), ("count", count), ("norm", power.var + 1.0)),
+        weights / norm,
+        slope + pull + d_saved_var("mean") / saved_var("count"),
+        earlier=(
+            RowPass(
+                (total, keys),
+                (total.var + Reduce("sum", LOGIT, "kv"), keys.var + Reduce("sum", ones, "kv")),
+                (("mean", total.var / keys.var), ("key_count", keys.var)),
+            ),
+        ),
+        adjoints=(
+            RowPass(
+                (slopes,),
+                (slopes.var + Reduce("sum", slope, "kv"),),
+                (("pull", -slopes.var / saved_var("count")),),
+            ),
+        ),
     )
 
 

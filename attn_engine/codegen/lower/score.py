@@ -28,7 +28,9 @@ RESERVED = frozenset(
 def reserved_names(program: Attention) -> Names:
     """Names taken in every kernel of the program: the shared ones, its tensors, its numbers and its row values."""
     taken = set(RESERVED) | {c.name for c in program.captures} | {s.name for s in program.scalars}
-    for state in program.rule.states:
+    passes = (*program.rule.earlier, *program.rule.adjoints)
+    taken |= {name for p in passes for name, _ in p.values}
+    for state in (*program.rule.states, *(s for p in passes for s in p.states)):
         taken |= {state.name, f"part_{state.name}", f"partial_{state.name}"}
     for name, _ in program.rule.saved:
         taken |= {name, d_saved_var(name).name}

@@ -7,14 +7,22 @@ it needs.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import REDUCE_IDENTITY, Call, Expr, Full, Reduce, postorder, substitute
+from attn_engine.ir.expr import REDUCE_IDENTITY, Call, Const, Expr, Full, Reduce, postorder, substitute
 from attn_engine.ir.ops import Number, Op
-from attn_engine.ir.program import BATCH, HEAD, LOGIT, OUT, Q_IDX, OnlineRule, RowState
+from attn_engine.ir.program import BATCH, HEAD, LOGIT, OUT, Q_IDX, OnlineRule, RowPass, RowState, saved_var
 
 _PLACE: dict[Expr, Number] = {BATCH: 1, HEAD: 2, Q_IDX: 3}  # a normaliser may ask where its row is
 _POINTS = ((0.37, 1.9), (-2.25, 0.6), (3.5, 7.25))
+
+
+def pass_as_rule(rule: OnlineRule, p: RowPass) -> OnlineRule:
+    """A pass that only makes row values, as a rule whose weights are zero."""
+    return replace(
+        rule, states=p.states, new_states=p.new_states, weights=Const(0.0), out_scale=Const(1.0), saved=()
+    )
 
 
 def in_dependency_order(rule: OnlineRule) -> list[tuple[RowState, Expr]]:
@@ -53,7 +61,9 @@ def _at_minus_infinity(e: Expr, env: dict[Expr, Number]) -> Number:
 
 
 def _environment(rule: OnlineRule, point: tuple[float, float]) -> dict[Expr, Number]:
-    return {**_PLACE, **{s.var: point[i % 2] + i for i, s in enumerate(rule.states)}}
+    values = [saved_var(name) for p in rule.earlier for name, _ in p.values]
+    known = (*(s.var for s in rule.states), *values)
+    return {**_PLACE, **{var: point[i % 2] + i for i, var in enumerate(known)}}
 
 
 def output_of_empty_row(rule: OnlineRule) -> Number:
@@ -67,4 +77,13 @@ def saved_of_empty_row(rule: OnlineRule) -> dict[str, Number]:
 
 
 def _initial(rule: OnlineRule) -> dict[Expr, Number]:
-    return {**_PLACE, **{s.var: s.initial for s in rule.states}}
+    return {**_PLACE, **values_of_empty_row(rule), **{s.var: s.initial for s in rule.states}}
+
+
+def values_of_empty_row(rule: OnlineRule) -> dict[Expr, Number]:
+    """The values of the earlier passes where no key was seen."""
+    known: dict[Expr, Number] = dict(_PLACE)
+    for p in rule.earlier:
+        known |= {s.var: s.initial for s in p.states}
+        known |= {saved_var(name): evaluate(e, known) for name, e in p.values}
+    return known
