@@ -70,6 +70,7 @@ class Direction:
     kernels: tuple[Launchable, ...]
     tables: tuple[tuple[TileTable, ...], ...]
     captures: tuple[CaptureGradient, ...]
+    adjoints: tuple[str, ...] = ()  # rows that the first of them leave for the others
 
 
 @dataclass(eq=False)
@@ -104,7 +105,10 @@ class CompiledAttention:
             self.backend.refuse(self.program, captures)
             kernels = self.module(direction, learned, rows).kernels
             compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
-            found = Direction(compiled, tuple(k.tables for k in kernels), captures)
+            rows_between = tuple(
+                p.name for k in kernels if k.name == "adjoints" for p in k.params if p.output
+            )
+            found = Direction(compiled, tuple(k.tables for k in kernels), captures, rows_between)
             self._directions[direction, learned, rows] = found
         return found
 
@@ -200,7 +204,7 @@ class CompiledAttention:
             **captured,
             **dict(zip(self._saved, saved, strict=True)),
             **{row_gradient_param(name): x for name, x in d_rows.items()},
-            "Delta": q.new_empty(q.shape[:3], dtype=self._compute),
+            **{n: q.new_empty(q.shape[:3], dtype=self._compute) for n in ("Delta", *direction.adjoints)},
         }
         splits = 1
         if self.schedule.gradients is Gradients.ONE_KERNEL:

@@ -7,7 +7,6 @@ that owns q tiles. All of them share `recompute`: weights and score gradients of
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from attn_engine.codegen.lower.capture import (
@@ -21,7 +20,7 @@ from attn_engine.codegen.lower.capture import (
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
 from attn_engine.codegen.lower.ranges import masking, phases, split_bounds
-from attn_engine.codegen.lower.row_values import row_loads, row_params, uses_delta
+from attn_engine.codegen.lower.row_values import RowReads, main_rows, row_bindings, uses_delta
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
 from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
@@ -53,8 +52,7 @@ from attn_engine.codegen.schedule import Gradients, Schedule
 from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, where
 from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
-from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
-from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, PROBS, SCORE, Attention, saved_var
+from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, PROBS, SCORE, Attention
 from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
 
 ORDER_KV = (
@@ -270,9 +268,8 @@ class Sweep:
         program, rule = self.program, self.program.rule
         emitter = Emitter(self.names.copy(), self.known, base_two)
         score_lets(program, emitter)
-        for name, empty in saved_of_empty_row(rule).items():
-            safe = tile(f"safe_{name}", "q") if empty == -math.inf else tile(name, "q")
-            emitter.bind(saved_var(name), safe)
+        for value, loaded in row_bindings(rule).items():
+            emitter.bind(value, loaded)
         probs = emitter.value(rule.recompute, rule.names, rule.sources)
         seen = None
         if masked is not False:
@@ -327,9 +324,10 @@ def key_loads() -> list[Stmt]:
     return [Let("key", load_tile("K")), Let("value", load_tile("V"))]
 
 
-def query_loads(program: Attention) -> list[Stmt]:
-    """Q, dO and the row values of a q tile."""
-    return [Let("query", load_tile("Q")), Let("d_out", load_tile("dO")), *row_loads(program)]
+def query_loads(program: Attention, read: RowReads | None = None) -> list[Stmt]:
+    """Q, dO and the row values of a q tile, those in `read` or all that the gradients read."""
+    read = read or main_rows(program)
+    return [Let("query", load_tile("Q")), Let("d_out", load_tile("dO")), *read.loads()]
 
 
 def backward_kernel(
@@ -342,9 +340,13 @@ def backward_kernel(
     body: list[Stmt],
     more_scalars: tuple[Var, ...] = (),
     tests: TileTests | None = None,
+    read: RowReads | None = None,
 ) -> Kernel:
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
-    inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_params(program))
+    inputs = (
+        *(wide(program, t) for t in ("Q", "K", "V", "dO")),
+        *(read or main_rows(program)).params(program),
+    )
     inputs = (*inputs, *captured_params(program), *(tests.params if tests else ()))
     return Kernel(
         name=name,

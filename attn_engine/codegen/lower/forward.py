@@ -141,13 +141,20 @@ def row_pass(
 
 
 def pass_values(
-    rule: OnlineRule, p: RowPass, names: Names, known: dict[Expr, Expr], empty: Mapping[Expr, Number]
+    rule: OnlineRule,
+    p: RowPass,
+    names: Names,
+    known: dict[Expr, Expr],
+    empty: Mapping[Expr, Number] | None = None,
 ) -> list[Stmt]:
-    """The row values after a pass; what has no value in a row without keys (a mean) reads as 0 there."""
+    """The row values after a pass; what has no value in a row without keys (a mean) reads as 0 there.
+
+    empty: the values in such a row; None where it does not matter.
+    """
     emitter = Emitter(names, known, base_two)
     for name, e in p.values:
         value = emitter.value(e, rule.names, rule.sources)
-        if not math.isfinite(empty[saved_var(name)]):
+        if empty is not None and not math.isfinite(empty[saved_var(name)]):
             value = where(has_seen_nothing(p.states), 0.0, value)
         emitter.bind(e, emitter.let(name, value, rule.sources.get(e, "")))
     return emitter.lets
