@@ -6,7 +6,7 @@ All tensors here are in logical order, (batch, head, row, dimension), with any s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -22,10 +22,12 @@ from attn_engine.codegen.schedule import Gradients, Schedule, few_rows_schedule,
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
+from attn_engine.ir.passes.row_gradients import only_row_gradients
 from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
+from attn_engine.runtime.parameter_sums import row_sums
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -101,7 +103,8 @@ class CompiledAttention:
         """Lowered and compiled kernels of a direction, from this object's cache; `rows` have gradients of their own."""
         found = self._directions.get((direction, learned, rows))
         if found is None:
-            captures = capture_gradients(self.program, learned)
+            rule = only_row_gradients(self.program.rule, rows)
+            captures = capture_gradients(replace(self.program, rule=rule), learned)
             self.backend.refuse(self.program, captures)
             kernels = self.module(direction, learned, rows).kernels
             compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
@@ -218,7 +221,10 @@ class CompiledAttention:
         if "dQ_parts" in tensors:
             _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
         numbers.update(sizes)
-        return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
+        per_row = row_sums(self.program.rule, learned, tensors, numbers)
+        return {
+            name: _captured_gradient(name, direction.captures, tensors, numbers, per_row) for name in learned
+        }
 
     @cached_property
     def _compute(self) -> torch.dtype:
@@ -247,7 +253,11 @@ class CompiledAttention:
 
 
 def _captured_gradient(
-    name: str, captures: Sequence[CaptureGradient], tensors: Tensors, numbers: Scalars
+    name: str,
+    captures: Sequence[CaptureGradient],
+    tensors: Tensors,
+    numbers: Scalars,
+    per_row: Sequence[tuple[CaptureGradient, Tensor]] = (),
 ) -> Tensor:
     """Everything that was collected for one captured tensor, summed in a fixed order, in its shape and dtype."""
     tensor = tensors[name]
@@ -255,12 +265,15 @@ def _captured_gradient(
     # Several reads by pairs share one buffer: count it once.
     pairs = [tensors[buffer] for buffer in {c.buffer: None for c in reads if c.route is Route.PAIR}]
     sums = [c for c in reads if c.route is not Route.PAIR]
-    if len(pairs) == 1 and not sums:
+    once = [(c, x) for c, x in per_row if c.load.tensor == name]
+    if len(pairs) == 1 and not sums and not once:
         return pairs[0].to(tensor.dtype)
     total = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
     for c in sums:
         buffer = tensors[c.buffer]
         scatter_sums(total, c, buffer.sum(0) if buffer.ndim == 4 else buffer, tensors, numbers)
+    for c, x in once:
+        scatter_sums(total, c, x, tensors, numbers)
     for buffer in pairs:
         total += buffer
     return total.to(tensor.dtype)

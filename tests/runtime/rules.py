@@ -1,14 +1,15 @@
-"""Four row rules and some traced functions written directly on the IR, for tests below the front end."""
+"""Row rules and some traced functions written directly on the IR, for tests below the front end."""
 
 from __future__ import annotations
 
 import math
 
-from attn_engine.ir.expr import Const, Expr, Full, Reduce, Var, call, where
+from attn_engine.ir.expr import Const, Expr, Full, Load, Reduce, Var, call, where
 from attn_engine.ir.ops import DType, Op, Storage
 from attn_engine.ir.program import (
     D_PROBS,
     DELTA,
+    HEAD,
     LOGIT,
     OUT,
     PROBS,
@@ -17,6 +18,7 @@ from attn_engine.ir.program import (
     OnlineRule,
     RowPass,
     RowState,
+    RuleParameter,
     ScalarFn,
     d_saved_var,
     saved_var,
@@ -115,6 +117,36 @@ def centred() -> OnlineRule:
                 (slopes.var + Reduce("sum", slope, "kv"),),
                 (("pull", -slopes.var / saved_var("count")),),
             ),
+        ),
+    )
+
+
+def softmax_with_sink() -> OnlineRule:
+    """exp(s / temperature[h]) / (sum + exp(sink[h])): one parameter of pairs, one of rows."""
+    sink, temperature = (Load(name, DType.FLOAT, (HEAD,)) for name in ("sink", "temperature"))
+    row_max, row_sum, lse = RowState("row_max", -math.inf), RowState("row_sum", 0.0), saved_var("lse")
+    scaled = LOGIT / temperature
+    new_max = call(Op.MAX, row_max.var, Reduce("max", scaled, "kv"))
+    weights, rescale = call(Op.EXP, scaled - new_max), call(Op.EXP, row_max.var - new_max)
+    whole = row_sum.var + call(Op.EXP, sink - row_max.var)
+    d_scaled = PROBS * (D_PROBS - DELTA + d_saved_var("lse"))
+    return OnlineRule(
+        "softmax_with_sink",
+        (row_max, row_sum),
+        weights,
+        (new_max, row_sum.var * rescale + Reduce("sum", weights, "kv")),
+        rescale,
+        OUT / whole,
+        (("lse", row_max.var + call(Op.LOG, whole)),),
+        call(Op.EXP, scaled - lse),
+        d_scaled / temperature,
+        parameters=(
+            RuleParameter(sink, None, call(Op.EXP, sink - lse) * (d_saved_var("lse") - DELTA)),
+            RuleParameter(temperature, -d_scaled * LOGIT / (temperature * temperature), None),
+        ),
+        captures=(
+            Captured("sink", Storage.FLOAT32, 1),
+            Captured("temperature", Storage.FLOAT32, 1),
         ),
     )
 

@@ -52,6 +52,7 @@ from attn_engine.codegen.schedule import Gradients, Schedule
 from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, where
 from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
+from attn_engine.ir.passes.row_gradients import backward_roots
 from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, PROBS, SCORE, Attention
 from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
 
@@ -250,7 +251,7 @@ class Sweep:
         plan = plan_mask(program.mask.result if program.mask else None, loop)
         self.tests = tile_tests(program, names, loop, tiles, own_rows_count=sums_own_axis)
         self.phases = phases(plan, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis)
-        self.before, self.known = hoisted(program, names, loop)
+        self.before, self.known = hoisted(program, names, loop, backward_roots(program.rule))
 
     def loops(
         self, wanted: list[CaptureGradient], loads: list[Stmt], update: list[Stmt], *, in_loop: bool = False
@@ -286,14 +287,18 @@ class Sweep:
         """(name, value) of d_score and of each wanted read, before the mask."""
         program, rule = self.program, self.program.rule
         d_logit = emitter.value(rule.gradient, rule.names, rule.sources)
+        in_rule = {c: c.per_pair for c in wanted if c.per_pair is not None}
+        own = [(c.value.name, emitter.value(e, rule.names, rule.sources)) for c, e in in_rule.items()]
         if program.score is None:
-            return [(D_SCORE.name, d_logit)]
+            return [(D_SCORE.name, d_logit), *own]
         emitter.let(D_LOGIT.name, d_logit)
-        targets = [SCORE, *(c.load for c in wanted)]
+        in_score = [c for c in wanted if c not in in_rule]
+        targets = [SCORE, *(c.load for c in in_score)]
         through = gradients(program.score.result, D_LOGIT, targets)
-        names = [D_SCORE.name, *(c.value.name for c in wanted)]
+        names = [D_SCORE.name, *(c.value.name for c in in_score)]
         fn = program.score
-        return [(n, emitter.value(g, fn.names, fn.sources)) for n, g in zip(names, through, strict=True)]
+        found = [(n, emitter.value(g, fn.names, fn.sources)) for n, g in zip(names, through, strict=True)]
+        return [*found, *own]
 
 
 def hide_weights(emitter: Emitter, probs: Expr, seen: Visibility | None, masked: bool | Expr) -> None:

@@ -90,7 +90,7 @@ def pass_over_keys(program: Attention, schedule: Schedule, names: Names, *, one_
     tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
     tests = tile_tests(program, names, "kv", tiles)
     seen = phases(mask_plan(program), tiles, schedule.edges, tests, one_split=one_split)
-    before, known = hoisted(program, names, "kv")
+    before, known = hoisted(program, names, "kv", forward_roots(program.rule))
     body: list[Stmt] = [
         Section("query tile of this program"),
         Let("kv_head", HEAD // GROUP_OF_HEADS),
@@ -106,6 +106,11 @@ def pass_over_keys(program: Attention, schedule: Schedule, names: Names, *, one_
         loop = run.loop("kv", lambda masked: kv_step(program, names.copy(), known, masked))
         body += [Section(run.title), loop]
     return Pass(tuple(body), tests)
+
+
+def forward_roots(rule: OnlineRule) -> list[Expr]:
+    """What the loops of the forward pass compute of a rule."""
+    return [e for p in (*rule.earlier, rule) for e in p.new_states] + [rule.weights, rule.out_scale]
 
 
 def empty_row_state(rule: OnlineRule) -> list[Stmt]:
