@@ -161,6 +161,8 @@ def pass_values(
         value = emitter.value(e, rule.names, rule.sources)
         if empty is not None and not math.isfinite(empty[saved_var(name)]):
             value = where(has_seen_nothing(p.states), 0.0, value)
+        if not value.axes:
+            value = value + Full(0.0, ("q",))
         emitter.bind(e, emitter.let(name, value, rule.sources.get(e, "")))
     return emitter.lets
 

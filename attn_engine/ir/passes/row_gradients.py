@@ -168,20 +168,22 @@ def _multiple_of_weights(rule: OnlineRule, step: Expr) -> float | None:
 
 def only_row_gradients(rule: OnlineRule, used: tuple[str, ...]) -> OnlineRule:
     """The rule where only the row values in `used` have a gradient; passes that then feed nothing are gone."""
-    unused: dict[Expr, Expr] = {d_saved_var(n): _ZERO for n in differentiable_rows(rule) if n not in used}
-    if unused:
+    zero: set[Expr] = {d_saved_var(n) for n in differentiable_rows(rule) if n not in used}
+    if zero:
 
         def drop(e: Expr) -> Expr:
-            return transform(e, lambda node: unused[node] if node in unused else _without_zero(node))
+            return transform(e, lambda node: _ZERO if node in zero else _without_zero(node))
 
+        adjoints: list[RowPass] = []
+        for p in rule.adjoints:
+            values = tuple((name, drop(e)) for name, e in p.values)
+            adjoints.append(RowPass(p.states, tuple(map(drop, p.new_states)), values))
+            zero |= {saved_var(name) for name, e in values if is_zero(e)}
         rule = replace(
             rule,
             gradient=drop(rule.gradient),
             parameters=tuple(_dropped_parameter(p, drop) for p in rule.parameters),
-            adjoints=tuple(
-                RowPass(p.states, tuple(map(drop, p.new_states)), tuple((n, drop(e)) for n, e in p.values))
-                for p in rule.adjoints
-            ),
+            adjoints=tuple(adjoints),
             names={**rule.names, **{drop(e): name for e, name in rule.names.items()}},
             sources={**rule.sources, **{drop(e): text for e, text in rule.sources.items()}},
         )
