@@ -207,7 +207,7 @@ class AttentionEngine:
             call, key = self._call(traced, q.device.type)
             o, rows = apply(call, key, q, k, v, captured, numbers, kind, return_final_rowscales)
         if return_final_rowscales:
-            return o, dict(zip((name for name, _ in self.program.rule.saved), rows, strict=True))
+            return o, dict(zip(self.program.rule.row_outputs, rows, strict=True))
         return o
 
     def reference(

@@ -7,7 +7,7 @@ captured tensor of another dtype, a number that decided a Python branch or that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from attn_engine.frontend import (
     trace_score_mod,
 )
 from attn_engine.frontend.names import KernelNames, type_name
+from attn_engine.frontend.pooling import without_pooled
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.passes.row_gradients import with_row_gradients
@@ -59,8 +60,10 @@ class Description:
             score = trace_score_mod(self.score_mod, self.custom_io, storages, names)
         if self.mask_mod is not None:
             mask = trace_mask_mod(self.mask_mod, self.custom_io, storages, names)
-        rule = trace_online(self.online_func, names)
-        program = self.program(score, mask, with_row_gradients(rule.rule))
+        online_func, pooled = without_pooled(self.online_func)
+        rule = trace_online(online_func, names)
+        row_rule = replace(with_row_gradients(rule.rule), pooled=pooled)
+        program = self.program(score, mask, row_rule)
         return TracedProgram(program, score, mask, rule, dict(storages))
 
     def program(self, score: Trace | None, mask: Trace | None, rule: OnlineRule) -> Attention:

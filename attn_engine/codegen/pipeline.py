@@ -11,6 +11,7 @@ from attn_engine.codegen.lower.adjoints import lower_adjoints
 from attn_engine.codegen.lower.backward import lower_backward
 from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
+from attn_engine.codegen.lower.pooled import lower_pooled_forward
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.passes.row_gradients import only_row_gradients
@@ -35,7 +36,8 @@ def lower(
     """
     assert direction in DIRECTIONS, direction
     if direction == "forward":
-        module = Module("forward", (lower_forward(program, schedule),))
+        lower_one = lower_pooled_forward if program.rule.pooled else lower_forward
+        module = Module("forward", (lower_one(program, schedule),))
     elif direction == "decode":
         merge = derive_merge(program.rule)
         assert isinstance(merge, MergeRule), "keys are split where the parts can be merged"

@@ -29,6 +29,7 @@ from attn_engine.runtime.capture_sums import scatter_sums
 from attn_engine.runtime.dq_parts import parts_of, sum_parts
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
 from attn_engine.runtime.parameter_sums import row_sums
+from attn_engine.runtime.pools import empty_pools, joined_pools
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -119,7 +120,7 @@ class CompiledAttention:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
-        """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
+        """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in order, and pooled weights."""
         packing = choose_packing(self.program, self.schedule, q, k)
         if packing is Packing.NONE:
             return self.of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
@@ -130,7 +131,7 @@ class CompiledAttention:
 
     def of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""
-        tile = tile_of_few_rows(self.schedule, rows)
+        tile = 0 if self.program.rule.pooled else tile_of_few_rows(self.schedule, rows)
         if packing is Packing.NONE and tile == 0:
             return self
         found = self._variants.get((packing, tile))
@@ -152,8 +153,10 @@ class CompiledAttention:
             sizes["splits"] = splits
             scalars = {**scalars, "splits": splits}
             tensors.update(self._partials(q, splits))
+        pools = empty_pools(self.program, self.schedule, q, k, self.compute)
+        tensors.update(pools)
         self._launch(self.kernels("forward" if splits == 1 else "decode"), tensors, captured, scalars, sizes)
-        return list(saved.values())
+        return [*saved.values(), *joined_pools(self.program, self.schedule, pools)]
 
     def _launch(
         self,

@@ -81,7 +81,7 @@ def forward_plan(
     out = Layout.of(logical(q.new_empty(out_shape)))
     q, k, v = logical(q), logical(k), logical(v)
     packing = choose_packing(compiled.program, compiled.schedule, q, k)
-    if packing is Packing.QUERIES:
+    if packing is Packing.QUERIES or compiled.program.rule.pooled:
         return None
     rows, fixed, queries = q.shape[:3], dict[str, Number](), Layout.of(q)
     if packing is Packing.ONE_QUERY:

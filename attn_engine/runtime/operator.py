@@ -65,7 +65,7 @@ class Call:
     @cached_property
     def rows(self) -> tuple[str, ...]:
         """The saved row values by name."""
-        return tuple(name for name, _ in self.compiled.program.rule.saved)
+        return self.compiled.program.rule.row_outputs
 
     @cached_property
     def moving(self) -> frozenset[str]:
@@ -128,7 +128,8 @@ def run_forward(
     numbers: Mapping[str, Number],
     kind: CallKind | None = None,
 ) -> list[Tensor]:
-    """[o, saved rows...], or [o, all saved rows in one tensor (their number, B, H, Sq)] where `kind` has a plan."""
+    """[o, saved rows..., pooled weights...], or [o, all saved rows in one tensor (their number, B, H, Sq)] where `kind`
+    has a plan."""
     if kind is not None and (plan := planned_forward(call, kind, q, k, v, captured)) is not None:
         return plan.run(q, k, v, captured, numbers)
     out = call.empty_output(q, v)
@@ -163,6 +164,7 @@ def run_backward(
         if plan is not None:
             return plan.run(d_out, tensors, captured, numbers)
         saved = list(saved[0])
+    saved = saved[: len(call.compiled.saved_names)]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     found = call.compiled.backward(
         call.logical(d_out),
@@ -306,8 +308,14 @@ def _(q, k, v, captured, scalars, key):
         call.checks.shapes(q, k, v)
     rows = compute_dtype(call.compiled.program.element)
     logical = call.logical(q)
-    saved = [q.new_empty(logical.shape[:3], dtype=rows) for _ in call.compiled.program.rule.saved]
-    return [call.empty_output(q, v), *saved]
+    rule, (batches, heads, q_len, _) = call.compiled.program.rule, logical.shape
+    saved = [q.new_empty((batches, heads, q_len), dtype=rows) for _ in rule.saved]
+    counts = [(call.logical(k).shape[2] + p.block - 1) // p.block for p in rule.pooled]
+    return [
+        call.empty_output(q, v),
+        *saved,
+        *(q.new_empty((batches, heads, q_len, count), dtype=rows) for count in counts),
+    ]
 
 
 @torch.library.custom_op("attn_engine::backward", mutates_args=())

@@ -56,6 +56,8 @@ class Pass:
 
     body: tuple[Stmt, ...]
     tests: TileTests | None
+    seen: Phases
+    known: dict[Expr, Expr]  # what was computed before the loops
 
 
 def forward_kernel(
@@ -105,7 +107,7 @@ def pass_over_keys(program: Attention, schedule: Schedule, names: Names, *, one_
     for run in seen.runs:
         loop = run.loop("kv", lambda masked: kv_step(program, names.copy(), known, masked))
         body += [Section(run.title), loop]
-    return Pass(tuple(body), tests)
+    return Pass(tuple(body), tests, seen, known)
 
 
 def forward_roots(rule: OnlineRule) -> list[Expr]:

@@ -187,7 +187,7 @@ def only_row_gradients(rule: OnlineRule, used: tuple[str, ...]) -> OnlineRule:
             names={**rule.names, **{drop(e): name for e, name in rule.names.items()}},
             sources={**rule.sources, **{drop(e): text for e, text in rule.sources.items()}},
         )
-    return _without_idle_passes(rule)
+    return _without_idle_passes(replace(rule, pooled=()))
 
 
 def _dropped_parameter(p: RuleParameter, drop: Callable[[Expr], Expr]) -> RuleParameter:
@@ -214,6 +214,20 @@ def _without_zero(e: Expr) -> Expr | None:
             return None
 
 
+def _with_values(p: RowPass, values: tuple[tuple[str, Expr], ...]) -> RowPass:
+    """The pass with these of its values, and the states that they need."""
+    news = dict(zip(p.states, p.new_states, strict=True))
+    roots = [e for _, e in values]
+    while True:
+        read = set(postorder(*roots))
+        more = [new for state, new in news.items() if state.var in read and new not in roots]
+        if not more:
+            break
+        roots += more
+    states = tuple(s for s in p.states if s.var in read)
+    return RowPass(states, tuple(news[s] for s in states), values)
+
+
 def _without_idle_passes(rule: OnlineRule) -> OnlineRule:
     """Adjoint values that nothing reads are left out, last pass first."""
     read = set(postorder(*backward_roots(replace(rule, adjoints=()))))
@@ -221,6 +235,6 @@ def _without_idle_passes(rule: OnlineRule) -> OnlineRule:
     for p in reversed(rule.adjoints):
         values = tuple((name, e) for name, e in p.values if saved_var(name) in read)
         if values:
-            kept.append(replace(p, values=values))
-            read |= set(postorder(*p.new_states, *(e for _, e in values)))
+            kept.append(_with_values(p, values))
+            read |= set(postorder(*kept[-1].new_states, *(e for _, e in values)))
     return replace(rule, adjoints=tuple(reversed(kept)))
