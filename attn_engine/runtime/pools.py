@@ -10,7 +10,7 @@ from torch import Tensor
 from attn_engine.codegen.lower.pooled import pooled_tile
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import REDUCE_IDENTITY
-from attn_engine.ir.program import Attention
+from attn_engine.ir.program import Attention, OnlineRule
 
 
 def empty_pools(
@@ -25,6 +25,17 @@ def empty_pools(
         p.name: torch.full(shape, REDUCE_IDENTITY[p.kind], dtype=compute, device=q.device)
         for p in program.rule.pooled
     }
+
+
+def dense_pools(rule: OnlineRule, weights: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    """The same by name from all the weights (B, H, Sq, Skv)."""
+    found: dict[str, Tensor] = {}
+    for p in rule.pooled:
+        kept = torch.where(visible, weights, REDUCE_IDENTITY[p.kind])
+        join = torch.amax if p.kind == "max" else torch.sum
+        x = torch.stack([join(part, dim=3) for part in kept.split(p.block, dim=3)], 3)
+        found[p.name] = torch.where(x == -math.inf, 0.0, x)
+    return found
 
 
 def joined_pools(program: Attention, schedule: Schedule, pools: dict[str, Tensor]) -> list[Tensor]:

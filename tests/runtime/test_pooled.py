@@ -53,6 +53,9 @@ def check(
     want_sum = torch.stack([x.sum(-1) for x in dense.split(2 * block, -1)], -1)
     torch.testing.assert_close(rows["pooled_max"].double(), want_max, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rows["pooled_sum"].double(), want_sum, rtol=1e-5, atol=1e-6)
+    _, exact = built.reference(q, k, v, return_final_rowscales=True)
+    torch.testing.assert_close(exact["pooled_max"], want_max)
+    torch.testing.assert_close(exact["pooled_sum"], want_sum)
 
 
 @pytest.mark.parametrize("block", [16, 64, 256])
