@@ -11,6 +11,7 @@ from attn_engine.codegen.lower.adjoints import lower_adjoints
 from attn_engine.codegen.lower.backward import lower_backward
 from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
+from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
 from attn_engine.codegen.lower.pooled import lower_pooled_forward
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
@@ -50,6 +51,7 @@ def lower(
             first = [k for k in module.kernels if k.name == "delta"]
             kernels = (*first, lower_adjoints(program, schedule), *module.kernels[len(first) :])
             module = replace(module, kernels=kernels)
+        module = replace(module, kernels=module.kernels + lower_pair_gradients(program, schedule, learned))
     for kernel in module.kernels:
         verify_kernel(kernel)
     return module

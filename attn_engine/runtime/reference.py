@@ -30,6 +30,7 @@ from attn_engine.ir.program import (
     OnlineRule,
     ScalarFn,
 )
+from attn_engine.runtime.block_lists import dense_lists
 from attn_engine.runtime.dense import evaluate_all, evaluate_dense
 from attn_engine.runtime.pools import dense_pools
 
@@ -70,6 +71,9 @@ def reference(
         **{var: scalars[var.name] for var in program.scalars},
     }
     visible = _visible(program.mask, environment, tensors, score, nothing_to_see)
+    if program.listed is not None and not nothing_to_see:
+        partial, full = dense_lists(program.listed, tensors, score.shape[1], (q.shape[2], k.shape[2]))
+        visible = (visible & partial[..., None, None]) | full[..., None, None]
     logit = _logits(program.score, environment, tensors, score, visible)
     o, rows = _row_function(program.rule, environment, tensors, logit, visible, value)
     if program.rule.pooled:

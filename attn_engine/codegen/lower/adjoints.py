@@ -13,10 +13,10 @@ from attn_engine.codegen.lower.backward import Sweep, backward_kernel, query_loa
 from attn_engine.codegen.lower.emit import Emitter
 from attn_engine.codegen.lower.forward import ORDER_Q, adjuster, pass_values, titled
 from attn_engine.codegen.lower.row_values import adjoint_param, read_rows, row_bindings
-from attn_engine.codegen.lower.score import reserved_names, score_lets, visibility
+from attn_engine.codegen.lower.score import Masked, reserved_names, score_lets, visibility
 from attn_engine.codegen.lower.values import D_OUT, GROUP_OF_HEADS, Q_ROW, VALUE, load_tile, rows, tile
 from attn_engine.codegen.schedule import Schedule
-from attn_engine.ir.expr import Dot, Expr, Full, postorder
+from attn_engine.ir.expr import Dot, Full, postorder
 from attn_engine.ir.passes.rule_analysis import in_dependency_order, pass_as_rule
 from attn_engine.ir.program import D_PROBS, DELTA, HEAD, PROBS, Attention, RowPass, saved_var
 from attn_engine.ir.tile import Kernel, Let, Section, Stmt, StoreTile
@@ -63,10 +63,10 @@ def _row_pass(sweep: Sweep, p: RowPass, title: str, *, first: bool) -> list[Stmt
     return [*body, *pass_values(sweep.program.rule, p, sweep.names, known)]
 
 
-def _step(sweep: Sweep, p: RowPass, masked: bool | Expr) -> list[Stmt]:
+def _step(sweep: Sweep, p: RowPass, masked: Masked) -> list[Stmt]:
     """One kv tile: weights and their gradients again, as far as they are read, and the states after it."""
     program, rule, names = sweep.program, sweep.program.rule, sweep.names.copy()
-    seen = None if masked is False else visibility(program, names, sweep.known, ("kv",))
+    seen = None if masked is False else visibility(program, names, sweep.known, ("kv",), masked)
     known = {**sweep.known, **row_bindings(rule), DELTA: tile("delta", "q")}
     emitter = Emitter(names, known, adjuster(seen.var if seen else None))
     read = set(postorder(*p.new_states))

@@ -18,7 +18,7 @@ from attn_engine.codegen.lower.forward import (
     saved_outputs,
     titled,
 )
-from attn_engine.codegen.lower.score import reserved_names, score_lets, visibility
+from attn_engine.codegen.lower.score import Masked, reserved_names, score_lets, visibility
 from attn_engine.codegen.lower.values import compute_storage, load_tile, scalar, wide
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import REDUCE_IDENTITY, Expr, Full, Reduce, Var, postorder, where
@@ -71,7 +71,7 @@ def _final_values(program: Attention, emitter: Emitter) -> dict[str, Expr]:
 
 
 def _step(
-    program: Attention, names: Names, known: dict[Expr, Expr], masked: bool | Expr, block: int
+    program: Attention, names: Names, known: dict[Expr, Expr], masked: Masked, block: int
 ) -> list[Stmt]:
     """One kv tile: its weights, and what is kept of them."""
     rule = program.rule
@@ -82,7 +82,7 @@ def _step(
     probs: Expr = emitter.let("probs", weights + Full(0.0, ("q", "kv")) if len(weights.axes) < 2 else weights)
     visible: Var | None = None
     if masked is not False:
-        seen = visibility(program, names, known, ("kv",))
+        seen = visibility(program, names, known, ("kv",), masked)
         emitter.lets += seen.lets
         visible = seen.var
     place = (BATCH, HEAD, scalar("kv_start") // block, Q_IDX)
