@@ -23,6 +23,7 @@ from attn_engine.frontend import (
     Var,
     meta_tensor,
 )
+from attn_engine.frontend.pooling import with_pooled
 from attn_engine.library import and_masks, not_mask, or_masks
 from attn_engine.masks import BlockMask, create_block_mask
 from attn_engine.version import VERSION as __version__
@@ -46,4 +47,5 @@ __all__ = [
     "meta_tensor",
     "not_mask",
     "or_masks",
+    "with_pooled",
 ]

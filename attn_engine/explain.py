@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from attn_engine.codegen.lower.backward import uses_delta
+from attn_engine.codegen.lower.row_values import uses_delta
 from attn_engine.errors import UnknownOption
 from attn_engine.ir.expr import Expr, Var, postorder, substitute
 from attn_engine.ir.passes.mask_range import MaskPlan, NoneKnown, plan_mask

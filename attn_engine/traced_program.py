@@ -23,8 +23,10 @@ from attn_engine.frontend import (
     trace_score_mod,
 )
 from attn_engine.frontend.names import KernelNames, type_name
+from attn_engine.frontend.pooling import without_pooled
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
+from attn_engine.ir.passes.row_gradients import with_row_gradients
 from attn_engine.ir.program import Attention, ListedBlocks, OnlineRule
 from attn_engine.runtime.operator import Call
 from attn_engine.runtime.storage import STORAGES
@@ -58,8 +60,11 @@ class Description:
             score = trace_score_mod(self.score_mod, self.custom_io, storages, names)
         if self.mask_mod is not None:
             mask = trace_mask_mod(self.mask_mod, self.custom_io, storages, names)
-        rule = trace_online(self.online_func, names)
-        return TracedProgram(self.program(score, mask, rule.rule), score, mask, rule, dict(storages))
+        online_func, pooled = without_pooled(self.online_func)
+        rule = trace_online(online_func, names)
+        row_rule = replace(with_row_gradients(rule.rule), pooled=pooled)
+        program = self.program(score, mask, row_rule)
+        return TracedProgram(program, score, mask, rule, dict(storages))
 
     def program(self, score: Trace | None, mask: Trace | None, rule: OnlineRule) -> Attention:
         names = [t.fn.name for t in (score, mask) if t is not None and not t.fn.name.startswith("lambda")]

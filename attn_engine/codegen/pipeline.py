@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from attn_engine.codegen.lower.adjoints import lower_adjoints
 from attn_engine.codegen.lower.backward import lower_backward
 from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
 from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
+from attn_engine.codegen.lower.pooled import lower_pooled_forward
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
+from attn_engine.ir.passes.row_gradients import only_row_gradients
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, Lanes, Module
 from attn_engine.ir.verify import verify_kernel
@@ -20,20 +23,34 @@ from attn_engine.ir.verify import verify_kernel
 DIRECTIONS = ("forward", "decode", "backward")
 
 
-def lower(program: Attention, schedule: Schedule, direction: str, learned: tuple[str, ...] = ()) -> Module:
-    """The kernels of one direction; `learned` names the captured tensors that need a gradient.
+def lower(
+    program: Attention,
+    schedule: Schedule,
+    direction: str,
+    learned: tuple[str, ...] = (),
+    rows: tuple[str, ...] = (),
+) -> Module:
+    """The kernels of one direction; `learned` names the captured tensors that need a gradient, `rows` the saved row
+    values that have one.
 
     "decode" is the forward pass with the keys split, for rules that have a merge.
     """
     assert direction in DIRECTIONS, direction
     if direction == "forward":
-        module = Module("forward", (lower_forward(program, schedule),))
+        lower_one = lower_pooled_forward if program.rule.pooled else lower_forward
+        module = Module("forward", (lower_one(program, schedule),))
     elif direction == "decode":
         merge = derive_merge(program.rule)
         assert isinstance(merge, MergeRule), "keys are split where the parts can be merged"
         module = lower_decode(program, schedule, merge)
     else:
+        rule = only_row_gradients(program.rule, rows)
+        program = replace(program, rule=rule)
         module = lower_backward(program, schedule, learned)
+        if rule.adjoints:  # they read delta, and the kernels of the gradients read them
+            first = [k for k in module.kernels if k.name == "delta"]
+            kernels = (*first, lower_adjoints(program, schedule), *module.kernels[len(first) :])
+            module = replace(module, kernels=kernels)
         module = replace(module, kernels=module.kernels + lower_pair_gradients(program, schedule, learned))
     for kernel in module.kernels:
         verify_kernel(kernel)

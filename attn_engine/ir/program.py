@@ -98,6 +98,18 @@ class RuleParameter:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooled:
+    """The largest ("max") or the sum ("sum") of a row's final weights over every block of so many keys."""
+
+    kind: str
+    block: int
+
+    @property
+    def name(self) -> str:
+        return f"pooled_{self.kind}"
+
+
+@dataclass(frozen=True, slots=True)
 class OnlineRule:
     """A normaliser: how a row of scores becomes weights, one tile of keys at a time, and back.
 
@@ -108,6 +120,7 @@ class OnlineRule:
     Backward, in terms of LOGIT and the saved names' variables:
         recompute (q, kv): the weights again; gradient (q, kv): d(loss)/d(LOGIT) from PROBS, D_PROBS, DELTA too, and
         from d_saved_var(name) where d(loss)/d(saved row value) is not zero.
+    pooled: further outputs of the forward pass, numbers per row and block of keys.
     A rule of one pass has neither `earlier` nor `adjoints`. `earlier`: passes over the keys before the online update,
     which may read their values by saved_var(name) (as may the epilogue). `adjoints`: passes over the keys before the
     gradient, in terms of the same inputs as it; the gradient reads their values by saved_var(name).
@@ -130,6 +143,12 @@ class OnlineRule:
     parameters: tuple[RuleParameter, ...] = ()
     captures: tuple[Captured, ...] = ()
     scalars: tuple[Var, ...] = ()
+    pooled: tuple[Pooled, ...] = ()
+
+    @property
+    def row_outputs(self) -> tuple[str, ...]:
+        """What a call can hand out beside the output: saved row values, then pooled weights."""
+        return (*(name for name, _ in self.saved), *(p.name for p in self.pooled))
 
     @property
     def saved_vars(self) -> tuple[Var, ...]:
@@ -189,14 +208,15 @@ class Attention:
 
     @property
     def captures(self) -> tuple[Captured, ...]:
-        """Captured tensors of all functions, each once, in order of first use."""
-        return tuple(dict.fromkeys(c for f in self.functions for c in f.captures))
+        """Captured tensors of all functions and of the rule, each once, in order of first use."""
+        return tuple(dict.fromkeys(c for f in (*self.functions, self.rule) for c in f.captures))
 
     @property
     def scalars(self) -> tuple[Var, ...]:
-        return tuple(dict.fromkeys(s for f in self.functions for s in f.scalars))
+        return tuple(dict.fromkeys(s for f in (*self.functions, self.rule) for s in f.scalars))
 
     @property
     def differentiable_captures(self) -> tuple[Captured, ...]:
-        """Floating tensors that score_mod reads: a mask has no gradient."""
-        return tuple(c for c in (self.score.captures if self.score else ()) if c.storage.floating)
+        """Floating tensors that score_mod or the rule reads: a mask has no gradient."""
+        read = (*(self.score.captures if self.score else ()), *self.rule.captures)
+        return tuple(dict.fromkeys(c for c in read if c.storage.floating))

@@ -85,8 +85,8 @@ def compare(
     learned = call.compiled.supported(floating)
 
     def compiled(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
-        o, rows = apply(call, key, q, k, v, tensors, numbers)
-        return call.logical(o), dict(zip((name for name, _ in program.rule.saved), rows, strict=True))
+        o, rows = apply(call, key, q, k, v, tensors, numbers, with_rows=True)
+        return call.logical(o), dict(zip(program.rule.row_outputs, rows, strict=True))
 
     def dense(dtype: torch.dtype) -> Run:
         def run(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:

@@ -6,7 +6,7 @@ All tensors here are in logical order, (batch, head, row, dimension), with any s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -21,22 +21,28 @@ from attn_engine.codegen.lower.capture import (
     shared_axes,
 )
 from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
+from attn_engine.codegen.lower.row_values import row_gradient_param
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import Gradients, Schedule, few_rows_schedule, tile_of_few_rows
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
+from attn_engine.ir.passes.row_gradients import only_row_gradients
 from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
+from attn_engine.runtime.parameter_sums import row_sums
+from attn_engine.runtime.pools import empty_pools, joined_pools
 from attn_engine.runtime.query_parts import ROOM, QueryParts
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
 Tensors = Mapping[str, Tensor]
 Scalars = Mapping[str, Number]
+
+_NO_TENSORS: Tensors = {}
 
 # Work items wanted per backward pass: enough to keep the threads of a desktop busy, and few enough that the parts of
 # dQ stay small. It does not depend on the number of threads, so neither do the results.
@@ -75,6 +81,7 @@ class Direction:
     tables: tuple[tuple[TileTable, ...], ...]
     captures: tuple[CaptureGradient, ...]
     with_query_parts: int | None
+    adjoints: tuple[str, ...] = ()  # rows that the first of them leave for the others
 
 
 @dataclass(eq=False)
@@ -84,11 +91,11 @@ class CompiledAttention:
     program: Attention
     backend: Backend
     schedule: Schedule
-    _directions: dict[tuple[str, tuple[str, ...]], Direction] = field(default_factory=dict)
+    _directions: dict[tuple[str, tuple[str, ...], tuple[str, ...]], Direction] = field(default_factory=dict)
     _variants: dict[tuple[Packing, int], CompiledAttention] = field(default_factory=dict)
 
-    def module(self, direction: str, learned: tuple[str, ...] = ()) -> Module:
-        return lower(self.program, self.schedule, direction, learned)
+    def module(self, direction: str, learned: tuple[str, ...] = (), rows: tuple[str, ...] = ()) -> Module:
+        return lower(self.program, self.schedule, direction, learned, rows)
 
     def supported(self, learned: tuple[str, ...]) -> tuple[str, ...]:
         """Those of the captured tensors whose gradients the backend can compute."""
@@ -101,23 +108,26 @@ class CompiledAttention:
             return False
         return True
 
-    def kernels(self, direction: str, learned: tuple[str, ...] = ()) -> Direction:
-        """Lowered and compiled kernels of a direction, from this object's cache."""
-        found = self._directions.get((direction, learned))
+    def kernels(self, direction: str, learned: tuple[str, ...] = (), rows: tuple[str, ...] = ()) -> Direction:
+        """Lowered and compiled kernels of a direction, from this object's cache; `rows` have gradients of their own."""
+        found = self._directions.get((direction, learned, rows))
         if found is None:
-            captures = capture_gradients(self.program, learned)
+            rule = only_row_gradients(self.program.rule, rows)
+            captures = capture_gradients(replace(self.program, rule=rule), learned)
             self.backend.refuse(self.program, captures)
-            kernels = self.module(direction, learned).kernels
+            kernels = self.module(direction, learned, rows).kernels
             compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
             query = (i for i, k in enumerate(kernels) if any(p.name == "dQ_parts" for p in k.params))
-            found = Direction(compiled, tuple(k.tables for k in kernels), captures, next(query, None))
-            self._directions[direction, learned] = found
+            between = tuple(p.name for k in kernels if k.name == "adjoints" for p in k.params if p.output)
+            tables = tuple(k.tables for k in kernels)
+            found = Direction(compiled, tables, captures, next(query, None), between)
+            self._directions[direction, learned, rows] = found
         return found
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
-        """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in the rule's order."""
+        """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in order, and pooled weights."""
         packing = choose_packing(self.program, self.schedule, q, k)
         if packing is Packing.NONE:
             return self.of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
@@ -128,7 +138,7 @@ class CompiledAttention:
 
     def of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""
-        tile = tile_of_few_rows(self.schedule, rows)
+        tile = 0 if self.program.rule.pooled else tile_of_few_rows(self.schedule, rows)
         if packing is Packing.NONE and tile == 0:
             return self
         found = self._variants.get((packing, tile))
@@ -151,8 +161,10 @@ class CompiledAttention:
             sizes["splits"] = splits
             scalars = {**scalars, "splits": splits}
             tensors.update(self._partials(q, splits))
+        pools = empty_pools(self.program, self.schedule, q, k, self.compute)
+        tensors.update(pools)
         self._launch(self.kernels("forward" if splits == 1 else "decode"), tensors, captured, scalars, sizes)
-        return list(saved.values())
+        return [*saved.values(), *joined_pools(self.program, self.schedule, pools)]
 
     def _launch(
         self,
@@ -194,11 +206,15 @@ class CompiledAttention:
         scalars: Scalars,
         gradients: tuple[Tensor, Tensor, Tensor],
         learned: tuple[str, ...],
+        d_rows: Tensors = _NO_TENSORS,
     ) -> dict[str, Tensor]:
-        """Fill dq, dk, dv; returns the gradients of the tensors in `learned`, in their own shapes and dtypes."""
+        """Fill dq, dk, dv; returns the gradients of the tensors in `learned`, in their own shapes and dtypes.
+
+        d_rows: gradients (B, H, Sq) of saved row values by name, of those that have one.
+        """
         q, k, v = inputs
         dq, dk, dv = gradients
-        direction = self.kernels("backward", learned)
+        direction = self.kernels("backward", learned, tuple(d_rows))
         sizes = sizes_of(q, k)
         numbers = dict(scalars)
         tensors: dict[str, Tensor] = {
@@ -211,7 +227,8 @@ class CompiledAttention:
             "dV": dv,
             **captured,
             **dict(zip(self.saved_names, saved, strict=True)),
-            "Delta": q.new_empty(q.shape[:3], dtype=self.compute),
+            **{row_gradient_param(name): x for name, x in d_rows.items()},
+            **{n: q.new_empty(q.shape[:3], dtype=self.compute) for n in ("Delta", *direction.adjoints)},
         }
         splits, parts = 1, None
         if self.schedule.gradients is Gradients.ONE_KERNEL:
@@ -223,7 +240,10 @@ class CompiledAttention:
         self._launch(direction, tensors, captured, numbers, sizes, parts)
         numbers.update(sizes)
         self._order_diagonals(direction.captures, tensors)
-        return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
+        per_row = row_sums(self.program.rule, learned, tensors, numbers)
+        return {
+            name: _captured_gradient(name, direction.captures, tensors, numbers, per_row) for name in learned
+        }
 
     @cached_property
     def compute(self) -> torch.dtype:
@@ -271,7 +291,11 @@ class CompiledAttention:
 
 
 def _captured_gradient(
-    name: str, captures: Sequence[CaptureGradient], tensors: Tensors, numbers: Scalars
+    name: str,
+    captures: Sequence[CaptureGradient],
+    tensors: Tensors,
+    numbers: Scalars,
+    per_row: Sequence[tuple[CaptureGradient, Tensor]] = (),
 ) -> Tensor:
     """Everything that was collected for one captured tensor, summed in a fixed order, in its shape and dtype."""
     tensor = tensors[name]
@@ -279,12 +303,15 @@ def _captured_gradient(
     # Several reads by pairs share one buffer: count it once.
     pairs = [tensors[buffer] for buffer in {c.buffer: None for c in reads if c.route is Route.PAIR}]
     sums = [c for c in reads if c.route is not Route.PAIR]
-    if len(pairs) == 1 and not sums:
+    once = [(c, x) for c, x in per_row if c.load.tensor == name]
+    if len(pairs) == 1 and not sums and not once:
         return pairs[0].to(tensor.dtype)
     total = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
     for c in sums:
         buffer = tensors[c.buffer]
         scatter_sums(total, c, buffer.sum(0) if buffer.ndim == 4 else buffer, tensors, numbers)
+    for c, x in once:
+        scatter_sums(total, c, x, tensors, numbers)
     for buffer in pairs:
         total += buffer
     return total.to(tensor.dtype)

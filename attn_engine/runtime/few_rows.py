@@ -40,7 +40,7 @@ def choose_splits(
     """
     batches, heads, q_len, _ = q.shape
     tiles = batches * heads * -(-q_len // schedule.block_q)
-    if tiles == 0 or tiles >= schedule.split_tasks:
+    if program.rule.pooled or tiles == 0 or tiles >= schedule.split_tasks:
         return 1
     keys = k.shape[2] if program.listed is None else listed_keys(program.listed, lists or {}, k.shape[2])
     longest = keys * (program.dim_qk + program.dim_v) // LEAST_NUMBERS_PER_SPLIT

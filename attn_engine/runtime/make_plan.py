@@ -1,8 +1,8 @@
 """Plans of the passes of one kind of call, made from the tensors of such a call.
 
 Planned are passes whose kernels can be prepared and need nothing else from torch: no tables of tiles, no copies of
-packed heads, no gradients of captured tensors. The rest takes the way of `compiled.py`, which does the same for any
-call; both choose packing, splits and kernels by the same functions.
+packed heads, no passes before the gradient, no gradients of captured tensors. The rest takes the way of `compiled.py`,
+which does the same for any call; both choose packing, splits and kernels by the same functions.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def forward_plan(
     out = Layout.of(logical(q.new_empty(out_shape)))
     q, k, v = logical(q), logical(k), logical(v)
     packing = choose_packing(compiled.program, compiled.schedule, q, k)
-    if packing is Packing.QUERIES:
+    if packing is Packing.QUERIES or compiled.program.rule.pooled:
         return None
     rows, fixed, queries = q.shape[:3], dict[str, Number](), Layout.of(q)
     if packing is Packing.ONE_QUERY:
@@ -125,7 +125,8 @@ def backward_plan(
     captured: Mapping[str, Tensor],
 ) -> BackwardPlan | None:
     """The plan of backward passes like this one; `stored` is q, k, v, o and the saved row values in one tensor."""
-    if compiled.schedule.gradients is not Gradients.ONE_KERNEL:
+    direction = compiled.kernels("backward")
+    if compiled.schedule.gradients is not Gradients.ONE_KERNEL or direction.adjoints:
         return None
     q, k, v, out, rows = stored
     shapes = tuple(tuple(x.shape) for x in (q, k, v))
@@ -139,7 +140,7 @@ def backward_plan(
     delta = tuple(queries.shape[:3])
     layouts = {"Delta": Layout.contiguous(delta), **{name: Layout.of(x) for name, x in tensors.items()}}
     sizes = {**sizes_of(queries, logical(k)), "splits": splits}
-    kernels = prepared(compiled.kernels("backward"), layouts, sizes)
+    kernels = prepared(direction, layouts, sizes)
     if kernels is None:
         return None
     step = rows.stride(0) * compute.itemsize

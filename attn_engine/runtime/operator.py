@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attn_engine.errors import StaleGraph, TransformNotSupported
 from attn_engine.ir.ops import Number
+from attn_engine.ir.passes.row_gradients import differentiable_rows
 from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.block_lists import tensor_names
 from attn_engine.runtime.compiled import CompiledAttention
@@ -63,6 +64,16 @@ class Call:
         return tensor_names(self.compiled.program)
 
     @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """The saved row values by name."""
+        return self.compiled.program.rule.row_outputs
+
+    @cached_property
+    def moving(self) -> frozenset[str]:
+        """Those of them that carry gradients."""
+        return frozenset(differentiable_rows(self.compiled.program.rule))
+
+    @cached_property
     def floating(self) -> frozenset[str]:
         return frozenset(c.name for c in self.compiled.program.differentiable_captures)
 
@@ -78,6 +89,10 @@ class Call:
     def numbers(self, scalars: Sequence[Number]) -> dict[str, Number]:
         """By name, of the type that the kernels take."""
         return {n: kind(x) for (n, kind), x in zip(self.kinds.items(), scalars, strict=True)}
+
+    def fixed(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """The saved rows that carry no gradient."""
+        return [x for name, x in zip(self.rows, saved, strict=True) if name not in self.moving]
 
     def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
         return q.new_empty((*q.shape[:3], v.shape[3]))
@@ -114,7 +129,8 @@ def run_forward(
     numbers: Mapping[str, Number],
     kind: CallKind | None = None,
 ) -> list[Tensor]:
-    """[o, saved rows...], or [o, all saved rows in one tensor (their number, B, H, Sq)] where `kind` has a plan."""
+    """[o, saved rows..., pooled weights...], or [o, all saved rows in one tensor (their number, B, H, Sq)] where `kind`
+    has a plan."""
     if kind is not None and (plan := planned_forward(call, kind, q, k, v, captured)) is not None:
         return plan.run(q, k, v, captured, numbers)
     out = call.empty_output(q, v)
@@ -124,21 +140,32 @@ def run_forward(
 
 def run_backward(
     call: Call,
-    d_out: Tensor,
+    d_out: Tensor | None,
     tensors: Sequence[Tensor],
     captured: Mapping[str, Tensor],
     numbers: Mapping[str, Number],
     learned: tuple[str, ...],
+    d_rows: Sequence[Tensor | None] = (),
     kind: CallKind | None = None,
 ) -> list[Tensor]:
     """[dq, dk, dv, gradients of `learned`...], contiguous; `tensors` is q, k, v, o and the saved rows, each or all in
-    one tensor."""
+    one tensor.
+
+    d_out, and each of d_rows (one per saved row value): None where no loss depends on it.
+    """
     q, k, v, out, *saved = tensors
+    moved = {n: x for n, x in zip(call.rows, d_rows, strict=False) if x is not None and n in call.moving}
+    d_out = torch.zeros_like(out) if d_out is None else d_out
     if len(saved) == 1 and saved[0].ndim == 4:
-        plan = None if kind is None or learned else planned_backward(call, kind, d_out, tensors, captured)
+        plan = (
+            None
+            if kind is None or learned or moved
+            else planned_backward(call, kind, d_out, tensors, captured)
+        )
         if plan is not None:
             return plan.run(d_out, tensors, captured, numbers)
         saved = list(saved[0])
+    saved = saved[: len(call.compiled.saved_names)]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     found = call.compiled.backward(
         call.logical(d_out),
@@ -149,13 +176,13 @@ def run_backward(
         numbers,
         (call.logical(dq), call.logical(dk), call.logical(dv)),
         learned,
+        moved,
     )
     return [dq, dk, dv, *(found[name] for name in learned)]
 
 
 class _Function(torch.autograd.Function):
-    """`rows` receives the saved rows, as `run_forward` gives them: handed out beside the outputs, they cost nothing in
-    the backward pass."""
+    """with_rows: the saved row values are outputs beside o, one by one, and may have gradients of their own."""
 
     @staticmethod
     def forward(
@@ -163,7 +190,7 @@ class _Function(torch.autograd.Function):
         call: Call,
         numbers: Mapping[str, Number],
         kind: CallKind | None,
-        rows: list[Tensor],
+        with_rows: bool,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -171,17 +198,21 @@ class _Function(torch.autograd.Function):
     ):
         by_name = call.named(captured)
         out, *saved = run_forward(call, q, k, v, by_name, numbers, kind)
-        rows += saved
         ctx.save_for_backward(q, k, v, out, *saved, *captured)
         ctx.call, ctx.numbers, ctx.kind, ctx.rows = call, numbers, kind, len(saved)
         ctx.learned = call.learned(by_name)
-        return out
+        if not with_rows:
+            return out
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*call.fixed(saved))
+        return out, *saved
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor):
+    def backward(ctx: Any, d_out: Tensor | None, *d_rows: Tensor | None):
         # Gradients are recorded only on the way to second derivatives.
         gradients = _Gradients.apply if torch.is_grad_enabled() else _gradients
-        found = gradients(ctx.call, ctx.numbers, ctx.kind, ctx.learned, ctx.rows, d_out, *ctx.saved_tensors)
+        stored = ctx.saved_tensors
+        found = gradients(ctx.call, ctx.numbers, ctx.kind, ctx.learned, ctx.rows, d_out, *stored, *d_rows)
         by_name = dict(zip(ctx.learned, found[3:], strict=True))
         return (None, None, None, None, *found[:3], *(by_name.get(n) for n in ctx.call.captures))
 
@@ -192,12 +223,14 @@ def _gradients(
     kind: CallKind | None,
     learned: tuple[str, ...],
     rows: int,
-    d_out: Tensor,
-    *stored: Tensor,
+    d_out: Tensor | None,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv and those of `learned`; `stored` is q, k, v, o, `rows` tensors of saved rows, and what is captured."""
+    """dq, dk, dv and those of `learned`; `given` is q, k, v, o, `rows` tensors of saved rows, what is captured, and the
+    gradients of the rows where they were outputs."""
+    stored, d_rows = given[: (end := 4 + rows + len(call.captures))], given[end:]
     captured = call.named(stored[4 + rows :])
-    return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, numbers, learned, kind))
+    return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, numbers, learned, d_rows, kind))
 
 
 class _Gradients(torch.autograd.Function):
@@ -228,8 +261,9 @@ def apply(
     captured: Mapping[str, Tensor],
     numbers: Mapping[str, Number],
     kind: CallKind | None = None,
+    with_rows: bool = False,
 ) -> tuple[Tensor, Iterable[Tensor]]:
-    """o, and the saved rows one by one; recorded for autograd where an input requires it.
+    """o, and with_rows the saved rows one by one; recorded for autograd where an input requires it.
 
     kind: what is remembered of calls with exactly these shapes and strides; None: nothing.
     """
@@ -239,10 +273,11 @@ def apply(
         out, *rows = torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
         return out, rows
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        rows = list[Tensor]()
-        out = _Function.apply(call, numbers, kind, rows, *tensors)
-    else:
-        out, *rows = run_forward(call, q, k, v, captured, numbers, kind)
+        if with_rows:  # each an output of its own, so not in one tensor
+            out, *rows = _Function.apply(call, numbers, None, True, *tensors)
+            return out, rows
+        return _Function.apply(call, numbers, kind, False, *tensors), ()
+    out, *rows = run_forward(call, q, k, v, captured, numbers, kind)
     # In one tensor, which is as good as a list of them but is cut apart only where somebody looks.
     return out, rows[0] if len(rows) == 1 and rows[0].ndim == 4 else rows
 
@@ -274,37 +309,57 @@ def _(q, k, v, captured, scalars, key):
         call.checks.shapes(q, k, v)
     rows = compute_dtype(call.compiled.program.element)
     logical = call.logical(q)
-    saved = [q.new_empty(logical.shape[:3], dtype=rows) for _ in call.compiled.program.rule.saved]
-    return [call.empty_output(q, v), *saved]
+    rule, (batches, heads, q_len, _) = call.compiled.program.rule, logical.shape
+    saved = [q.new_empty((batches, heads, q_len), dtype=rows) for _ in rule.saved]
+    counts = [(call.logical(k).shape[2] + p.block - 1) // p.block for p in rule.pooled]
+    return [
+        call.empty_output(q, v),
+        *saved,
+        *(q.new_empty((batches, heads, q_len, count), dtype=rows) for count in counts),
+    ]
 
 
 @torch.library.custom_op("attn_engine::backward", mutates_args=())
 def _backward_op(
-    d_out: torch.Tensor,
+    d_out: torch.Tensor | None,
     tensors: list[torch.Tensor],
     captured: list[torch.Tensor],
     scalars: list[float],
     learned: str,
+    d_rows: list[torch.Tensor],
+    used: list[int],
     key: int,
 ) -> list[torch.Tensor]:
     names = tuple(learned.split()) if learned else ()
     call = _found(key)
-    q, k, v, out, *_ = tensors
+    q, k, v, out, *saved = tensors
     call.checks.shapes(q, k, v)
-    if d_out.shape != out.shape or d_out.dtype is not out.dtype or d_out.device != out.device:
-        d_out = d_out.expand(out.shape).to(out)
+    if d_out is not None:
+        d_out = _like(d_out, out)
+    arriving: list[Tensor | None] = [None] * len(saved)
+    for i, x in zip(used, d_rows, strict=True):
+        arriving[i] = _like(x, saved[i])
     for described, x in zip(call.compiled.program.captures, captured, strict=False):
         check_kind(described, x)
-    return run_backward(call, d_out, tensors, call.named(captured), call.numbers(scalars), names)
+    return run_backward(call, d_out, tensors, call.named(captured), call.numbers(scalars), names, arriving)
+
+
+def _like(x: Tensor, wanted: Tensor) -> Tensor:
+    """x in the shape, dtype and place of the tensor whose gradient it is."""
+    same = x.shape == wanted.shape and x.dtype is wanted.dtype and x.device == wanted.device
+    return x if same else x.expand(wanted.shape).to(wanted)
 
 
 @_backward_op.register_fake
-def _(d_out, tensors, captured, scalars, learned, key):
+def _(d_out, tensors, captured, scalars, learned, d_rows, used, key):
     call = _found(key)
     named = call.named(captured)
     wanted = learned.split() if learned else []
     same = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[:3]]
-    return [*same, *(torch.empty(named[n].shape, dtype=named[n].dtype, device=d_out.device) for n in wanted)]
+    return [
+        *same,
+        *(torch.empty(named[n].shape, dtype=named[n].dtype, device=tensors[0].device) for n in wanted),
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -313,13 +368,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.call = _found(key)
     ctx.learned = ctx.call.learned(ctx.call.named(captured))
     ctx.save_for_backward(q, k, v, *output, *captured)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*ctx.call.fixed(output[1:]))
 
 
-def _backward(ctx: Any, d_outputs: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Any, ...]:
     stored = ctx.saved_tensors
     tensors, captured = list(stored[: 4 + ctx.rows]), list(stored[4 + ctx.rows :])
+    d_out, *d_rows = d_outputs
+    used = [i for i, x in enumerate(d_rows) if x is not None]
     dq, dk, dv, *found = torch.ops.attn_engine.backward(
-        d_outputs[0], tensors, captured, ctx.scalars, " ".join(ctx.learned), ctx.key
+        d_out,
+        tensors,
+        captured,
+        ctx.scalars,
+        " ".join(ctx.learned),
+        [d_rows[i] for i in used],
+        used,
+        ctx.key,
     )
     by_name = dict(zip(ctx.learned, found, strict=True))
     names = ctx.call.captures

@@ -32,6 +32,7 @@ from attn_engine.ir.program import (
 )
 from attn_engine.runtime.block_lists import dense_lists
 from attn_engine.runtime.dense import evaluate_all, evaluate_dense
+from attn_engine.runtime.pools import dense_pools
 
 Environment = dict[Var, Tensor | Number]
 
@@ -74,7 +75,12 @@ def reference(
         partial, full = dense_lists(program.listed, tensors, score.shape[1], (q.shape[2], k.shape[2]))
         visible = (visible & partial[..., None, None]) | full[..., None, None]
     logit = _logits(program.score, environment, tensors, score, visible)
-    return _row_function(program.rule, environment, tensors, logit, visible, value)
+    o, rows = _row_function(program.rule, environment, tensors, logit, visible, value)
+    if program.rule.pooled:
+        every_key = torch.eye(key.shape[2], dtype=dtype, device=q.device).expand(*key.shape[:2], -1, -1)
+        weights, _ = _row_function(program.rule, environment, tensors, logit, visible, every_key)
+        rows |= dense_pools(program.rule, weights, visible[..., 0, 0])
+    return o, rows
 
 
 def _as_heads(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:

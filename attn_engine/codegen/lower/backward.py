@@ -7,7 +7,6 @@ that owns q tiles. All of them share `recompute`: weights and score gradients of
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from attn_engine.codegen.lower.capture import (
@@ -23,6 +22,7 @@ from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
 from attn_engine.codegen.lower.listed import list_params
 from attn_engine.codegen.lower.ranges import masking, phases_of, split_bounds
+from attn_engine.codegen.lower.row_values import RowReads, main_rows, row_bindings, uses_delta
 from attn_engine.codegen.lower.score import (
     Masked,
     Visibility,
@@ -48,19 +48,17 @@ from attn_engine.codegen.lower.values import (
     captured_params,
     compute_storage,
     indices,
-    load_rows,
     load_tile,
     rows,
-    saved_param,
     scalar,
     tile,
     wide,
 )
 from attn_engine.codegen.schedule import Gradients, Schedule
-from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, postorder, where
+from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, where
 from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
-from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
+from attn_engine.ir.passes.row_gradients import backward_roots
 from attn_engine.ir.program import (
     BATCH,
     D_PROBS,
@@ -71,7 +69,6 @@ from attn_engine.ir.program import (
     Q_IDX,
     SCORE,
     Attention,
-    saved_var,
 )
 from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
 
@@ -99,10 +96,6 @@ def lower_backward(program: Attention, schedule: Schedule, learned: tuple[str, .
         kernels.append(lower_d_query(program, schedule, captures))
         kernels.append(lower_d_key_value(program, schedule, captures, name="dkdv", with_query=False))
     return Module("backward", tuple(kernels))
-
-
-def uses_delta(program: Attention) -> bool:
-    return DELTA in postorder(program.rule.gradient)
 
 
 def lower_delta(program: Attention, schedule: Schedule) -> Kernel:
@@ -136,7 +129,7 @@ def lower_d_query(program: Attention, schedule: Schedule, captures: tuple[Captur
     body: list[Stmt] = [
         Section("query tile of this program"),
         Let("kv_head", HEAD // GROUP_OF_HEADS),
-        *query_loads(program, names),
+        *query_loads(program),
         *sweep.before,
         Let("d_query", Full(0.0, ("q", "d"))),
         *(Let(c.total.name, Full(0.0, ("q",))) for c in sums),
@@ -216,7 +209,7 @@ def kv_tile(
     per_head = (
         *sweep.before,
         *(Let(c.total.name, Full(0.0, ("kv",))) for c in columns),
-        *sweep.loops([*columns, *parts], query_loads(program, sweep.names), update, in_loop=True),
+        *sweep.loops([*columns, *parts], query_loads(program), update, in_loop=True),
         *(StoreTile(c.buffer, (BATCH, HEAD, KV_IDX), c.total) for c in columns),
     )
     first, group = scalar("first_head"), scalar("group")
@@ -255,7 +248,7 @@ class Sweep:
         self.phases = phases_of(
             program, loop, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis
         )
-        self.before, self.known = hoisted(program, names, loop)
+        self.before, self.known = hoisted(program, names, loop, backward_roots(program.rule))
 
     def loops(
         self, wanted: list[CaptureGradient], loads: list[Stmt], update: list[Stmt], *, in_loop: bool = False
@@ -273,9 +266,8 @@ class Sweep:
         program, rule = self.program, self.program.rule
         emitter = Emitter(self.names.copy(), self.known, base_two)
         score_lets(program, emitter)
-        for name, empty in saved_of_empty_row(rule).items():
-            safe = tile(f"safe_{name}", "q") if empty == -math.inf else tile(name, "q")
-            emitter.bind(saved_var(name), safe)
+        for value, loaded in row_bindings(rule).items():
+            emitter.bind(value, loaded)
         probs = emitter.value(rule.recompute, rule.names, rule.sources)
         seen = None
         if masked is not False:
@@ -292,14 +284,18 @@ class Sweep:
         """(name, value) of d_score and of each wanted read, before the mask."""
         program, rule = self.program, self.program.rule
         d_logit = emitter.value(rule.gradient, rule.names, rule.sources)
+        in_rule = {c: c.per_pair for c in wanted if c.per_pair is not None}
+        own = [(c.value.name, emitter.value(e, rule.names, rule.sources)) for c, e in in_rule.items()]
         if program.score is None:
-            return [(D_SCORE.name, d_logit)]
+            return [(D_SCORE.name, d_logit), *own]
         emitter.let(D_LOGIT.name, d_logit)
-        targets = [SCORE, *(c.load for c in wanted)]
+        in_score = [c for c in wanted if c not in in_rule]
+        targets = [SCORE, *(c.load for c in in_score)]
         through = gradients(program.score.result, D_LOGIT, targets)
-        names = [D_SCORE.name, *(c.value.name for c in wanted)]
+        names = [D_SCORE.name, *(c.value.name for c in in_score)]
         fn = program.score
-        return [(n, emitter.value(g, fn.names, fn.sources)) for n, g in zip(names, through, strict=True)]
+        found = [(n, emitter.value(g, fn.names, fn.sources)) for n, g in zip(names, through, strict=True)]
+        return [*found, *own]
 
 
 def hide_weights(emitter: Emitter, probs: Expr, seen: Visibility | None, masked: Masked) -> None:
@@ -326,29 +322,14 @@ def hide_gradients(
         emitter.lets += masking(masked, [*seen.lets, *hidden])
 
 
-def read_rows(program: Attention) -> list[str]:
-    """The saved row values that the backward pass reads; others are for the user."""
-    rule = program.rule
-    read = set(postorder(rule.recompute, rule.gradient))
-    return [name for name, _ in rule.saved if saved_var(name) in read]
-
-
 def key_loads() -> list[Stmt]:
     return [Let("key", load_tile("K")), Let("value", load_tile("V"))]
 
 
-def query_loads(program: Attention, names: Names) -> list[Stmt]:
-    """Q, dO and the row values of a q tile; -inf in an empty row reads as 0, so that it cannot make a NaN."""
-    lets: list[Stmt] = [Let("query", load_tile("Q")), Let("d_out", load_tile("dO"))]
-    for name, empty in saved_of_empty_row(program.rule).items():
-        if name not in read_rows(program):
-            continue
-        lets.append(Let(name, load_rows(saved_param(name))))
-        if empty == -math.inf:
-            lets.append(Let(f"safe_{name}", where(saved_var(name).equals(-math.inf), 0.0, saved_var(name))))
-    if uses_delta(program):
-        lets.append(Let("delta", load_rows("Delta")))
-    return lets
+def query_loads(program: Attention, read: RowReads | None = None) -> list[Stmt]:
+    """Q, dO and the row values of a q tile, those in `read` or all that the gradients read."""
+    read = read or main_rows(program)
+    return [Let("query", load_tile("Q")), Let("d_out", load_tile("dO")), *read.loads()]
 
 
 def backward_kernel(
@@ -361,11 +342,14 @@ def backward_kernel(
     body: list[Stmt],
     more_scalars: tuple[Var, ...] = (),
     tests: TileTests | None = None,
+    read: RowReads | None = None,
 ) -> Kernel:
-    row_values = [rows(program, saved_param(name)) for name in read_rows(program)]
-    row_values += [rows(program, "Delta")] if uses_delta(program) else []
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
-    inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_values, *captured_params(program))
+    inputs = (
+        *(wide(program, t) for t in ("Q", "K", "V", "dO")),
+        *(read or main_rows(program)).params(program),
+        *captured_params(program),
+    )
     inputs = (*inputs, *(tests.params if tests else ()), *list_params(program, tuple(body)))
     return Kernel(
         name=name,

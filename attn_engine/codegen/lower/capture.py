@@ -46,12 +46,14 @@ class CaptureGradient:
     """One read of a captured tensor: `buffer` receives its gradient in the shape that the route says.
 
     read: which of the tensor's reads this is, from 1; those by pairs share one buffer.
+    per_pair: what is summed, for a read by the row rule; None: what score_mod's derivative says.
     """
 
     load: Load
     route: Route
     buffer: str
     read: int = 1
+    per_pair: Expr | None = None
 
     @property
     def total(self) -> Var:
@@ -73,6 +75,11 @@ def capture_gradients(program: Attention, learned: tuple[str, ...]) -> tuple[Cap
             route = route_of(load)
             ending = "" if route is Route.PAIR else f"_{route.value}s" + (f"_{i + 1}" if i else "")
             found.append(CaptureGradient(load, route, f"d_{name}{ending}", i + 1))
+    for i, p in enumerate(program.rule.parameters):
+        if p.load.tensor in learned and p.per_pair is not None:
+            route = route_of(p.load)
+            buffer = f"d_{p.load.tensor}_rule_{route.value}s" + (f"_{i + 1}" if i else "")
+            found.append(CaptureGradient(p.load, route, buffer, per_pair=p.per_pair))
     return tuple(found)
 
 

@@ -46,8 +46,8 @@ def lower_pair_gradient(program: Attention, schedule: Schedule, capture: Capture
     tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
     sweep = Sweep(program, schedule, names, loop, tiles, sums_own_axis=True)
     update: list[Stmt] = [Accumulate(capture.buffer, capture.load.indices, capture.value)]
-    own_loads = key_loads() if owned == "kv" else query_loads(program, names)
-    swept_loads = query_loads(program, names) if owned == "kv" else key_loads()
+    own_loads = key_loads() if owned == "kv" else query_loads(program)
+    swept_loads = query_loads(program) if owned == "kv" else key_loads()
     inner: tuple[Stmt, ...] = (
         Let("kv_head", HEAD // GROUP_OF_HEADS),
         *own_loads,

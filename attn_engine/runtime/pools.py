@@ -1,0 +1,57 @@
+"""Where pooled weights go, and blocks of several tiles made of theirs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attn_engine.codegen.lower.pooled import pooled_tile
+from attn_engine.codegen.schedule import Schedule
+from attn_engine.ir.expr import REDUCE_IDENTITY
+from attn_engine.ir.program import Attention, OnlineRule
+
+
+def empty_pools(
+    program: Attention, schedule: Schedule, q: Tensor, k: Tensor, compute: torch.dtype
+) -> dict[str, Tensor]:
+    """(B, H, tiles of keys, Sq) by name, filled for the tiles that no row sees: those are never visited."""
+    if not program.rule.pooled:
+        return {}
+    batches, heads, q_len, _ = q.shape
+    shape = (batches, heads, -(-k.shape[2] // pooled_tile(program, schedule)), q_len)
+    return {
+        p.name: torch.full(shape, REDUCE_IDENTITY[p.kind], dtype=compute, device=q.device)
+        for p in program.rule.pooled
+    }
+
+
+def dense_pools(rule: OnlineRule, weights: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    """The same by name from all the weights (B, H, Sq, Skv)."""
+    found: dict[str, Tensor] = {}
+    for p in rule.pooled:
+        kept = torch.where(visible, weights, REDUCE_IDENTITY[p.kind])
+        join = torch.amax if p.kind == "max" else torch.sum
+        x = torch.stack([join(part, dim=3) for part in kept.split(p.block, dim=3)], 3)
+        found[p.name] = torch.where(x == -math.inf, 0.0, x)
+    return found
+
+
+def joined_pools(program: Attention, schedule: Schedule, pools: dict[str, Tensor]) -> list[Tensor]:
+    """(B, H, Sq, blocks) of each, in the rule's order."""
+    found: list[Tensor] = []
+    for p in program.rule.pooled:
+        tiles, several = pools[p.name], p.block // pooled_tile(program, schedule)
+        if several > 1:
+            parts = tiles.split(several, dim=2)
+            join = torch.amax if p.kind == "max" else torch.sum
+            shape = (*tiles.shape[:2], len(parts), tiles.shape[3])
+            joined = tiles.new_empty(shape)
+            for i, part in enumerate(parts):
+                joined[:, :, i] = join(part, dim=2)
+            tiles = joined
+        if p.kind == "max":
+            tiles.masked_fill_(tiles == -math.inf, 0.0)  # no key
+        found.append(tiles.transpose(2, 3))
+    return found
