@@ -80,11 +80,18 @@ def test_nothing_is_kept_of_a_tensor_that_is_gone():
     assert len(module._kept) == held - 1
 
 
-def test_a_call_sees_documents_that_changed_in_place():
+def test_a_call_sees_documents_that_changed_in_place_and_makes_no_table_twice(monkeypatch):
+    made: list[TileTable] = []
+    make = module._table
+    monkeypatch.setattr(module, "_table", lambda table, *rest: made.append(table) or make(table, *rest))
     ids = torch.zeros(96, dtype=torch.int64)
     meta = meta_tensor(None, None, None, 8, dtype=torch.float32)
     engine = AttentionEngine([meta] * 3, mask_mod=library.document(ids))
     q, k, v = torch.randn(3, 1, 96, 2, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     for _ in range(3):
+        made.clear()
         torch.testing.assert_close(engine(q, k, v), engine.reference(q, k, v, dtype=torch.float32))
+        assert len(made) == 2
+        engine(q, k, v)
+        assert len(made) == 2
         ids.copy_(torch.randint(0, 4, (96,)))
