@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from attn_engine.card import card
 from attn_engine.dump import dump_stages
 from attn_engine.errors import (
     AttnEngineError,
@@ -276,6 +277,10 @@ class AttentionEngine:
             f"AttentionEngine({p.name}, {p.element.value}, D={p.dim_qk}, Dv={p.dim_v}, layout={self.layout!r}, "
             f"backend={self.backend!r})"
         )
+
+    def _repr_html_(self) -> str:
+        sizes = self._checks.expected.sizes
+        return card(repr(self), self.program, self._description.mask_mod, *sizes[:2])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionEngine:
         """A fresh engine of a copied description.

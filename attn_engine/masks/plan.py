@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -94,6 +95,11 @@ class MaskSource:
     block_size: tuple[int, int]
     separate_full: bool = True
     _plan: BlockPlan | None = None
+
+    def __reduce__(self) -> Any:
+        """Copied and pickled without its plan, which is made again."""
+        sizes = (self.batch, self.heads, self.lengths, self.device, self.block_size, self.separate_full)
+        return MaskSource, (self.mask_mod, *sizes)
 
     def plan(self) -> BlockPlan:
         """The plan of now. Raises a typed error where the mask cannot be traced or reads what it may not."""
