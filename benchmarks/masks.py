@@ -6,10 +6,10 @@
 
 One call plans anew and makes the exact lists of both sides. "new function" also traces a mask_mod that was made for
 this call; "again" is a further step of one mask whose tensors have changed in place (no work where it reads none).
-Torch's compiled function was compiled before, as ours was traced before. At 16384 the contenders run in turns, on all cores;
-ratios are torch's time over ours. Where torch's eager function would need 80 GB (32 heads), one head's time counts 32
-times. At both lengths ours is also measured on one core in a process of its own, with the growth of its memory over
-what was there before.
+Torch's compiled function was compiled before, as ours was traced before. At 16384 the contenders run in turns, on
+all cores; ratios are torch's time over ours. Where torch's eager function would need 80 GB (32 heads), one head's
+time counts 32 times. At both lengths ours is also measured on one core in a process of its own, with the growth of
+its memory over what was there before.
 """
 
 from __future__ import annotations

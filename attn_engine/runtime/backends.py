@@ -12,8 +12,7 @@ from torch import Tensor
 
 from attn_engine.codegen.backends.cpu import render_cpu
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
-from attn_engine.codegen.lower.backward import runs_side_by_side
-from attn_engine.codegen.lower.capture import CaptureGradient
+from attn_engine.codegen.lower.capture import CaptureGradient, runs_side_by_side
 from attn_engine.codegen.pipeline import with_header
 from attn_engine.codegen.schedule import Schedule, cpu_schedule, gpu_schedule, torch_schedule
 from attn_engine.errors import (

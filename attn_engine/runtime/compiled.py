@@ -13,7 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attn_engine.codegen.lower.capture import CaptureGradient, Route, capture_gradients
+from attn_engine.codegen.lower.capture import (
+    CaptureGradient,
+    Route,
+    added_beside_keys,
+    capture_gradients,
+    shared_axes,
+)
 from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
@@ -25,6 +31,7 @@ from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
+from attn_engine.runtime.query_parts import ROOM, QueryParts
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -62,11 +69,12 @@ class Backend(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class Direction:
     """The kernels of the forward or the backward pass in order, the tables that each of them reads, and the captured
-    gradients that they compute."""
+    gradients that they compute. with_query_parts: which kernel adds to parts of dQ."""
 
     kernels: tuple[Launchable, ...]
     tables: tuple[tuple[TileTable, ...], ...]
     captures: tuple[CaptureGradient, ...]
+    with_query_parts: int | None
 
 
 @dataclass(eq=False)
@@ -101,7 +109,8 @@ class CompiledAttention:
             self.backend.refuse(self.program, captures)
             kernels = self.module(direction, learned).kernels
             compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
-            found = Direction(compiled, tuple(k.tables for k in kernels), captures)
+            query = (i for i, k in enumerate(kernels) if any(p.name == "dQ_parts" for p in k.params))
+            found = Direction(compiled, tuple(k.tables for k in kernels), captures, next(query, None))
             self._directions[direction, learned] = found
         return found
 
@@ -134,7 +143,7 @@ class CompiledAttention:
     ) -> list[Tensor]:
         """The forward pass as this object's schedule says, in one piece or with the keys split."""
         rows, sizes = q.shape[:3], sizes_of(q, k)
-        saved = {name: q.new_empty(rows, dtype=self._compute) for name in self._saved}
+        saved = {name: q.new_empty(rows, dtype=self.compute) for name in self.saved_names}
         tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
         splits = choose_splits(self.program, self.schedule, q, k)
         if splits > 1:
@@ -151,19 +160,28 @@ class CompiledAttention:
         captured: Tensors,
         scalars: Scalars,
         sizes: Mapping[str, int],
+        parts: QueryParts | None = None,
     ) -> None:
-        """The kernels in order, each with its tables."""
-        for kernel, tables in zip(direction.kernels, direction.tables, strict=True):
+        """The kernels in order, each with its tables; the one that makes parts of dQ once for each piece of them."""
+        for i, (kernel, tables) in enumerate(zip(direction.kernels, direction.tables, strict=True)):
             if tables:
-                tensors.update(tile_tables(tables, captured, scalars, sizes, self._compute))
-            kernel.launch(tensors, scalars, sizes)
+                tensors.update(tile_tables(tables, captured, scalars, sizes, self.compute))
+            if parts is not None and i == direction.with_query_parts:
+                for more in parts.pieces(tensors, scalars["scale"]):
+                    kernel.launch(tensors, {**scalars, **more}, sizes)
+            else:
+                kernel.launch(tensors, scalars, sizes)
 
     def _partials(self, q: Tensor, splits: int) -> dict[str, Tensor]:
         """Where the splits leave their outputs and row states."""
+        shapes = self.partial_shapes(q, splits)
+        return {n: torch.empty(x, dtype=self.compute, device=q.device) for n, x in shapes.items()}
+
+    def partial_shapes(self, q: Tensor, splits: int) -> dict[str, tuple[int, ...]]:
+        """Of the outputs and row states that splits leave, by the kernels' names."""
         shape = (splits, *q.shape[:3])
-        parts = {partial_state(s.name): shape for s in self.program.rule.states}
-        parts[PARTIAL_OUT] = (*shape, self.program.dim_v)
-        return {n: torch.empty(x, dtype=self._compute, device=q.device) for n, x in parts.items()}
+        states = {partial_state(s.name): shape for s in self.program.rule.states}
+        return {**states, PARTIAL_OUT: (*shape, self.program.dim_v)}
 
     def backward(
         self,
@@ -191,36 +209,52 @@ class CompiledAttention:
             "dK": dk,
             "dV": dv,
             **captured,
-            **dict(zip(self._saved, saved, strict=True)),
-            "Delta": q.new_empty(q.shape[:3], dtype=self._compute),
+            **dict(zip(self.saved_names, saved, strict=True)),
+            "Delta": q.new_empty(q.shape[:3], dtype=self.compute),
         }
-        splits = 1
+        splits, parts = 1, None
         if self.schedule.gradients is Gradients.ONE_KERNEL:
-            splits = self._splits(k)
-            numbers["splits"] = sizes["splits"] = splits
-            tensors["dQ_parts"] = _parts_of(dq, splits, self._compute)
+            parts = self._query_parts(dq, k, direction.captures, captured)
+            splits = numbers["splits"] = sizes["splits"] = parts.splits
         else:
             tensors["dQ"] = dq
         tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in direction.captures})
-        self._launch(direction, tensors, captured, numbers, sizes)
-        if "dQ_parts" in tensors:
-            _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
+        self._launch(direction, tensors, captured, numbers, sizes, parts)
         numbers.update(sizes)
+        self._order_diagonals(direction.captures, tensors)
         return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
 
     @cached_property
-    def _compute(self) -> torch.dtype:
+    def compute(self) -> torch.dtype:
         return compute_dtype(self.program.element)
 
     @cached_property
-    def _saved(self) -> tuple[str, ...]:
+    def saved_names(self) -> tuple[str, ...]:
         """The kernels' names of the saved row values."""
         return tuple(saved_param(name) for name, _ in self.program.rule.saved)
 
-    def _splits(self, k: Tensor) -> int:
+    def backward_splits(self, k: Tensor, shared: Sequence[str] = ()) -> int:
         """Shares of the kv axis: from the shapes alone, so that the same call always adds in the same order."""
-        tiles = -(-k.shape[2] // self.schedule.backward_kv)
-        return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, k.shape[0] * k.shape[1])))
+        batches, kv_heads, kv_len, _ = k.shape
+        tasks = (1 if "batch" in shared else batches) * (1 if "kv_head" in shared else kv_heads)
+        tiles = -(-kv_len // self.schedule.backward_kv)
+        return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
+
+    def _query_parts(
+        self, dq: Tensor, k: Tensor, captures: Sequence[CaptureGradient], captured: Tensors
+    ) -> QueryParts:
+        """How dQ is added up: which axes a program instance runs over, and how much of them in a launch."""
+        beside_keys = [c for c in captures if added_beside_keys(c)]
+        shared = shared_axes(beside_keys)
+        pairs = [captured[c.load.tensor].numel() for c in beside_keys if c.route is Route.PAIR]
+        group, room = dq.shape[1] // max(1, k.shape[1]), max(ROOM, dq.numel(), *pairs)
+        return QueryParts(dq, self.backward_splits(k, shared), group, shared, self.compute, room)
+
+    def _order_diagonals(self, captures: Sequence[CaptureGradient], tensors: dict[str, Tensor]) -> None:
+        """Sums per diagonal in order of q_idx - kv_idx, as `scatter_sums` wants them."""
+        for c in captures:
+            if c.route is Route.DIAGONAL and self.schedule.backward_lanes.axis == "kv":
+                tensors[c.buffer] = tensors[c.buffer].flip(-1)
 
     def _buffer(self, c: CaptureGradient, q: Tensor, k: Tensor, captured: Tensors, splits: int) -> Tensor:
         """Where the kernels put a captured gradient; zeros, because they add to it."""
@@ -229,9 +263,10 @@ class CompiledAttention:
         shape = {
             Route.ROW: (*parts, batches, heads, q_len),
             Route.COLUMN: (batches, heads, k.shape[2]),
+            Route.DIAGONAL: (*parts, batches, heads, max(0, q_len + k.shape[2] - 1)),
             Route.PAIR: tuple(captured[c.load.tensor].shape),
         }[c.route]
-        return torch.zeros(shape, dtype=self._compute, device=q.device)
+        return torch.zeros(shape, dtype=self.compute, device=q.device)
 
 
 def _captured_gradient(
@@ -258,25 +293,3 @@ def sizes_of(q: Tensor, k: Tensor) -> dict[str, int]:
     batches, heads, q_len, _ = q.shape
     _, kv_heads, kv_len, _ = k.shape
     return {"batches": batches, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len}
-
-
-def _sum_parts(dq: Tensor, parts: Tensor, scale: Number) -> None:
-    """dq = scale times the sum of `parts`, added one after the other and without further memory."""
-    splits = parts.shape[0]
-    if splits == 1 and parts.dtype is dq.dtype:  # the kernel added to dq itself
-        dq.mul_(scale)
-        return
-    total = parts[0]
-    for i in range(1, splits):
-        total += parts[i]
-    dq.copy_(total.mul_(scale))
-
-
-def _parts_of(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
-    """(splits, B, H, Sq, D) zeros: dq itself where it can hold the sum, else slices in dq's order of dimensions."""
-    if splits == 1 and dq.dtype is dtype:
-        return dq.zero_().unsqueeze(0)
-    order = sorted(range(4), key=lambda i: (-dq.stride(i), i))
-    base = torch.zeros((splits, *(dq.shape[i] for i in order)), dtype=dtype, device=dq.device)
-    back = [order.index(i) + 1 for i in range(4)]
-    return base.permute(0, *back)

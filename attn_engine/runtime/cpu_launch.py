@@ -10,7 +10,9 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from struct import Struct
 
@@ -18,7 +20,8 @@ import torch
 
 from attn_engine.codegen.backends.cpu import COUNTS, LENGTHS, SIZES, symbol
 from attn_engine.ir.ops import DType, Number
-from attn_engine.ir.tile import Kernel
+from attn_engine.ir.tile import Kernel, Loop, walk
+from attn_engine.runtime.launch_plan import Layout
 
 ABI_VERSION = "1"
 # Below this many multiply-adds, waking another thread costs more than it saves.
@@ -47,34 +50,60 @@ class CpuKernel:
         self._function.argtypes = [ctypes.c_void_p]
         self._function.restype = None
         self._tensors = [p.name for p in kernel.params]
-        self._scalars = [v.name for v in kernel.scalars]
+        self._scalars = tuple(v.name for v in kernel.scalars)
         self._grid = [
             (COUNTS.get(a) or LENGTHS[a], kernel.block(a) if a in LENGTHS else 1) for a in kernel.grid
         ]
         self._loops = [LENGTHS[a] for a, _ in kernel.tile if a in LENGTHS and a not in kernel.grid]
+        self._loops += [
+            COUNTS[s.var] for s in walk(kernel.body) if isinstance(s, Loop) and s.var in ("batch", "kv_head")
+        ]
         self._width = max((n for a, n in kernel.tile if a not in LENGTHS), default=1)
         slots = "".join("q" * (1 + 2 * max(len(p.shape), 1)) for p in kernel.params)
         numbers = "".join("d" if v.dtype is DType.FLOAT else "q" for v in kernel.scalars)
         self._slots = Struct(f"=q{slots}{'q' * len(SIZES)}{numbers}")
-        self._memory = ctypes.c_char * self._slots.size
+        self._scalar_slots = Struct(f"={numbers}")
+        self._memory = ctypes.c_int64 * (self._slots.size // 8)
+        starts = accumulate((1 + 2 * max(len(p.shape), 1) for p in kernel.params), initial=1)
+        self._places = tuple(zip(self._tensors, starts, strict=False))
 
     def launch(
         self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Number], sizes: Mapping[str, int]
     ) -> None:
         """Run the kernel to its end. `tensors` in logical order with any strides; `sizes` holds the five of SIZES, and
         "splits" where the kernel's grid has them."""
-        values: list[Number] = [0]
+        slots: list[Number] = [0]
         for name in self._tensors:
-            tensor = tensors[name]
-            values.append(tensor.data_ptr())
-            values += tensor.shape or (1,)
-            values += tensor.stride() or (0,)
-        values += [sizes[name] for name in SIZES]
-        values += [scalars[name] for name in self._scalars]
-        arguments = self._memory.from_buffer_copy(self._slots.pack(*values))
-        run_on_threads(self._function, ctypes.addressof(arguments), self._threads(sizes))
+            x = tensors[name]
+            slots += (x.data_ptr(), *(x.shape or (1,)), *(x.stride() or (0,)))
+        slots += [sizes[name] for name in SIZES]
+        slots += [scalars[name] for name in self._scalars]
+        run_in_slots(
+            self._function, self._memory.from_buffer_copy(self._slots.pack(*slots)), self._tasks(sizes)
+        )
 
-    def _threads(self, sizes: Mapping[str, int]) -> int:
+    def prepare(self, layouts: Mapping[str, Layout], sizes: Mapping[str, int]) -> PreparedKernel:
+        """The kernel with everything in place but addresses and numbers."""
+        slots: list[Number] = [0]
+        for name in self._tensors:
+            shape, stride = layouts[name]
+            slots += (0, *(shape or (1,)), *(stride or (0,)))
+        slots += [sizes[name] for name in SIZES]
+        scalars = len(self._scalars)
+        slots += [0] * scalars
+        return PreparedKernel(
+            function=self._function,
+            slots=self._slots.pack(*slots),
+            memory=self._memory,
+            addresses=self._places,
+            scalars=self._scalars,
+            pack_scalars=self._scalar_slots.pack_into,
+            first_scalar=8 * (len(slots) - scalars),
+            tasks=self._tasks(sizes),
+        )
+
+    def _tasks(self, sizes: Mapping[str, int]) -> int:
+        """As many threads as could share the work; 1 where waking another costs more than it saves."""
         tasks, work = 1, self._width
         for size, block in self._grid:
             blocks = -(-sizes[size] // block)
@@ -83,7 +112,36 @@ class CpuKernel:
                 work *= blocks * block
         for size in self._loops:
             work *= sizes[size]
-        return 1 if work < SMALL_WORK else min(tasks, torch.get_num_threads())
+        return 1 if work < SMALL_WORK else tasks
+
+
+@dataclass(slots=True, eq=False)
+class PreparedKernel:
+    """A kernel and its array of slots, filled in but for addresses and scalars. Every launch has a copy of its own, so
+    several Python threads may use it at once."""
+
+    function: Callable[[int], None]
+    slots: bytes
+    memory: type[ctypes.Array[ctypes.c_int64]]
+    addresses: tuple[tuple[str, int], ...]
+    scalars: tuple[str, ...]
+    pack_scalars: Callable[..., None]
+    first_scalar: int
+    tasks: int
+
+    def launch(self, addresses: Mapping[str, int], numbers: Mapping[str, Number]) -> None:
+        """Run the kernel to its end."""
+        slots = self.memory.from_buffer_copy(self.slots)
+        for name, place in self.addresses:
+            slots[place] = addresses[name]
+        self.pack_scalars(slots, self.first_scalar, *[numbers[name] for name in self.scalars])
+        run_in_slots(self.function, slots, self.tasks)
+
+
+def run_in_slots(function: Callable[[int], None], slots: ctypes.Array[ctypes.c_int64], tasks: int) -> None:
+    """Run a kernel on as many threads as torch would use, at most one for each task."""
+    threads = 1 if tasks <= 1 else min(tasks, torch.get_num_threads())
+    run_on_threads(function, ctypes.addressof(slots), threads)
 
 
 def run_on_threads(function: Callable[[int], None], address: int, count: int) -> None:

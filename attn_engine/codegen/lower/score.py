@@ -20,6 +20,7 @@ RESERVED = frozenset(
     d_logit d_score d_query d_key d_value visible delta product scale q_idx kv_idx d_idx dv_idx q_start kv_start q_last
     kv_last q_len kv_len heads kv_heads batches batch head kv_head first_head group split splits q_begin q_end
     q_full_begin q_full_end kv_begin kv_end kv_full_begin kv_full_end kv_tiles tiles_per_split split_begin split_end
+    batch_begin batch_end kv_head_begin kv_head_end
     row_is_empty tile_is_whole partial_out part_out tl triton kernel args lanes rows row block tile
     """.split()
 )
