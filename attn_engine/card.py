@@ -14,15 +14,19 @@ from attn_engine.masks import create_block_mask
 from attn_engine.masks.program import mask_program
 
 DRAWN_LENGTH = 2048  # where neither the engine nor the mask's tensors say how long the sequences are
-Sizes = Sequence[int | None]  # (batch, heads, length)
 
 
-def card(title: str, program: Attention, mask_mod: MaskMod | None, q_sizes: Sizes, k_sizes: Sizes) -> str:
-    """HTML: the title, the traced program, and the mask in blocks with what is skipped."""
+def card(
+    title: str, program: Attention, mask_mod: MaskMod | None, sizes: Sequence[Sequence[int | None]]
+) -> str:
+    """HTML: the title, the traced program, and the mask in blocks with what is skipped.
+
+    sizes: (batch, heads, length) of q and k; None: any.
+    """
     if mask_mod is None:
         drawn = "<p>No mask: every query sees every key.</p>"
     else:
-        drawn = _mask(mask_mod, q_sizes[2], k_sizes[2])
+        drawn = _mask(mask_mod, sizes[0][2], sizes[1][2])
     text = f"<pre>{escape(format_program(program))}</pre>"
     return f'<div style="max-width:720px"><b>{escape(title)}</b>{text}{drawn}</div>'
 

@@ -280,8 +280,7 @@ class AttentionEngine:
         )
 
     def _repr_html_(self) -> str:
-        sizes = self._checks.expected.sizes
-        return card(repr(self), self.program, self._description.mask_mod, *sizes[:2])
+        return card(repr(self), self.program, self._description.mask_mod, self._checks.expected.sizes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionEngine:
         """A fresh engine of a copied description.
