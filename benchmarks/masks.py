@@ -6,10 +6,10 @@
 
 One call plans anew and makes the exact lists of both sides. "new function" also traces a mask_mod that was made for
 this call; "again" is a further step of one mask whose tensors have changed in place (no work where it reads none).
-Torch's compiled function was compiled before, as ours was traced before. At 16384 the contenders run in turns, on
-all cores; ratios are torch's time over ours. Where torch's eager function would need 80 GB (32 heads), one head's
-time counts 32 times. At both lengths ours is also measured on one core in a process of its own, with the growth of
-its memory over what was there before.
+Torch's compiled function was compiled before, as ours was traced before. Everything runs on one core. At 16384 the
+contenders take turns and ratios are torch's processor time over ours. Where torch's eager function would need 80 GB
+(32 heads), one head's time counts 32 times. At both lengths ours is also measured in a process of its own, with the
+growth of its memory over what was there before.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Contender, measure, rounded
+from benchmarks.measure import rounded
 from benchmarks.memory import ROOT, forget_peak, peak_bytes
 
 NAMES = ("causal", "window", "documents", "documents & window", "prefix")
 LENGTHS, HEADS = (16384, 131072), (1, 32)
 WINDOW, DOCUMENT = 1024, 2048
+ROUNDS = 5
 RESULTS = ROOT / "benchmarks" / "results"
 TARGETS = {"eager": 100, "compiled": 20, "milliseconds": 50, "megabytes": 20}
 
@@ -129,27 +130,46 @@ def torch_compiled(case: Case, read: Data) -> Callable[[], Any]:
     return lambda: function(mask, None, case.heads, case.length, case.length, "cpu")
 
 
+def one_core() -> None:
+    """This process from now on, so that other processes disturb it little."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+
+
 def ratios(case: Case) -> dict[str, float]:
-    """torch's time over ours, medians, and milliseconds of each."""
-    read = data(case)
-    mask_mod = mask_of(case, read)
-    contenders = {
-        "ours": Contender(lambda: ours(case, mask_mod)),
-        "compiled": Contender(torch_compiled(case, read)),
-        "eager": Contender(lambda: torch_eager(case, read), weight=case.heads),
+    """torch's processor time over ours, medians over rounds in which all take turns, and milliseconds of each."""
+    one_core()
+    mask_mod = mask_of(case, read := data(case))
+    contenders: dict[str, tuple[Callable[[], Any], int]] = {
+        "ours": (lambda: ours(case, mask_mod), 30 if case.heads == 1 else 5),
+        "compiled": (torch_compiled(case, read), 1),
+        "eager": (lambda: torch_eager(case, read), 1),
     }
-    found = measure(contenders, rounds=5)
-    times = {name: seconds * contenders[name].weight for name, seconds in found.seconds.items()}
-    kept = {f"{name} ratio": quartiles[1] for name, quartiles in found.ratios.items()}
-    kept |= {f"{name} ms": rounded(1e3 * seconds) for name, seconds in times.items()}
-    return kept | {"others": -1.0 if found.others is None else found.others}
+    rounds: list[dict[str, float]] = []
+    for _ in range(ROUNDS + 1):
+        rounds.append({name: seconds(run, n) for name, (run, n) in contenders.items()})
+        rounds[-1]["eager"] *= case.heads
+    del rounds[0]  # compiles and warms up
+    times = {name: statistics.median(r[name] for r in rounds) for name in contenders}
+    kept = {
+        f"{n} ratio": rounded(statistics.median(r[n] / r["ours"] for r in rounds))
+        for n in ("eager", "compiled")
+    }
+    return kept | {f"{name} ms": rounded(1e3 * t) for name, t in times.items()}
+
+
+def seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Processor time of a call."""
+    start = time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.process_time() - start) / repeats
 
 
 def alone(case: Case) -> dict[str, float]:
     """Milliseconds and growth in megabytes of ours on one core, in this process."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
+    one_core()
     small = Case(case.name, 2048, case.heads)
     ours(small, mask_of(small, data(small)))
     read = data(case)
@@ -209,8 +229,8 @@ def table(results: dict[str, Any]) -> str:
         "# Block masks against torch's create_block_mask",
         "",
         f"torch {machine['torch']}, {machine['cores']} cores, {machine['date']}. "
-        "Milliseconds and growth of memory: ours, on one core. "
-        "The last columns are torch's time over ours, on all cores.",
+        "Milliseconds and growth of memory: ours. All on one core. "
+        "The last columns are torch's processor time over ours.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * len(head),
