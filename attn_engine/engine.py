@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from attn_engine.card import card
 from attn_engine.codegen.schedule import within_blocks
 from attn_engine.dump import dump_stages
 from attn_engine.errors import (
@@ -297,6 +298,9 @@ class AttentionEngine:
             f"AttentionEngine({p.name}, {p.element.value}, D={p.dim_qk}, Dv={p.dim_v}, layout={self.layout!r}, "
             f"backend={self.backend!r})"
         )
+
+    def _repr_html_(self) -> str:
+        return card(repr(self), self.program, self._description.mask_mod, self._checks.expected.sizes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionEngine:
         """A fresh engine of a copied description.

@@ -31,7 +31,7 @@ PACKAGES = {
     "frontend": {"torch"},
     "library": {"torch"},
     "runtime": {"torch", "numpy", "networkx", "triton", "tilelang"},
-    "masks": {"torch", "matplotlib"},
+    "masks": {"torch", "numpy", "matplotlib"},
     "integrations": {"torch", "transformers"},
     "top": {"torch"},
 }

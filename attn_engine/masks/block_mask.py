@@ -13,7 +13,7 @@ from attn_engine.frontend import MaskMod
 from attn_engine.masks.lists import BlockLists, Csr, Side
 from attn_engine.masks.mistakes import BlockMaskMismatch, WrongBlockMask
 from attn_engine.masks.plan import BlockPlan, MaskSource, both_sides
-from attn_engine.masks.rows import chosen, padded
+from attn_engine.masks.rows import chosen, padded, rows_of
 from attn_engine.masks.sliced import Rows, block_rows, sliced_mask
 
 Index = int | slice | Tensor
@@ -265,11 +265,9 @@ class BlockMask:
 
 
 def _dense(csr: Csr, width: int) -> Tensor:
-    from attn_engine.masks.rows import listed_of
-
     batch, heads, n = csr.starts.shape
     dense = torch.zeros((batch * heads * (n - 1), width), dtype=torch.int32, device=csr.starts.device)
-    dense[listed_of(csr).rows.to(torch.int64), csr.indices.to(torch.int64)] = 1
+    dense[rows_of(csr), csr.indices.to(torch.int64)] = 1
     return dense.reshape(batch, heads, n - 1, width)
 
 

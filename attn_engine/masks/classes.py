@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attn_engine.ir.expr import Expr
 from attn_engine.masks.program import Analysis
-from attn_engine.masks.ranges import Range, find_ranges
+from attn_engine.masks.ranges import Array, Range, find_ranges
 from attn_engine.masks.values import Blocks, reductions
 
 MOST_AT_ONCE = 2**18  # pairs of blocks, or of positions
@@ -25,23 +26,22 @@ SAMPLES = 7  # per axis
 class Listed:
     """Pairs of blocks in order: how many each row (batch, head, q block) has, and the kv block of each."""
 
-    counts: Tensor  # int64 (rows,)
-    columns: Tensor  # int32 (pairs,)
+    counts: Array  # int64 (rows,)
+    columns: Array  # int32 (pairs,)
 
     @staticmethod
-    def of(rows: Tensor, columns: Tensor, count: int) -> Listed:
+    def of(rows: Array, columns: Array, count: int) -> Listed:
         """From the row of each pair; the pairs are in order."""
-        return Listed(torch.bincount(rows, minlength=count), columns.to(torch.int32))
+        return Listed(np.bincount(rows, minlength=count), columns)
 
     @property
-    def rows(self) -> Tensor:
+    def rows(self) -> Array:
         """The row of each pair."""
-        places = torch.arange(len(self.counts), dtype=torch.int32, device=self.counts.device)
-        return torch.repeat_interleave(places, self.counts, output_size=len(self.columns))
+        return np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
 
-    def kept(self, which: Tensor) -> Listed:
+    def kept(self, which: Array) -> Listed:
         """The pairs where `which` is True."""
-        if not len(self.columns):
+        if which.all():
             return self
         return Listed.of(self.rows[which], self.columns[which], len(self.counts))
 
@@ -49,10 +49,25 @@ class Listed:
         """The pairs of both; no pair is in both."""
         if not len(other.columns) or not len(self.columns):
             return self if len(self.columns) else other
-        rows = torch.cat((self.rows, other.rows))
-        columns = torch.cat((self.columns, other.columns))
-        order = torch.argsort(rows.to(torch.int64) * (int(columns.max()) + 1) + columns)
+        rows = np.concatenate((self.rows, other.rows))
+        columns = np.concatenate((self.columns, other.columns))
+        order = np.lexsort((columns, rows))
         return Listed(self.counts + other.counts, columns[order])
+
+    def turned(self, groups: int, width: int) -> Listed:
+        """The same pairs from the other side: rows (batch, head, column), for so many batches x heads and columns."""
+        height = len(self.counts) // groups
+        rows = self.rows
+        small = len(self.counts) * width < 2**31
+        key = self.columns if small else self.columns.astype(np.int64)
+        if groups > 1:
+            key = key + rows // height * width
+        counts = np.bincount(key, minlength=groups * width)
+        key = key * height
+        key += rows if groups == 1 else rows % height
+        key.sort()
+        key %= height
+        return Listed(counts, key if small else key.astype(np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,37 +102,36 @@ def block_ranges(analysis: Analysis, blocks: Blocks) -> BlockRanges | None:
 def classes_from_ranges(ranges: BlockRanges, blocks: Blocks) -> Classes:
     """Every row is cut at the ends of all ranges; between two cuts all blocks have one class."""
     n, rows = blocks.count["kv"], (blocks.batch, blocks.heads, blocks.count["q"])
-
-    def everywhere(x: Tensor | int) -> Tensor:
-        x = torch.as_tensor(x, device=blocks.moment.device)
-        return x.expand(rows).reshape(-1)
-
-    may = [(everywhere(a), everywhere(b)) for a, b in ranges.may]
-    must = [(everywhere(a), everywhere(b)) for a, b in ranges.must]
-    cuts = [x for bounds in (*may, *must) for x in bounds]
-    cuts += [everywhere(c) for c in (0, n, n - 1 if blocks.ragged("kv") else n)]
-    points = torch.stack(cuts, -1).clamp_(0, n).sort(-1).values
+    bounds = [x for pair in (*ranges.may, *ranges.must) for x in pair]
+    cuts = np.empty((*rows, len(bounds) + 3), dtype=np.int64)
+    for i, x in enumerate((*bounds, 0, n, n - 1 if blocks.ragged("kv") else n)):
+        cuts[..., i] = x
+    points = np.sort(cuts.reshape(-1, cuts.shape[-1]).clip(0, n), -1)
     first, end = points[:, :-1], points[:, 1:]
-    seen, whole = _covered(first, may), _covered(first, must)
-    stuck_out = _stick_out(blocks, first, torch.arange(len(first), device=first.device)[:, None])
+    flat = cuts.reshape(-1, cuts.shape[-1])
+    middle = 2 * len(ranges.may)
+    seen, whole = _covered(first, flat[:, :middle]), _covered(first, flat[:, middle : len(bounds)])
+    stuck_out = _stick_out(blocks, first, np.arange(len(first))[:, None])
     length = end - first
+    partial = whole & stuck_out
     return Classes(
         _spelled_out(first, length * (whole & ~stuck_out)),
-        _spelled_out(first, length * (whole & stuck_out)),
+        _spelled_out(first, length * partial) if stuck_out.any() else _nothing(len(first)),
         _spelled_out(first, length * (seen & ~whole)),
     )
 
 
-def _covered(x: Tensor, ranges: list[Range]) -> Tensor:
-    found = torch.zeros_like(x, dtype=torch.bool)
-    for first, end in ranges:
-        found |= (x >= first[:, None]) & (x < end[:, None])
+def _covered(x: Array, bounds: Array) -> Array:
+    """Whether x lies in one of the ranges: their first and end in turns."""
+    found = np.zeros(x.shape, dtype=bool)
+    for i in range(0, bounds.shape[1], 2):
+        found |= (x >= bounds[:, i : i + 1]) & (x < bounds[:, i + 1 : i + 2])
     return found
 
 
-def _stick_out(blocks: Blocks, column: Tensor, row: Tensor) -> Tensor:
+def _stick_out(blocks: Blocks, column: Array, row: Array) -> Array:
     """Whether a block lies across the end of an axis."""
-    found = torch.zeros((), dtype=torch.bool, device=column.device)
+    found = np.zeros((), dtype=bool)
     if blocks.ragged("kv"):
         found = found | (column == blocks.count["kv"] - 1)
     if blocks.ragged("q"):
@@ -125,15 +139,17 @@ def _stick_out(blocks: Blocks, column: Tensor, row: Tensor) -> Tensor:
     return found
 
 
-def _spelled_out(first: Tensor, length: Tensor) -> Listed:
+def _nothing(rows: int) -> Listed:
+    return Listed(np.zeros(rows, dtype=np.int64), np.empty(0, dtype=np.int32))
+
+
+def _spelled_out(first: Array, length: Array) -> Listed:
     """Runs of blocks, (rows, runs), one after the other."""
-    counts = length.sum(-1)
     flat = length.reshape(-1)
-    total = int(counts.sum())
-    shift = (first.reshape(-1) - (flat.cumsum(0) - flat)).to(torch.int32)
-    columns = torch.repeat_interleave(shift, flat, output_size=total)
-    columns += torch.arange(total, dtype=torch.int32, device=first.device)
-    return Listed(counts, columns)
+    shift = (first.reshape(-1) - (flat.cumsum() - flat)).astype(np.int32)
+    columns = np.repeat(shift, flat)
+    columns += np.arange(len(columns), dtype=np.int32)
+    return Listed(length.sum(-1), columns)
 
 
 def classes_from_grid(analysis: Analysis, blocks: Blocks) -> Classes:
@@ -145,7 +161,7 @@ def classes_from_grid(analysis: Analysis, blocks: Blocks) -> Classes:
             for first in range(0, blocks.count["q"], rows_at_once):
                 chunks.append(_chunk(analysis, blocks, b, h, slice(first, first + rows_at_once)))
     joined = (
-        Listed(torch.cat([x.counts for x in part]), torch.cat([x.columns for x in part]))
+        Listed(np.concatenate([x.counts for x in part]), np.concatenate([x.columns for x in part]))
         for part in zip(*chunks, strict=True)
     )
     return Classes(*joined)
@@ -164,14 +180,15 @@ def _chunk(analysis: Analysis, blocks: Blocks, b: int, h: int, rows: slice) -> t
             node.axis,
             x[min(b, len(x) - 1), min(h, x.shape[1] - 1)][rows if node.axis == "q" else slice(None)],
         )
-    may, must = blocks.evaluate_with(conditions, places, ends)
-    columns = torch.arange(blocks.count["kv"], dtype=torch.int32, device=blocks.moment.device)
-    row = torch.arange(blocks.count["q"], device=columns.device)[rows, None]
+    columns = np.arange(blocks.count["kv"], dtype=np.int32)
+    row = np.arange(blocks.count["q"])[rows, None]
     grid = (len(row), len(columns))
-    may, must, stuck_out = (x.expand(grid) for x in (may, must, _stick_out(blocks, columns, row)))
-    columns = columns.expand(grid)
+    found = [x.expand(grid).cpu().numpy() for x in blocks.evaluate_with(conditions, places, ends)]
+    may, must = found
+    stuck_out = _stick_out(blocks, columns, row)
+    columns = np.broadcast_to(columns, grid)
     chosen = (must & ~stuck_out, must & stuck_out, may & ~must)
-    full, partial, undecided = (Listed(x.sum(-1), columns.masked_select(x)) for x in chosen)
+    full, partial, undecided = (Listed(x.sum(-1), columns[x]) for x in chosen)
     return full, partial, undecided
 
 
@@ -186,18 +203,17 @@ def resolved(mask: Expr, classes: Classes, blocks: Blocks) -> Classes:
     if not count:
         return classes
     look = _Look(mask, blocks, pairs)
-    some = torch.zeros(count, dtype=torch.bool, device=pairs.columns.device)
-    every = torch.ones_like(some)
-    for along in (2, SAMPLES, 0):  # corners; scattered positions; all
-        which = torch.nonzero(every | ~some).reshape(-1) if along != 2 else None
-        if which is not None and not len(which):
-            break
-        look.at(which, along, some, every)
-    stuck_out = _stick_out(blocks, pairs.columns, pairs.rows)
+    some, every = np.zeros(count, dtype=bool), np.ones(count, dtype=bool)
+    look.at(None, 2, some, every)  # the corners
+    for along in (SAMPLES, 0):  # scattered positions; all
+        which = np.flatnonzero(every | ~some)
+        if len(which):
+            look.at(which, along, some, every)
+    full = every & ~_stick_out(blocks, pairs.columns, pairs.rows)
     return Classes(
-        classes.full.merged(pairs.kept(every & ~stuck_out)),
-        classes.partial.merged(pairs.kept(some & ~(every & ~stuck_out))),
-        Listed(torch.zeros_like(pairs.counts), pairs.columns[:0]),
+        classes.full.merged(pairs.kept(full)) if full.any() else classes.full,
+        classes.partial.merged(pairs.kept(some & ~full)),
+        _nothing(len(pairs.counts)),
     )
 
 
@@ -206,34 +222,35 @@ class _Look:
 
     def __init__(self, mask: Expr, blocks: Blocks, pairs: Listed) -> None:
         self.mask, self.blocks = mask, blocks
-        rows = pairs.rows.to(torch.int64)
+        self.device = blocks.moment.device
+        rows = torch.from_numpy(pairs.rows).to(self.device, torch.int64)
         q_blocks = blocks.count["q"]
-        self.block = {"q": rows % q_blocks, "kv": pairs.columns.to(torch.int64)}
+        columns = torch.from_numpy(pairs.columns).to(self.device, torch.int64)
+        self.block = {"q": rows % q_blocks, "kv": columns}
         group = rows // q_blocks
         self.batch, self.head = group // blocks.heads, group % blocks.heads
 
-    def at(self, which: Tensor | None, along: int, some: Tensor, every: Tensor) -> None:
+    def at(self, which: Array | None, along: int, some: Array, every: Array) -> None:
         """Note in `some` and `every` what is seen at `along` positions per axis (0: at all) of the blocks `which`."""
         offsets = {axis: self._offsets(axis, along) for axis in ("q", "kv")}
         step = max(1, MOST_AT_ONCE // (len(offsets["q"]) * len(offsets["kv"])))
         whole = len(some) if which is None else len(which)
         for first in range(0, whole, step):
             part = slice(first, first + step) if which is None else which[first : first + step]
-            seen = self._seen(part, offsets)
-            some[part] |= seen.any(-1).any(-1)
-            every[part] &= seen.all(-1).all(-1)
+            seen = self._seen(
+                part if isinstance(part, slice) else torch.from_numpy(part).to(self.device), offsets
+            )
+            flat = seen.flatten(1)
+            some[part] |= flat.any(-1).cpu().numpy()
+            every[part] &= flat.all(-1).cpu().numpy()
 
     def _offsets(self, axis: str, along: int) -> Tensor:
-        size, device = self.blocks.size[axis], self.mask_device
+        size, device = self.blocks.size[axis], self.device
         if along == 0 or size <= along:
             return torch.arange(size, device=device)
         if along == 2:
             return torch.tensor([0, size - 1], device=device)
         return torch.arange(along, device=device) * 37 % size
-
-    @property
-    def mask_device(self) -> torch.device:
-        return self.blocks.moment.device
 
     def _seen(self, part: slice | Tensor, offsets: dict[str, Tensor]) -> Tensor:
         """(blocks, positions of q, positions of kv); a position beyond the end is the last one again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,14 +77,16 @@ def _group(csr: Csr, batch: int, head: int) -> Listed:
     """The rows of one batch and head."""
     own_batch, own_heads, _ = csr.starts.shape
     starts = csr.starts[batch % own_batch, head % own_heads].cpu()
-    return Listed(starts.diff().to(torch.int64), csr.indices[int(starts[0]) : int(starts[-1])].cpu())
+    indices = csr.indices[int(starts[0]) : int(starts[-1])].cpu()
+    return Listed(starts.diff().to(torch.int64).numpy(), indices.numpy())
 
 
 def _cells(listed: Listed, step: tuple[int, ...], blocks: tuple[int, int]) -> Tensor:
     """How many of the listed blocks lie in each cell."""
     rows, columns = (-(-n // s) for n, s in zip(blocks, step, strict=True))
-    cell = listed.rows.to(torch.int64) // step[0] * columns + listed.columns.to(torch.int64) // step[1]
-    return torch.bincount(cell, minlength=rows * columns).reshape(rows, columns).to(torch.float64)
+    cell = listed.rows // step[0] * columns + listed.columns // step[1]
+    counted = np.bincount(cell, minlength=rows * columns).reshape(rows, columns)
+    return torch.from_numpy(counted).to(torch.float64)
 
 
 def _cell_sizes(blocks: int, step: int) -> Tensor:

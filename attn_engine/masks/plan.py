@@ -6,8 +6,10 @@ changed since: a captured number, a captured tensor (another one, or the same on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -21,9 +23,9 @@ from attn_engine.masks.classes import (
     classes_from_ranges,
     resolved,
 )
-from attn_engine.masks.lists import BlockLists, Csr, Side
+from attn_engine.masks.lists import BlockLists, Side
 from attn_engine.masks.program import MaskProgram, Moment, mask_program
-from attn_engine.masks.rows import csr_of, transposed
+from attn_engine.masks.rows import csr_of, listed_of
 from attn_engine.masks.values import Blocks
 
 
@@ -65,21 +67,41 @@ class BlockPlan:
         classes = resolved(self.program.mask.result, known, blocks)
         full, partial = classes.full, classes.partial
         if not self.separate_full:
-            full, partial = Listed(torch.zeros_like(full.counts), full.columns[:0]), full.merged(partial)
-        rows = (blocks.batch, blocks.heads, blocks.count["q"])
-        by_q = Side(csr_of(partial, rows), csr_of(full, rows))
-        return both_sides(self.block_size, (blocks.length["q"], blocks.length["kv"]), by_q)
+            full, partial = classes.open, full.merged(partial)  # nothing is open any more
+        groups = (blocks.batch, blocks.heads)
+        return lists_of(partial, full, groups, self.block_size, _pair(blocks.length), self.moment.device)
+
+
+def _pair(of_axis: Mapping[str, int]) -> tuple[int, int]:
+    return of_axis["q"], of_axis["kv"]
+
+
+def lists_of(
+    partial: Listed,
+    full: Listed,
+    groups: tuple[int, int],
+    block_size: tuple[int, int],
+    lengths: tuple[int, int],
+    device: torch.device,
+) -> BlockLists:
+    """The lists of both sides. groups: (batch, heads)."""
+    rows, columns = (-(-n // size) for n, size in zip(lengths, block_size, strict=True))
+
+    count = groups[0] * groups[1]
+
+    def side(partial: Listed, full: Listed, blocks: int) -> Side:
+        shape = (*groups, blocks)
+        return Side(csr_of(partial, shape, device), csr_of(full, shape, device))
+
+    turned = side(partial.turned(count, columns), full.turned(count, columns), columns)
+    return BlockLists(*block_size, *lengths, side(partial, full, rows), turned)
 
 
 def both_sides(block_size: tuple[int, int], lengths: tuple[int, int], by_q: Side) -> BlockLists:
     """The lists whose query side is given."""
-    columns = -(-lengths[1] // block_size[1])
-
-    def turned(csr: Csr) -> Csr:
-        return transposed(csr, columns)
-
-    by_kv = Side(turned(by_q.partial), turned(by_q.full))
-    return BlockLists(*block_size, *lengths, by_q, by_kv)
+    batch, heads, _ = by_q.full.starts.shape
+    partial, full = listed_of(by_q.partial), listed_of(by_q.full)
+    return lists_of(partial, full, (batch, heads), block_size, lengths, by_q.full.starts.device)
 
 
 @dataclass(eq=False)
@@ -94,6 +116,11 @@ class MaskSource:
     block_size: tuple[int, int]
     separate_full: bool = True
     _plan: BlockPlan | None = None
+
+    def __reduce__(self) -> Any:
+        """Copied and pickled without its plan, which is made again."""
+        sizes = (self.batch, self.heads, self.lengths, self.device, self.block_size, self.separate_full)
+        return MaskSource, (self.mask_mod, *sizes)
 
     def plan(self) -> BlockPlan:
         """The plan of now. Raises a typed error where the mask cannot be traced or reads what it may not."""

@@ -22,6 +22,7 @@ from attn_engine.ir.passes.mask_tiles import TileClass, tile_truth
 from attn_engine.ir.program import BATCH, HEAD, Captured, ScalarFn
 from attn_engine.masks.mistakes import MaskOnOtherDevice
 from attn_engine.runtime.bind import check_captured
+from attn_engine.runtime.versions import version_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Moment:
     scalars: Mapping[str, Number]
     sizes: Mapping[str, int]
     device: torch.device
-    versions: tuple[int, ...] | None  # of the tensors; None where torch keeps none
+    versions: tuple[int, ...] | None  # of the tensors; None where changes of one are not counted
 
     def same(self, other: Moment) -> bool:
         """Whether nothing that a mask reads has changed in between."""
@@ -98,8 +99,8 @@ class MaskProgram:
             "q_len": q_len,
             "kv_len": kv_len,
         }
-        tracked = not any(x.is_inference() for x in tensors.values())
-        versions = tuple(x._version for x in tensors.values()) if tracked else None
+        counted = [version_of(x) for x in tensors.values()]
+        versions = None if None in counted else tuple(v for v in counted if v is not None)
         return Moment(tensors, scalars, sizes, device, versions)
 
     def check(self, moment: Moment) -> None:

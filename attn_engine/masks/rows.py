@@ -1,7 +1,8 @@
-"""Compressed rows of blocks: made, transposed, chosen from, and to and from the padded tensors that torch keeps."""
+"""Compressed rows of blocks: made, chosen from, and to and from the padded tensors that torch keeps."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,33 +12,30 @@ from attn_engine.masks.lists import Csr
 Shape = tuple[int, int, int]  # (batch, heads, blocks)
 
 
-def csr_of(listed: Listed, shape: Shape) -> Csr:
-    """Rows in the order (batch, head, block)."""
+def csr_of(listed: Listed, shape: Shape, device: torch.device) -> Csr:
+    """Rows in the order (batch, head, block), as tensors."""
     batch, heads, blocks = shape
-    ends = torch.zeros(len(listed.counts) + 1, dtype=torch.int32, device=listed.counts.device)
-    torch.cumsum(listed.counts, 0, dtype=torch.int32, out=ends[1:])
-    starts = ends.new_empty(batch * heads, blocks + 1)
+    ends = np.zeros(len(listed.counts) + 1, dtype=np.int32)
+    np.cumsum(listed.counts, out=ends[1:])
+    starts = np.empty((batch * heads, blocks + 1), dtype=np.int32)
     starts[:, :blocks] = ends[:-1].reshape(-1, blocks)
     starts[:, blocks] = ends[blocks::blocks]
-    return Csr(starts.reshape(batch, heads, blocks + 1), listed.columns)
+    tensors = (
+        torch.from_numpy(x).to(device) for x in (starts.reshape(batch, heads, blocks + 1), listed.columns)
+    )
+    return Csr(*tensors)
 
 
 def listed_of(csr: Csr) -> Listed:
-    return Listed(csr.counts().reshape(-1).to(torch.int64), csr.indices)
+    """The rows as arrays."""
+    return Listed(csr.counts().reshape(-1).to(torch.int64).cpu().numpy(), csr.indices.cpu().numpy())
 
 
-def transposed(csr: Csr, blocks: int) -> Csr:
-    """The rows of the other side, which has so many blocks: a stable sort by column."""
-    batch, heads, n = csr.starts.shape
-    groups = batch * heads
-    rows = listed_of(csr).rows
-    key = csr.indices
-    if groups > 1:
-        key = key + rows // (n - 1) * blocks
-    columns, order = torch.sort(key, stable=True)
-    counts = torch.bincount(columns, minlength=groups * blocks)
-    del columns, key
-    return csr_of(Listed(counts, (rows % (n - 1))[order]), (batch, heads, blocks))
+def rows_of(csr: Csr) -> Tensor:
+    """The row (batch, head, block) of each index: int64."""
+    counts = csr.counts().reshape(-1)
+    places = torch.arange(len(counts), device=counts.device)
+    return torch.repeat_interleave(places, counts, output_size=len(csr.indices))
 
 
 def padded(csr: Csr, width: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +43,7 @@ def padded(csr: Csr, width: int) -> tuple[Tensor, Tensor]:
     counts = csr.counts()
     indices = csr.indices.new_zeros((*counts.shape, width))
     places = torch.arange(len(csr.indices), device=csr.indices.device)
-    rows = listed_of(csr).rows.to(torch.int64)
+    rows = rows_of(csr)
     flat = counts.reshape(-1).to(torch.int64)
     indices.reshape(-1, width)[rows, places - (flat.cumsum(0) - flat)[rows]] = csr.indices
     return counts, indices
@@ -58,7 +56,7 @@ def from_padded(counts: Tensor, indices: Tensor, shape: Shape) -> Csr:
     filled = torch.arange(width, device=indices.device) < flat
     # What lies behind a row's end is sorted behind everything.
     ordered = indices.reshape(-1, width).masked_fill(~filled, torch.iinfo(torch.int32).max).sort(-1).values
-    return csr_of(Listed(flat[:, 0].to(torch.int64), ordered[filled].to(torch.int32)), shape)
+    return tensors_of(flat[:, 0], ordered[filled], shape)
 
 
 def chosen(csr: Csr, rows: Tensor) -> Csr:
@@ -70,4 +68,10 @@ def chosen(csr: Csr, rows: Tensor) -> Csr:
     shift = first - (counts.cumsum(0) - counts)
     places = torch.repeat_interleave(shift, counts)
     places += torch.arange(len(places), device=flat.device)
-    return csr_of(Listed(counts, csr.indices[places]), (batch, heads, blocks))
+    return tensors_of(counts, csr.indices[places], (batch, heads, blocks))
+
+
+def tensors_of(counts: Tensor, columns: Tensor, shape: Shape) -> Csr:
+    """Compressed rows of these counts, on their device."""
+    listed = Listed(counts.to(torch.int64).cpu().numpy(), columns.to(torch.int32).cpu().numpy())
+    return csr_of(listed, shape, counts.device)

@@ -14,7 +14,7 @@ from attn_engine.masks.create import checked_block_size
 from attn_engine.masks.lists import Csr, Side
 from attn_engine.masks.mistakes import NotABlockMask, WrongBlockMask
 from attn_engine.masks.plan import both_sides
-from attn_engine.masks.rows import from_padded, listed_of
+from attn_engine.masks.rows import from_padded, rows_of
 
 Padded = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _FIELDS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "BLOCK_SIZE", "mask_mod")
@@ -91,7 +91,7 @@ def _checked(name: str, counts: Tensor, indices: Tensor, columns: int) -> Csr:
 
 
 def _check_once(name: str, csr: Csr) -> None:
-    rows = listed_of(csr).rows
+    rows = rows_of(csr)
     again = (csr.indices[1:] == csr.indices[:-1]) & (rows[1:] == rows[:-1])
     if bool(again.any()):
         block = int(csr.indices[1:][again][0])
@@ -99,7 +99,7 @@ def _check_once(name: str, csr: Csr) -> None:
 
 
 def _check_apart(partial: Csr, full: Csr, columns: int) -> None:
-    keys = [listed_of(x).rows.to(torch.int64) * columns + x.indices for x in (partial, full)]
+    keys = [rows_of(x) * columns + x.indices for x in (partial, full)]
     both = torch.isin(*keys)
     if bool(both.any()):
         block = int(partial.indices[both][0])

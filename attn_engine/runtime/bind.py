@@ -230,7 +230,8 @@ def _fingerprint(x: Tensor) -> int:
     found = _fingerprints.get(id(x))
     if found is not None and found[0]() is x and state is not None and found[1] == state:
         return found[2]
-    data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    # A copy: memory that numpy has seen may change behind torch's back, and is taken for such from then on.
+    data = x.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
     print_ = hash(data.numpy().tobytes())
     key = id(x)
     _fingerprints[key] = weakref.ref(x, lambda _: _fingerprints.pop(key, None)), state, print_

@@ -1,16 +1,23 @@
-"""A kernel's tables: extremes of captured values over each tile, made by a few torch calls before the launch."""
+"""A kernel's tables: extremes of captured values over each tile, made by a few torch calls before the launch.
+
+On the CPU a table is kept for as long as the tensors that it was made from live and stay unchanged. (On a GPU it is
+made in every call: a kept one would belong to one stream, and a captured graph would not make it again.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from attn_engine.ir.expr import Var, variables
+from attn_engine.ir.expr import Expr, Var, loads, variables
 from attn_engine.ir.ops import DType, Number
 from attn_engine.ir.tile import TileTable
 from attn_engine.runtime.dense import DIMENSION, evaluate_dense
+from attn_engine.runtime.versions import version_of
 
 _COUNTED = {"batch": "batches", "head": "heads"}
 
@@ -23,9 +30,52 @@ def tile_tables(
     compute: torch.dtype,
 ) -> dict[str, Tensor]:
     """Each table by its name: (batches and heads where it depends on them, tiles, 2), smallest and largest."""
-    return {t.name: _table(t, captured, scalars, sizes, compute) for t in tables}
+    return {t.name: _kept_or_made(t, captured, scalars, sizes, compute) for t in tables}
 
 
+# By what a table is made from; the tensors by identity, and weakly: an entry ends with any of them.
+_kept: dict[Hashable, tuple[tuple[int, ...], tuple[weakref.ref[Tensor], ...], Tensor]] = {}
+MOST_KEPT = 256
+
+
+def _kept_or_made(
+    table: TileTable,
+    captured: Mapping[str, Tensor],
+    scalars: Mapping[str, Number],
+    sizes: Mapping[str, int],
+    compute: torch.dtype,
+) -> Tensor:
+    tensors, numbers = _read(table.value)
+    sources = [captured[name] for name in tensors]
+    versions = [version_of(x) if x.device.type == "cpu" else None for x in sources]
+    counted = tuple(v for v in versions if v is not None)
+    if len(counted) < len(sources):
+        return _table(table, captured, scalars, sizes, compute)
+    shape = (sizes[f"{table.axis}_len"], sizes["batches"], sizes["heads"])
+    values = tuple(scalars.get(name) for name in numbers)
+    key = (table.value, table.block, compute, shape, values, *map(id, sources))
+    found = _kept.get(key)
+    if (
+        found is not None
+        and found[0] == counted
+        and all(r() is x for r, x in zip(found[1], sources, strict=True))
+    ):
+        return found[2]
+    made = _table(table, captured, scalars, sizes, compute)
+    if len(_kept) >= MOST_KEPT:
+        _kept.clear()
+    _kept[key] = counted, tuple(weakref.ref(x, lambda _: _kept.pop(key, None)) for x in sources), made
+    return made
+
+
+@lru_cache(maxsize=256)
+def _read(value: Expr) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The captured tensors and the variables that a value reads."""
+    tensors = dict.fromkeys(load.tensor for load in loads(value))
+    return tuple(tensors), tuple(v.name for v in variables(value))
+
+
+@torch.no_grad()
 def _table(
     table: TileTable,
     captured: Mapping[str, Tensor],

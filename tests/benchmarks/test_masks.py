@@ -1,0 +1,31 @@
+"""The benchmark of block masks: both contenders list the same blocks, and its table shows what was measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from attn_engine import BlockMask, create_block_mask
+from benchmarks import masks
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("name", masks.NAMES)
+def test_the_same_blocks(name: str, heads: int):
+    from torch.nn.attention import flex_attention
+
+    case = masks.Case(name, 3000, heads)
+    mask_mod = masks.mask_of(case, masks.data(case))
+    ours = create_block_mask(mask_mod, None, heads, case.length, case.length, "cpu")
+    theirs = flex_attention.create_block_mask(mask_mod, None, heads, case.length, case.length, "cpu")
+    assert (BlockMask.from_torch(theirs).to_dense() == ours.to_dense()).all()
+    assert (ours.full_kv_num_blocks == theirs.full_kv_num_blocks).all()
+
+
+def test_table():
+    measured = {
+        "ms on one core": 1.0, "new function ms on one core": 2.0, "again ms on one core": 3.0, "MB": 4.0,
+        "eager ratio": 150.0, "compiled ratio": 25.0,
+    }  # fmt: skip
+    results = {"machine": masks.machine(), "cases": {str(masks.CASES[1]): measured}}
+    lines = masks.table(results).splitlines()
+    assert lines[-1] == "| window | 16384 | 1 | 1 | 2 | 3 | 4 | 150 x | 25 x |"
