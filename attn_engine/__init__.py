@@ -22,6 +22,7 @@ from attn_engine.frontend import (
     SymbolScalar,
     Var,
     meta_tensor,
+    online,
 )
 from attn_engine.version import VERSION as __version__
 
@@ -39,4 +40,5 @@ __all__ = [
     "Var",
     "__version__",
     "meta_tensor",
+    "online",
 ]

@@ -306,6 +306,21 @@ class RuleNotDerivable(AttnEngineError, NotImplementedError):
     advice = "Define {method} in {rule}."
 
 
+class RowFunctionResult(AttnEngineError, TypeError):
+    template = "The row function {rule} returns {got}; expected {expected}."
+    advice = 'Return a row of weights, or (weights, {{"name": row value}}): `return p / p.sum()`.'
+
+
+class UnorderedReduction(AttnEngineError, ValueError):
+    template = "The row function {rule} takes the {kind} of something that another reduction is part of."
+    advice = "A {kind} may depend on the raw scores only; a sum may depend on anything before it."
+
+
+class RowFunctionNotDerivable(AttnEngineError, NotImplementedError):
+    template = "No kernels can be derived from the row function {rule}: {reason}."
+    advice = "Keep it defined for every finite score, or write it as an OnlineFunc with its own methods."
+
+
 # ---- torch around the engine
 
 

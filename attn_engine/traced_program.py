@@ -95,7 +95,8 @@ class TracedProgram:
         for trace in self.traces:
             tensors.update({t.name: (t.name, t.accessor, "") for t in trace.tensors})
             tensors.update({name: (name, None, given) for name, given in trace.custom})
-        scalars = {s.var.name: s.accessor for trace in self.traces for s in trace.scalars}
+        tensors.update({t.name: (t.name, t.accessor, "") for t in self.rule.tensors})
+        scalars = {s.var.name: s.accessor for trace in (*self.traces, self.rule) for s in trace.scalars}
         self._tensor_reads = [tensors[c.name] for c in self.program.captures]
         self._scalar_reads = [(s.name, scalars[s.name]) for s in self.program.scalars]
 

@@ -4,6 +4,7 @@ from attn_engine.frontend.custom_io import CustomIO
 from attn_engine.frontend.meta import MetaTensor, meta_tensor
 from attn_engine.frontend.names import KernelNames
 from attn_engine.frontend.online import OnlineFunc, RuleTrace, trace_online
+from attn_engine.frontend.row_function import RowFunction, online
 from attn_engine.frontend.session import BoundScalar, BoundTensor, Guard
 from attn_engine.frontend.symbols import (
     SymbolicArray,
@@ -25,6 +26,7 @@ __all__ = [
     "MaskMod",
     "MetaTensor",
     "OnlineFunc",
+    "RowFunction",
     "RuleTrace",
     "ScoreMod",
     "SymbolScalar",
@@ -36,6 +38,7 @@ __all__ = [
     "Traced",
     "Var",
     "meta_tensor",
+    "online",
     "trace_mask_mod",
     "trace_online",
     "trace_score_mod",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import CodeType
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from attn_engine.errors import (
     AttnEngineError,
@@ -18,11 +17,12 @@ from attn_engine.errors import (
     definition_of,
 )
 from attn_engine.frontend.capture import codes_of
-from attn_engine.frontend.custom_io import CustomIO
 from attn_engine.frontend.names import KernelNames, type_name
+from attn_engine.frontend.online_func import OnlineFunc, RuleTrace
 from attn_engine.frontend.operations import to_float
 from attn_engine.frontend.rule_guards import initial_number, watch_captures
-from attn_engine.frontend.session import Guard, Session, guards_hold
+from attn_engine.frontend.row_function import RowFunction, trace_row_function
+from attn_engine.frontend.session import Session
 from attn_engine.frontend.trace import names_and_sources, watching
 from attn_engine.frontend.traced import Traced, lift
 from attn_engine.ir.expr import Expr
@@ -45,68 +45,6 @@ from attn_engine.ir.program import (
 Rows = dict[str, Any]
 
 
-class OnlineFunc:
-    """Base of normalisers. A subclass says which row values it carries and defines, statically or not:
-
-    online_fwd(scores, online_rowscales, b, h, q_idx) -> (weights, new online_rowscales, o_scale): one tile of keys;
-        the output becomes output * o_scale + weights @ v. `scores.get_reduce("max" | "min" | "sum" | "abssum")` reduces
-        the tile's scores of a row.
-    online_fwd_epilogue(o, online_rowscales, b, h, q_idx) -> (output, final_rowscales): after the last tile.
-    forward(scores, final_rowscales, b, h, q_idx, kv_idx) -> weights: normalised weights again, for the backward pass.
-    backward(dp, scores, final_rowscales, doosum, b, h, q_idx, kv_idx) -> gradient of the scores: `scores` are the
-        weights of `forward`, dp their gradient, doosum the row sum of dO * O.
-
-    forward and backward may both be left out where they can be derived (RuleNotDerivable says what is missing).
-    A number that the methods read (a global, a closure's, an attribute) is a constant of the kernels; it is looked at
-    again at every call, and another value makes other kernels. Numbers that change often belong into score_mod.
-    Row values and their initial numbers are given to the constructor, or as class attributes of the same names.
-    """
-
-    online_rowscales: Mapping[str, Any] = {}
-    final_rowscales: Mapping[str, Any] = {}
-    external_fwd_tensors: CustomIO | None = None
-    methods: ClassVar[tuple[str, ...]] = (
-        "online_fwd",
-        "online_fwd_epilogue",
-        "forward",
-        "backward",
-        "combine",
-    )
-
-    def __init__(
-        self,
-        online_rowscales: Mapping[str, Any] | None = None,
-        final_rowscales: Mapping[str, Any] | None = None,
-        external_fwd_tensors: CustomIO | None = None,
-    ) -> None:
-        if online_rowscales is not None:
-            self.online_rowscales = online_rowscales
-        if final_rowscales is not None:
-            self.final_rowscales = final_rowscales
-        if external_fwd_tensors is not None:
-            self.external_fwd_tensors = external_fwd_tensors
-
-    online_fwd: Callable[..., Any]
-    online_fwd_epilogue: Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True)
-class RuleTrace:
-    """A traced rule, and what it took for granted.
-
-    opaque: the methods read things that cannot be watched (elements of a list, a module's numbers): trace them again at
-    every call.
-    """
-
-    rule: OnlineRule
-    guards: tuple[Guard, ...]
-    opaque: bool
-
-    def stale(self) -> bool:
-        """Whether something that the methods read has changed, so that tracing again may give another rule."""
-        return not guards_hold(self.guards)
-
-
 def trace_online(func: OnlineFunc | type[OnlineFunc], names: KernelNames | None = None) -> RuleTrace:
     """The rule that an online function's methods describe.
 
@@ -115,6 +53,8 @@ def trace_online(func: OnlineFunc | type[OnlineFunc], names: KernelNames | None 
     made = cast(object, func() if isinstance(func, type) else func)
     if not isinstance(made, OnlineFunc):
         raise NotAnOnlineFunc(got=type_name(made))
+    if isinstance(made, RowFunction):
+        return trace_row_function(made, names or KernelNames())
     trace = _OnlineTrace(made, names or KernelNames())
     rule = trace.rule()
     watch_captures(trace.func, trace.session)

@@ -25,7 +25,7 @@ class Forward:
     """What `OnlineRule` says of the forward pass, but for `saved`.
 
     final: each reduction's variable -> its value in the epilogue. scale: h, 0 where a row without keys has none.
-    names: for new values.
+    meanings: for every pass, the reductions' variables -> their values after a tile. names: of new values.
     """
 
     earlier: tuple[RowPass, ...]
@@ -37,6 +37,7 @@ class Forward:
     scale: Expr
     final: dict[Expr, Expr]
     names: dict[Expr, str]
+    meanings: tuple[dict[Expr, Expr], ...]
 
 
 def derive_forward(form: RowForm, fresh: Callable[[str], str]) -> Forward:
@@ -44,8 +45,10 @@ def derive_forward(form: RowForm, fresh: Callable[[str], str]) -> Forward:
     final: dict[Expr, Expr] = {}
     passes: list[RowPass] = []
     names: dict[Expr, str] = {}
+    meanings: list[dict[Expr, Expr]] = []
     for layer in range(form.last):
         update = _Update(form, layer, final, lambda r: fresh(f"running_{r.name}"))
+        meanings.append(update.meaning)
         values = [(fresh(f"{r.name}_of_row"), r, s.var) for r, s in update.states.items()]
         passes.append(
             RowPass(tuple(update.states.values()), update.new_states, tuple((n, e) for n, _, e in values))
@@ -67,6 +70,7 @@ def derive_forward(form: RowForm, fresh: Callable[[str], str]) -> Forward:
         scale,
         final,
         names,
+        (*meanings, update.meaning),
     )
 
 
@@ -96,9 +100,14 @@ class _Update:
         factor = self.rescaled(reduction.term)
         return (state.var if factor is ONE else state.var * factor) + tile
 
+    @property
+    def meaning(self) -> dict[Expr, Expr]:
+        """The reductions' variables -> their values after the tile."""
+        return {**self._final, **self._new}
+
     def at_new(self, e: Expr) -> Expr:
         """e at the values after the tile, and at the final ones of earlier passes."""
-        return substitute(e, {**self._final, **self._new})
+        return substitute(e, self.meaning)
 
     def rescaled(self, e: Expr) -> Expr:
         """e(after the tile) / e(before it)."""

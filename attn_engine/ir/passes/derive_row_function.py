@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from attn_engine.ir.evaluate import evaluate
@@ -15,21 +15,28 @@ from attn_engine.ir.passes.row_form import NotDerivable, RowForm, row_form
 from attn_engine.ir.passes.simplify import simplify
 from attn_engine.ir.passes.symbolic import random_points
 from attn_engine.ir.passes.try_rule import problem_of
-from attn_engine.ir.program import LOGIT, OnlineRule, saved_var
+from attn_engine.ir.program import LOGIT, Captured, OnlineRule, saved_var
 
 Rows = tuple[tuple[str, Expr], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RowDefinition:
-    """weights (q, kv) and outputs (q), with `Reduce` nodes over "kv"; names of reductions and names that are taken."""
+    """weights (q, kv) and outputs (q), with `Reduce` nodes over "kv".
+
+    names: of the reductions. taken: names that mean something else already. unread: outputs that kernels must not use
+    as variables, because of their names. locals: (node, the user's name for it, its source line).
+    """
 
     name: str
     weights: Expr
     outputs: Rows
     names: tuple[tuple[Reduce, str], ...] = ()
     taken: frozenset[str] = frozenset()
-    unread: frozenset[str] = field(default=frozenset())
+    unread: frozenset[str] = frozenset()
+    locals: tuple[tuple[Expr, str, str], ...] = ()
+    captures: tuple[Captured, ...] = ()
+    scalars: tuple[Var, ...] = ()
 
 
 @lru_cache(maxsize=256)
@@ -63,11 +70,28 @@ def _derived(function: RowDefinition, separate: bool) -> tuple[RowForm, OnlineRu
     scale = simplify(substitute(forward.scale, {v: k for k, v in forward.final.items()}))
     backward = derive_backward(form, scale, outputs, fresh)
     saved, backward = saved_rows(form, outputs, forward.final, scale, backward, fresh, function.unread)
+    names, sources = _users_words(function, form, forward)
     return form, OnlineRule(
         function.name, forward.states, forward.weights, forward.new_states, forward.out_scale, forward.output,
-        saved, backward.recompute, backward.gradient, forward.names, {}, forward.earlier, backward.adjoints,
-        backward.parameters,
+        saved, backward.recompute, backward.gradient, names, sources, forward.earlier, backward.adjoints,
+        backward.parameters, function.captures, function.scalars,
     )  # fmt: skip
+
+
+def _users_words(
+    function: RowDefinition, form: RowForm, forward: Forward
+) -> tuple[dict[Expr, str], dict[Expr, str]]:
+    """The user's names and source lines for what has become of the user's local variables in each pass."""
+    names, sources = dict(forward.names), dict[Expr, str]()
+    for node, name, source in function.locals:
+        row = substitute(node, form.known)
+        if isinstance(row, Var):
+            continue
+        for meaning in (*forward.meanings, forward.final, {}):
+            here = substitute(row, meaning)
+            names.setdefault(here, name)
+            sources.setdefault(here, source)
+    return names, sources
 
 
 class Fresh:

@@ -81,7 +81,7 @@ def tidy(e: Expr) -> Expr:
     if any(isinstance(n, Call) and n.op is Op.WHERE for n in postorder(e)):
         return e
     try:
-        symbols = Symbols()
+        symbols = Symbols(rows_closed=True)
         found = symbols.to_ir(_sympy().simplify(symbols.to_sympy(e)))
     except NotSymbolic:
         return e
@@ -96,7 +96,7 @@ def expanded(e: Expr) -> tuple[Expr, ...]:
     p * log(p) with p = exp(s - m) / l becomes s exp(s - m) / l, - m exp(s - m) / l and - log(l) exp(s - m) / l.
     """
     try:
-        symbols, sympy = Symbols(), _sympy()
+        symbols, sympy = Symbols(rows_closed=True), _sympy()
         whole = symbols.to_sympy(e)
         opened = sympy.expand(sympy.expand_log(whole, force=True), power_exp=False, power_base=False, log=False)
         terms = tuple(symbols.to_ir(t) for t in sympy.Add.make_args(opened))
@@ -116,9 +116,14 @@ def _sympy() -> Any:
 
 
 class Symbols:
-    """Translates expressions to sympy's and back; what sympy need not look into is one symbol."""
+    """Translates expressions to sympy's and back; what sympy need not look into is one symbol.
 
-    def __init__(self) -> None:
+    rows_closed: exponentials and logarithms of row values are such symbols. sympy would multiply a fraction with
+    exp(sink - m) in it by exp(m), which overflows.
+    """
+
+    def __init__(self, rows_closed: bool = False) -> None:
+        self._rows_closed = rows_closed
         self._symbols: dict[Expr, Any] = {}
         self._nodes: dict[Any, Expr] = {}
 
@@ -137,6 +142,8 @@ class Symbols:
                 return _number(value)
             case Full(value):
                 return _number(value)
+            case Call(Op.EXP | Op.EXP2 | Op.LOG) if self._rows_closed and "kv" not in node.axes:
+                return self._symbol(node)
             case Call(op, args) if op in _TO_SYMPY:
                 return _TO_SYMPY[op](_sympy(), *(done[a] for a in args))
             case Reduce():
