@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import CodeType
 from typing import Any, cast
 
@@ -26,7 +27,9 @@ from attn_engine.frontend.session import Session
 from attn_engine.frontend.trace import names_and_sources, watching
 from attn_engine.frontend.traced import Traced, lift
 from attn_engine.ir.expr import Expr
-from attn_engine.ir.passes.derive_rule import Derived, NotDerivable, derive_rule
+from attn_engine.ir.passes.derive_rule import Given, complete_rule
+from attn_engine.ir.passes.row_form import NotDerivable
+from attn_engine.ir.passes.try_rule import forward_roots
 from attn_engine.ir.program import (
     BATCH,
     D_PROBS,
@@ -77,33 +80,28 @@ class _OnlineTrace:
     def rule(self) -> OnlineRule:
         weights, new_states, out_scale = self._step()
         output, saved = self._epilogue()
-        has = [self._method(m) is not None for m in ("forward", "backward")]
-        if any(has) and not all(has):
-            given, missing = ("forward", "backward") if has[0] else ("backward", "forward")
-            raise RuleNotDerivable(
-                rule=self.name,
-                reason=f"{given} is defined and {missing} is not",
-                method=missing,
-                location=self._where(),
-            )
-        if all(has):
-            derived = Derived(tuple(saved.items()), *self._backward(saved))
-        else:
-            derived = self._derive(weights, new_states, out_scale, output, saved)
-        roots = (
-            weights,
-            *new_states,
-            out_scale,
-            output,
-            *saved.values(),
-            derived.recompute,
-            derived.gradient,
-        )
-        names, sources = names_and_sources(self.session, *roots)
-        return OnlineRule(
+        given = Given(*self._backward(saved))
+        rule = OnlineRule(
             self.name, tuple(self.states.values()), weights, new_states, out_scale, output,
-            derived.saved, derived.recompute, derived.gradient, names, sources,
+            tuple(saved.items()), PROBS if given.recompute is None else given.recompute,
+            PROBS if given.gradient is None else given.gradient,
         )  # fmt: skip
+        if given.recompute is None or given.gradient is None:
+            rule = self._completed(rule, given)
+        roots = (*forward_roots(rule), rule.recompute, rule.gradient)
+        names, sources = names_and_sources(self.session, *roots)
+        return replace(rule, names={**rule.names, **names}, sources={**rule.sources, **sources})
+
+    def _completed(self, rule: OnlineRule, given: Given) -> OnlineRule:
+        """The rule with the methods that the class leaves out."""
+        try:
+            return complete_rule(rule, given, self.session.names.taken)
+        except NotDerivable as why:
+            pairs = (("forward", given.recompute), ("backward", given.gradient))
+            missing = " and ".join(name for name, expr in pairs if expr is None)
+            raise RuleNotDerivable(
+                rule=self.name, reason=str(why), method=missing, location=self._where()
+            ) from None
 
     def _method(self, method: str) -> Callable[..., Any] | None:
         found = getattr(self.func, method, None)
@@ -135,30 +133,18 @@ class _OnlineTrace:
         saved = {n: self._row("online_fwd_epilogue", f"row value {n!r}", final[n]) for n in final}
         return self._lift("online_fwd_epilogue", output), saved
 
-    def _backward(self, saved: dict[str, Expr]) -> tuple[Expr, Expr]:
+    def _backward(self, saved: dict[str, Expr]) -> tuple[Expr | None, Expr | None]:
+        """What forward and backward give; None for those that the class leaves out."""
         values = {n: Traced(saved_var(n), self.session) for n in saved}
         first, second = (_RowValues(values, self, "final_rowscales") for _ in range(2))
         where = (BATCH, HEAD, Q_IDX, KV_IDX)
-        recompute = self._lift("forward", self._call("forward", LOGIT, first, *where))
-        gradient = self._call("backward", D_PROBS, PROBS, second, DELTA, *where)
-        return recompute, self._lift("backward", gradient)
-
-    def _derive(
-        self,
-        weights: Expr,
-        new_states: tuple[Expr, ...],
-        out_scale: Expr,
-        output: Expr,
-        saved: dict[str, Expr],
-    ) -> Derived:
-        try:
-            states, rows = tuple(self.states.values()), tuple(saved.items())
-            return derive_rule(states, weights, new_states, out_scale, output, rows)
-        except NotDerivable as why:
-            reason, method = str(why), "forward and backward"
-            raise RuleNotDerivable(
-                rule=self.name, reason=reason, method=method, location=self._where()
-            ) from None
+        recompute = gradient = None
+        if self._method("forward") is not None:
+            recompute = self._lift("forward", self._call("forward", LOGIT, first, *where))
+        if self._method("backward") is not None:
+            found = self._call("backward", D_PROBS, PROBS, second, DELTA, *where)
+            gradient = self._lift("backward", found)
+        return recompute, gradient
 
     def _rows(self) -> Rows:
         rows = {user: Traced(state.var, self.session) for user, state in self.states.items()}

@@ -178,7 +178,11 @@ class _RowTrace:
             names,
             session.names.taken,
             reserved,
-            tuple((n, session.locals[n][0], session.source_of(n)) for n in postorder(*roots) if n in session.locals),
+            tuple(
+                (n, session.locals[n][0], session.source_of(n))
+                for n in postorder(*roots)
+                if n in session.locals
+            ),
             tuple(Captured(n, session.tensors[n].storage, session.tensors[n].rank) for n in reads),
             tuple(v for v in postorder(*roots) if isinstance(v, Var) and v in session.scalars),
         )

@@ -102,7 +102,9 @@ class _Derivation:
 
     def passes(self, gradient: Expr, parameters: Sequence[RuleParameter]) -> tuple[RowPass, ...]:
         """The one pass that makes what the others read, where they read anything."""
-        read = set(postorder(gradient, *(e for p in parameters for e in (p.per_pair, p.per_row) if e is not None)))
+        read = set(
+            postorder(gradient, *(e for p in parameters for e in (p.per_pair, p.per_row) if e is not None))
+        )
         values = [(name, e) for name, e in self.values if saved_var(name) in read]
         summed = set(postorder(*(e for _, e in values)))
         sums = [(term, s) for term, s in self.states.items() if s.var in summed]
@@ -133,7 +135,9 @@ class _Derivation:
 
     def moves(self, reduction: Reduction) -> bool:
         """Whether anything can change it: a number of keys stays as it is."""
-        return any(n is LOGIT or isinstance(n, Load) or n in self.form.variables for n in postorder(reduction.term))
+        return any(
+            n is LOGIT or isinstance(n, Load) or n in self.form.variables for n in postorder(reduction.term)
+        )
 
     def direct_weights(self, reduction: Reduction) -> Expr:
         """sum_j dP_j dw_j/dr."""
@@ -142,7 +146,9 @@ class _Derivation:
         total = simplify(DELTA * found) if not is_zero(found) else _ZERO
         local = slope(self.form.local, reduction.var)
         if local.relative is None:
-            return sum_of(total, self.summed(f"weights_by_{reduction.name}", D_PROBS * self.scale * local.derivative))
+            return sum_of(
+                total, self.summed(f"weights_by_{reduction.name}", D_PROBS * self.scale * local.derivative)
+            )
         return total if is_zero(local.relative) else sum_of(total, simplify(DELTA * local.relative))
 
     def direct_output(self, name: str, value: Expr) -> Callable[[Reduction], Expr]:
@@ -253,6 +259,10 @@ class _Derivation:
         for name, value in self.outputs:
             step = derivative(value, load)
             row = row if is_zero(step) else sum_of(row, simplify(d_saved_var(name) * step))
+        if not self.form.reductions and not is_zero(
+            row
+        ):  # delta is the pairs' sum, and no row value tells empty rows
+            pair, row = sum_of(pair, simplify(substitute(row, {DELTA: PROBS * D_PROBS}))), _ZERO
         return RuleParameter(load, None if is_zero(pair) else pair, None if is_zero(row) else tidy(row))
 
 

@@ -1,8 +1,8 @@
 """The online update and the epilogue of a row function from its row form: passes before, then out = out * scale + w v.
 
-    maximum, minimum   new = max(state, max over the tile)
-    sum                new = state * ratio + sum over the tile of the term, at the new values of what it reads
-    output             out = out * ratio + a(s; new values) @ V;  at the end out * h
+maximum, minimum   new = max(state, max over the tile)
+sum                new = state * ratio + sum over the tile of the term, at the new values of what it reads
+output             out = out * ratio + a(s; new values) @ V;  at the end out * h
 """
 
 from __future__ import annotations
@@ -12,7 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import REDUCE_IDENTITY, Call, Const, Expr, Load, Reduce, Var, call, postorder, substitute, where
+from attn_engine.ir.expr import (
+    REDUCE_IDENTITY,
+    Call,
+    Const,
+    Expr,
+    Load,
+    Reduce,
+    Var,
+    call,
+    postorder,
+    substitute,
+    where,
+)
 from attn_engine.ir.ops import DType, Number, Op
 from attn_engine.ir.passes.factors import ONE, Product, touches
 from attn_engine.ir.passes.row_form import Reduction, RowForm, new_value, ratio
@@ -129,7 +141,9 @@ def guarded(factor: Product, initial: dict[Expr, float]) -> Expr:
     if math.isfinite(at_start(h, initial)):
         return h
     zeros = [f for f in factor.below if at_start(f, initial) == 0]
-    if zeros and math.isfinite(at_start(Product(factor.above, tuple(f for f in factor.below if f not in zeros)).expr, initial)):
+    if zeros and math.isfinite(
+        at_start(Product(factor.above, tuple(f for f in factor.below if f not in zeros)).expr, initial)
+    ):
         some = call(Op.NE, zeros[0], 0.0)
         for zero in zeros[1:]:
             some = some & call(Op.NE, zero, 0.0)

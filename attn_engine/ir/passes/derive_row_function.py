@@ -142,14 +142,22 @@ def saved_rows(
 
     h is kept in place of what it is made from where that makes no more rows.
     """
-    kept = {value: saved_var(name) for name, value in outputs if isinstance(value, Var) and name not in unread}
+    kept = {
+        value: saved_var(name) for name, value in outputs if isinstance(value, Var) and name not in unread
+    }
     if not is_one(scale) and not isinstance(scale, Var):
         name = fresh("row_scale")
         shorter = backward.replaced({scale: saved_var(name)})
         if len(_read(form, shorter)) < len(_read(form, backward)):
             backward, kept = shorter, {**kept, scale: saved_var(name)}
-    needed = {v: saved_var(v.name) for v in _read(form, backward) if v not in kept}
-    rows = [*outputs, *((var.name, value) for value, var in {**kept, **needed}.items())]
+    read = _read(form, backward)
+    if form.reductions and not read and any(p.per_row is not None for p in backward.parameters):
+        read = [form.reductions[0].var]  # tells rows without keys, which have no part in the gradient
+    mine = {name for name, value in outputs}
+    for v in read:
+        if v not in kept:
+            kept = {**kept, v: saved_var(fresh(f"final_{v.name}") if v.name in mine else v.name)}
+    rows = [*outputs, *((var.name, value) for value, var in kept.items())]
     saved = {name: simplify(substitute(value, final)) for name, value in rows}
     renamed: dict[Expr, Expr] = {value: var for value, var in kept.items() if isinstance(value, Var)}
     return tuple(saved.items()), backward.replaced(renamed) if renamed else backward
@@ -158,5 +166,3 @@ def saved_rows(
 def _read(form: RowForm, backward: Backward) -> list[Var]:
     found = set(postorder(*backward.roots))
     return [v for v in form.variables if v in found]
-
-

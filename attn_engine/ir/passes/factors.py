@@ -1,7 +1,7 @@
 """Expressions as products and sums: what of a weight is the score's, what is the row's, and how it follows the row.
 
-    exp(s - m) / l        factors:  exp(s - m) above, l below; without the score: l
-    exp(s - (m + log l))  the same: a logarithm inside an exponential is a factor
+exp(s - m) / l        factors:  exp(s - m) above, l below; without the score: l
+exp(s - (m + log l))  the same: a logarithm inside an exponential is a factor
 """
 
 from __future__ import annotations
@@ -66,14 +66,18 @@ def factors(e: Expr) -> Product:
 
 def _without_logarithms(e: Expr, exponent: Expr) -> Product:
     terms = additive_terms(exponent)
-    logs = [(sign, t.args[0]) for sign, t in terms if isinstance(t, Call) and t.op is Op.LOG and "kv" not in t.axes]
+    logs = [
+        (sign, t.args[0])
+        for sign, t in terms
+        if isinstance(t, Call) and t.op is Op.LOG and "kv" not in t.axes
+    ]
     if not logs:
         return Product((e,))
-    rest = _added([(s, t) for s, t in terms if not (isinstance(t, Call) and t.op is Op.LOG and "kv" not in t.axes)])
-    above = [] if rest is None else [call(Op.EXP, rest)]
-    return Product(
-        (*above, *(x for sign, x in logs if sign > 0)), tuple(x for sign, x in logs if sign < 0)
+    rest = _added(
+        [(s, t) for s, t in terms if not (isinstance(t, Call) and t.op is Op.LOG and "kv" not in t.axes)]
     )
+    above = [] if rest is None else [call(Op.EXP, rest)]
+    return Product((*above, *(x for sign, x in logs if sign > 0)), tuple(x for sign, x in logs if sign < 0))
 
 
 def is_exponential(factor: Expr) -> bool:
@@ -203,5 +207,3 @@ def exponent_slope(e: Expr, wrt: Expr) -> Expr | None:
             part = relative_slope(factor, wrt)
             result = sum_of(result, part if sign > 0 else simplify(-part))
     return result
-
-

@@ -162,7 +162,9 @@ class _Reductions:
 
     def _moving(self, a: Expr) -> list[Reduction]:
         """The reductions that must be final before `a` is summed."""
-        return [r for r in self.items if touches(a, {r.var}) and (self.separate or ratio(a, (r.var,)) is None)]
+        return [
+            r for r in self.items if touches(a, {r.var}) and (self.separate or ratio(a, (r.var,)) is None)
+        ]
 
 
 def new_value(var: Expr) -> Var:
@@ -197,13 +199,17 @@ def _layers(found: _Reductions, local: Expr) -> tuple[tuple[int, ...], int, tupl
                 graph.add_edge(j, i, final=_must_be_final(found, reduction.term, earlier))
     graph.add_node(weights)
     for j, earlier in enumerate(found.items):
-        graph.add_edge(j, weights, final=touches(local, {earlier.var}) and _must_be_final(found, local, earlier))
+        graph.add_edge(
+            j, weights, final=touches(local, {earlier.var}) and _must_be_final(found, local, earlier)
+        )
     layer: dict[object, int] = {}
     for node in networkx.topological_sort(graph):
         before = (layer[j] + graph.edges[j, node]["final"] for j in graph.predecessors(node))
         layer[node] = max(before, default=0)
     reasons = [
-        _reason(found.items[j], found.items[i].text if isinstance(i, int) else f"the weight {format_expr(local)}")
+        _reason(
+            found.items[j], found.items[i].text if isinstance(i, int) else f"the weight {format_expr(local)}"
+        )
         for j, i, final in graph.edges(data="final")
         if final
     ]

@@ -98,7 +98,9 @@ def expanded(e: Expr) -> tuple[Expr, ...]:
     try:
         symbols, sympy = Symbols(rows_closed=True), _sympy()
         whole = symbols.to_sympy(e)
-        opened = sympy.expand(sympy.expand_log(whole, force=True), power_exp=False, power_base=False, log=False)
+        opened = sympy.expand(
+            sympy.expand_log(whole, force=True), power_exp=False, power_base=False, log=False
+        )
         terms = tuple(symbols.to_ir(t) for t in sympy.Add.make_args(opened))
     except NotSymbolic:
         return (e,)
@@ -195,7 +197,9 @@ class Symbols:
         total: Expr | None = None
         for negative, a in signed:
             term = self.to_ir(-a if negative else a)
-            total = (-term if negative else term) if total is None else total - term if negative else total + term
+            total = (
+                (-term if negative else term) if total is None else total - term if negative else total + term
+            )
         assert total is not None
         return total
 

@@ -47,13 +47,19 @@ class Row:
     known: dict[Expr, Number]
 
 
-def placeholders(source: random.Random, roots: Iterable[Expr], without: Iterable[Expr] = ()) -> dict[Expr, Number]:
+def placeholders(
+    source: random.Random, roots: Iterable[Expr], without: Iterable[Expr] = ()
+) -> dict[Expr, Number]:
     """Random values for what a rule reads besides the scores: positions, runtime numbers, elements of tensors."""
     skipped = {LOGIT, OUT, PROBS, D_PROBS, DELTA, KV_IDX, *without}
     found = [n for n in postorder(*roots) if isinstance(n, Load | Var) and n not in skipped]
     positions = {BATCH: 1, HEAD: 2, Q_IDX: 3}
     return {
-        n: positions[n] if n in positions else source.randrange(1, 9) if n.dtype is DType.INT else source.uniform(0.2, 1.2)
+        n: positions[n]
+        if n in positions
+        else source.randrange(1, 9)
+        if n.dtype is DType.INT
+        else source.uniform(0.2, 1.2)
         for n in found
     }
 
