@@ -21,8 +21,8 @@ from attn_engine.frontend.capture import codes_of
 from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.online_func import OnlineFunc, RuleTrace
 from attn_engine.frontend.operations import to_float
-from attn_engine.frontend.rule_guards import initial_number, watch_captures
 from attn_engine.frontend.row_function import RowFunction, trace_row_function
+from attn_engine.frontend.rule_guards import initial_number, watch_captures
 from attn_engine.frontend.session import Session
 from attn_engine.frontend.trace import names_and_sources, watching
 from attn_engine.frontend.traced import Traced, lift

@@ -59,9 +59,9 @@ class RowFunction(OnlineFunc):
 def online(function: Callable[..., Any]) -> RowFunction:
     """Make a normaliser of a function from a row of scores to a row of weights: give it as `online_func`.
 
-    function(s), or with b, h, q_idx among its parameters: `s` is one row, reduced with s.max(), s.sum(), s.mean() and so
-    on, over the keys that the mask keeps. It returns the weights, or (weights, {"name": value}): further values per row,
-    which calls with return_final_rowscales=True hand out. Numbers and tensors that it captures are read at every
+    function(s), or with b, h, q_idx among its parameters: `s` is one row, reduced with s.max(), s.sum(), s.mean() and
+    so on, over the keys that the mask keeps. It returns the weights, or (weights, {"name": value}): further values per
+    row, which calls with return_final_rowscales=True hand out. Numbers and tensors that it captures are read at every
     call, and floating tensors that require it get gradients.
 
     Raises WrongParameters for what is not such a function; the engine raises the tracing errors, RowFunctionResult and
@@ -188,10 +188,9 @@ class _RowTrace:
         )
         try:
             return derive_row_function(definition)
-        except NotOrdered as why:
-            assert isinstance(why.node, Reduce)
-            place = self._line_of(why.node)
-            raise UnorderedReduction(rule=self.name, kind=_KIND[why.node.kind], location=place) from None
+        except NotOrdered as unordered:
+            place, kind = self._line_of(unordered.reduction), _KIND[unordered.reduction.kind]
+            raise UnorderedReduction(rule=self.name, kind=kind, location=place) from None
         except NotDerivable as why:
             place = session.returned_at
             raise RowFunctionNotDerivable(rule=self.name, reason=str(why), location=place) from None

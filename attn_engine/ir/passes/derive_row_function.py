@@ -10,7 +10,7 @@ from attn_engine.ir.evaluate import evaluate
 from attn_engine.ir.expr import Expr, Reduce, Var, postorder, substitute
 from attn_engine.ir.passes.derive_backward import Backward, derive_backward, is_one
 from attn_engine.ir.passes.derive_forward import Forward, derive_forward, exponent_of, log_of
-from attn_engine.ir.passes.factors import additive_terms, touches
+from attn_engine.ir.passes.factors import additive_terms
 from attn_engine.ir.passes.row_form import NotDerivable, RowForm, row_form
 from attn_engine.ir.passes.simplify import simplify
 from attn_engine.ir.passes.symbolic import random_points
@@ -149,14 +149,15 @@ def saved_rows(
         name = fresh("row_scale")
         shorter = backward.replaced({scale: saved_var(name)})
         if len(_read(form, shorter)) < len(_read(form, backward)):
-            backward, kept = shorter, {**kept, scale: saved_var(name)}
+            backward = shorter
+            kept[scale] = saved_var(name)
     read = _read(form, backward)
     if form.reductions and not read and any(p.per_row is not None for p in backward.parameters):
         read = [form.reductions[0].var]  # tells rows without keys, which have no part in the gradient
-    mine = {name for name, value in outputs}
+    mine = {name for name, _ in outputs}
     for v in read:
         if v not in kept:
-            kept = {**kept, v: saved_var(fresh(f"final_{v.name}") if v.name in mine else v.name)}
+            kept[v] = saved_var(fresh(f"final_{v.name}") if v.name in mine else v.name)
     rows = [*outputs, *((var.name, value) for value, var in kept.items())]
     saved = {name: simplify(substitute(value, final)) for name, value in rows}
     renamed: dict[Expr, Expr] = {value: var for value, var in kept.items() if isinstance(value, Var)}

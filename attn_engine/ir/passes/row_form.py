@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from attn_engine.ir.expr import Const, Expr, Full, Reduce, Var, postorder, substitute
 from attn_engine.ir.ops import DType
@@ -190,7 +191,7 @@ def _layers(found: _Reductions, local: Expr) -> tuple[tuple[int, ...], int, tupl
     """The pass of each reduction and of the weights: the longest path, an edge counting 1 where a value must be final."""
     import networkx
 
-    graph: networkx.DiGraph = networkx.DiGraph()
+    graph: Any = networkx.DiGraph()
     weights = "weights"
     for i, reduction in enumerate(found.items):
         graph.add_node(i)
@@ -203,7 +204,8 @@ def _layers(found: _Reductions, local: Expr) -> tuple[tuple[int, ...], int, tupl
             j, weights, final=touches(local, {earlier.var}) and _must_be_final(found, local, earlier)
         )
     layer: dict[object, int] = {}
-    for node in networkx.topological_sort(graph):
+    order: Any = networkx.topological_sort(graph)
+    for node in order:
         before = (layer[j] + graph.edges[j, node]["final"] for j in graph.predecessors(node))
         layer[node] = max(before, default=0)
     reasons = [

@@ -6,7 +6,7 @@ sympy is imported when a question is first asked: no built-in normaliser asks on
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -112,7 +112,7 @@ def expanded(e: Expr) -> tuple[Expr, ...]:
 
 @lru_cache(maxsize=1)
 def _sympy() -> Any:
-    import sympy
+    import sympy  # pyright: ignore[reportMissingTypeStubs]
 
     return sympy
 
@@ -147,7 +147,7 @@ class Symbols:
             case Call(Op.EXP | Op.EXP2 | Op.LOG) if self._rows_closed and "kv" not in node.axes:
                 return self._symbol(node)
             case Call(op, args) if op in _TO_SYMPY:
-                return _TO_SYMPY[op](_sympy(), *(done[a] for a in args))
+                return _TO_SYMPY[op](_sympy(), [done[a] for a in args])
             case Reduce():
                 raise NotSymbolic(node)
             case _:
@@ -257,32 +257,32 @@ def _number(value: Number) -> Any:
 
 
 _FUNCTIONS = {"log": Op.LOG, "Abs": Op.ABS, "tanh": Op.TANH, "sin": Op.SIN, "cos": Op.COS}
-_TO_SYMPY: dict[Op, Callable[..., Any]] = {
-    Op.ADD: lambda _, a, b: a + b,
-    Op.SUB: lambda _, a, b: a - b,
-    Op.MUL: lambda _, a, b: a * b,
-    Op.DIV: lambda _, a, b: a / b,
-    Op.NEG: lambda _, a: -a,
-    Op.ABS: lambda sympy, a: sympy.Abs(a),
-    Op.MAX: lambda sympy, a, b: sympy.Max(a, b),
-    Op.MIN: lambda sympy, a, b: sympy.Min(a, b),
-    Op.LE: lambda sympy, a, b: sympy.Le(a, b),
-    Op.LT: lambda sympy, a, b: sympy.Lt(a, b),
-    Op.EQ: lambda sympy, a, b: sympy.Eq(a, b),
-    Op.NE: lambda sympy, a, b: sympy.Ne(a, b),
-    Op.AND: lambda sympy, a, b: sympy.And(a, b),
-    Op.OR: lambda sympy, a, b: sympy.Or(a, b),
-    Op.NOT: lambda sympy, a: sympy.Not(a),
-    Op.WHERE: lambda sympy, c, a, b: sympy.Piecewise((a, c), (b, True)),
-    Op.TO_FLOAT: lambda _, a: a,
-    Op.EXP: lambda sympy, a: sympy.exp(a),
-    Op.EXP2: lambda sympy, a: 2**a,
-    Op.LOG: lambda sympy, a: sympy.log(a),
-    Op.LOG2: lambda sympy, a: sympy.log(a) / sympy.log(2),
-    Op.TANH: lambda sympy, a: sympy.tanh(a),
-    Op.SIGMOID: lambda sympy, a: 1 / (1 + sympy.exp(-a)),
-    Op.SQRT: lambda sympy, a: sympy.sqrt(a),
-    Op.RSQRT: lambda sympy, a: 1 / sympy.sqrt(a),
-    Op.SIN: lambda sympy, a: sympy.sin(a),
-    Op.COS: lambda sympy, a: sympy.cos(a),
+_TO_SYMPY: dict[Op, Callable[[Any, Sequence[Any]], Any]] = {
+    Op.ADD: lambda _, x: x[0] + x[1],
+    Op.SUB: lambda _, x: x[0] - x[1],
+    Op.MUL: lambda _, x: x[0] * x[1],
+    Op.DIV: lambda _, x: x[0] / x[1],
+    Op.NEG: lambda _, x: -x[0],
+    Op.ABS: lambda sympy, x: sympy.Abs(x[0]),
+    Op.MAX: lambda sympy, x: sympy.Max(x[0], x[1]),
+    Op.MIN: lambda sympy, x: sympy.Min(x[0], x[1]),
+    Op.LE: lambda sympy, x: sympy.Le(x[0], x[1]),
+    Op.LT: lambda sympy, x: sympy.Lt(x[0], x[1]),
+    Op.EQ: lambda sympy, x: sympy.Eq(x[0], x[1]),
+    Op.NE: lambda sympy, x: sympy.Ne(x[0], x[1]),
+    Op.AND: lambda sympy, x: sympy.And(x[0], x[1]),
+    Op.OR: lambda sympy, x: sympy.Or(x[0], x[1]),
+    Op.NOT: lambda sympy, x: sympy.Not(x[0]),
+    Op.WHERE: lambda sympy, x: sympy.Piecewise((x[1], x[0]), (x[2], True)),
+    Op.TO_FLOAT: lambda _, x: x[0],
+    Op.EXP: lambda sympy, x: sympy.exp(x[0]),
+    Op.EXP2: lambda sympy, x: 2 ** x[0],
+    Op.LOG: lambda sympy, x: sympy.log(x[0]),
+    Op.LOG2: lambda sympy, x: sympy.log(x[0]) / sympy.log(2),
+    Op.TANH: lambda sympy, x: sympy.tanh(x[0]),
+    Op.SIGMOID: lambda sympy, x: 1 / (1 + sympy.exp(-x[0])),
+    Op.SQRT: lambda sympy, x: sympy.sqrt(x[0]),
+    Op.RSQRT: lambda sympy, x: 1 / sympy.sqrt(x[0]),
+    Op.SIN: lambda sympy, x: sympy.sin(x[0]),
+    Op.COS: lambda sympy, x: sympy.cos(x[0]),
 }

@@ -126,7 +126,7 @@ def finished(rule: OnlineRule, row: Row) -> tuple[Number, dict[str, Number]]:
 
 def gradients_of(
     rule: OnlineRule, keys: Keys, others: Values, d_out: float, d_saved: Mapping[str, float]
-) -> tuple[list[Number], dict[Expr, Number]]:
+) -> tuple[list[Number], dict[Load, Number]]:
     """d(loss)/d(score) of every key, and d(loss)/d(read) of the rule's parameters, by its backward expressions."""
     output, saved = finished(rule, fold(rule, [keys], others))
     known: dict[Expr, Number] = {**others, DELTA: d_out * output}
@@ -140,7 +140,7 @@ def gradients_of(
         states = _stepped(step.states, step.new_states, reduced)
         known |= {saved_var(n): evaluate(e, {**known, **states}) for n, e in step.values}
     scores = [evaluate(rule.gradient, {**known, **p}) for p in pairs]
-    reads: dict[Expr, Number] = {}
+    reads: dict[Load, Number] = {}
     for parameter in rule.parameters:
         total: Number = 0.0 if parameter.per_row is None else evaluate(parameter.per_row, known)
         if parameter.per_pair is not None:
