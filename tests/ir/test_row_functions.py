@@ -128,7 +128,7 @@ def test_gradients_against_autograd(name: str, size: int) -> None:
 
 
 def test_ties_share_a_gradient_evenly() -> None:
-    function, rule, tensors = case("by largest")
+    _, rule, tensors = case("by largest")
     keys = [(2.0, 1.0), (-2.0, 0.5), (1.0, -1.0), (2.0, 3.0)]
     scores = torch.tensor([s for s, _ in keys], dtype=torch.float64, requires_grad=True)
     values = torch.tensor([v for _, v in keys], dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_ties_share_a_gradient_evenly() -> None:
 @pytest.mark.parametrize("name", ["softmax", "softmax by lse", "softmax + 1", "sink"])
 @pytest.mark.parametrize("offset", [-1000.0, 1000.0, 1e6])
 def test_huge_scores_stay_exact(name: str, offset: float) -> None:
-    function, rule, tensors = case(name)
+    _, rule, tensors = case(name)
     keys = [(s + offset, v) for s, v in row_of(name, 5)]
     scores = torch.tensor([s for s, _ in keys], dtype=torch.float64)
     want = (torch.softmax(scores, -1) * torch.tensor([v for _, v in keys], dtype=torch.float64)).sum()

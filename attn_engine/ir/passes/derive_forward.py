@@ -70,7 +70,7 @@ def derive_forward(form: RowForm, fresh: Callable[[str], str]) -> Forward:
     update = _Update(form, form.last, final, lambda r: r.name)
     names |= update.names
     final |= {r.var: s.var for r, s in update.states.items()}
-    initial = {r.var: REDUCE_IDENTITY[r.kind] for r in form.reductions}
+    initial: dict[Expr, float] = {r.var: REDUCE_IDENTITY[r.kind] for r in form.reductions}
     scale = substitute(guarded(form.factor, initial), final)
     return Forward(
         tuple(passes),

@@ -142,9 +142,7 @@ def saved_rows(
 
     h is kept in place of what it is made from where that makes no more rows.
     """
-    kept = {
-        value: saved_var(name) for name, value in outputs if isinstance(value, Var) and name not in unread
-    }
+    kept = {e: saved_var(name) for name, e in outputs if isinstance(e, Var) and name not in unread}
     if not is_one(scale) and not isinstance(scale, Var):
         name = fresh("row_scale")
         shorter = backward.replaced({scale: saved_var(name)})

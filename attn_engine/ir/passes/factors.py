@@ -120,10 +120,8 @@ def additive_terms(e: Expr, sign: int = 1) -> list[tuple[int, Expr]]:
 def _added(terms: Iterable[tuple[int, Expr]]) -> Expr | None:
     total: Expr | None = None
     for sign, term in terms:
-        if total is None:
-            total = term if sign > 0 else -term
-        else:
-            total = total + term if sign > 0 else total - term
+        first = term if sign > 0 else -term
+        total = first if total is None else total + term if sign > 0 else total - term
     return total
 
 

@@ -1,4 +1,4 @@
-"""A normaliser's methods as one row function: its update run once, with the whole row as one tile, then its epilogue."""
+"""A normaliser's methods as one row function: its update run once, the whole row as one tile, then its epilogue."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _epilogue_factor(output: Expr) -> Expr:
 
 
 def at_start(e: Expr) -> Expr:
-    """e simplified where states are still infinite or zero; every reduction is a finite number, as in any row with keys.
+    """e simplified where states are still infinite or zero; reductions are finite numbers, as in any row with keys.
 
     >>> from attn_engine.ir.expr import Var, call
     >>> m = Var("m", DType.FLOAT, ("q",))

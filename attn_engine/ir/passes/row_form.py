@@ -3,9 +3,9 @@
     reductions  r_1 .. r_n:  r_k = max, min or sum over the keys of e_k(s; r_1 .. r_k-1)
     weight      w = a(s; r) * h(r)
 
-A row value r may still move while e (or a) is being summed, and be found in the same pass, where e(s; r') / e(s; r) does
-not depend on the score s: the sum so far is multiplied by that ratio. Otherwise r needs a pass of its own before. The
-reductions are a graph; its longest path counts the passes.
+A row value r may still move while e (or a) is being summed, and be found in the same pass, where e(s; r') / e(s; r)
+does not depend on the score s: the sum so far is multiplied by that ratio. Otherwise r needs a pass of its own before.
+The reductions are a graph; its longest path counts the passes.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from attn_engine.ir.program import LOGIT, saved_var
 
 
 class NotDerivable(Exception):
-    """Why a rule cannot be derived; `node` is the expression that stands in the way."""
-
-    def __init__(self, reason: str, node: Expr | None = None) -> None:
-        super().__init__(reason)
-        self.node = node
+    """Why a rule cannot be derived."""
 
 
 class NotOrdered(NotDerivable):
     """A maximum or minimum of something that is itself made from a reduction."""
 
+    def __init__(self, reduction: Reduce) -> None:
+        super().__init__(f"{format_expr(reduction)} depends on another reduction")
+        self.reduction = reduction
+
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """r = max, min or sum (`kind`) over the keys of `term`; the variables of earlier reductions stand for their values."""
+    """r = max, min or sum (`kind`) over the keys of `term`; earlier reductions' variables stand for their values."""
 
     name: str
     kind: str
@@ -56,7 +56,7 @@ class Reduction:
 class RowForm:
     """reductions in an order in which each follows those it reads; w = local * factor; outputs in their variables.
 
-    layers: the pass that finds each reduction, from 0. last: the pass that sums the weighted values, the last one. reasons: why it is
+    layers: the pass that finds each reduction, from 0. last: the pass that sums the weighted values. reasons: why it is
     not 0, in a user's words. known: what each `Reduce` of the user's expressions has become.
     """
 
@@ -127,7 +127,7 @@ class _Reductions:
         if node.kind == "sum":
             self.known[node] = self._sum(node, term)
         elif touches(term, self.variables):
-            raise NotOrdered(f"{node.kind} of {format_expr(term)}, which another reduction is part of", node)
+            raise NotOrdered(node)
         else:
             self.known[node] = self._reduction(node, term)
 
@@ -188,10 +188,11 @@ def ratio(e: Expr, moved: Sequence[Expr]) -> Expr | None:
 
 
 def _layers(found: _Reductions, local: Expr) -> tuple[tuple[int, ...], int, tuple[str, ...]]:
-    """The pass of each reduction and of the weights: the longest path, an edge counting 1 where a value must be final."""
+    """The pass of each reduction and of the weights: the longest path; an edge counts 1 where a value must be final."""
     import networkx
 
-    graph: Any = networkx.DiGraph()
+    make: Any = networkx.DiGraph
+    graph = make()
     weights = "weights"
     for i, reduction in enumerate(found.items):
         graph.add_node(i)
@@ -212,10 +213,13 @@ def _layers(found: _Reductions, local: Expr) -> tuple[tuple[int, ...], int, tupl
         _reason(
             found.items[j], found.items[i].text if isinstance(i, int) else f"the weight {format_expr(local)}"
         )
-        for j, i, final in graph.edges(data="final")
-        if final
+        for j, i in _final_edges(graph)
     ]
     return tuple(layer[i] for i in range(len(found.items))), max(layer.values()), tuple(reasons)
+
+
+def _final_edges(graph: Any) -> list[tuple[int, int | str]]:
+    return [(j, i) for j, i, final in graph.edges(data="final") if final]
 
 
 def _must_be_final(found: _Reductions, e: Expr, reduction: Reduction) -> bool:

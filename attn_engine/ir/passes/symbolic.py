@@ -179,15 +179,15 @@ class Symbols:
             return self._power(*x.as_base_exp())
         if isinstance(x, sympy.Piecewise):
             return self._piecewise(x)
+        return self._function(x)
+
+    def _function(self, x: Any) -> Expr:
         for name, op in _FUNCTIONS.items():
-            if isinstance(x, getattr(sympy, name)):
-                return call(op, self.to_ir(x.args[0]))
-        for kind, op in ((sympy.Max, Op.MAX), (sympy.Min, Op.MIN)):
-            if isinstance(x, kind):
+            if isinstance(x, getattr(_sympy(), name)):
                 first, *others = (self.to_ir(a) for a in x.args)
                 for other in others:
                     first = call(op, first, other)
-                return first
+                return first if others or op in (Op.MAX, Op.MIN) else call(op, first)
         raise NotSymbolic(x)
 
     def _sum(self, args: Any) -> Expr:
@@ -256,7 +256,9 @@ def _number(value: Number) -> Any:
     return sympy.Integer(int(value)) if float(value).is_integer() else sympy.Rational(value)
 
 
-_FUNCTIONS = {"log": Op.LOG, "Abs": Op.ABS, "tanh": Op.TANH, "sin": Op.SIN, "cos": Op.COS}
+_FUNCTIONS = {
+    "log": Op.LOG, "Abs": Op.ABS, "tanh": Op.TANH, "sin": Op.SIN, "cos": Op.COS, "Max": Op.MAX, "Min": Op.MIN,
+}  # fmt: skip
 _TO_SYMPY: dict[Op, Callable[[Any, Sequence[Any]], Any]] = {
     Op.ADD: lambda _, x: x[0] + x[1],
     Op.SUB: lambda _, x: x[0] - x[1],
