@@ -24,11 +24,14 @@ from attn_engine.frontend import (
     meta_tensor,
     online,
 )
+from attn_engine.library import and_masks, not_mask, or_masks
+from attn_engine.masks import BlockMask, create_block_mask
 from attn_engine.version import VERSION as __version__
 
 __all__ = [
     "AttentionEngine",
     "AttnEngineError",
+    "BlockMask",
     "CustomIO",
     "MetaTensor",
     "OnlineFunc",
@@ -39,6 +42,10 @@ __all__ = [
     "SymbolicTensor",
     "Var",
     "__version__",
+    "and_masks",
+    "create_block_mask",
     "meta_tensor",
+    "not_mask",
     "online",
+    "or_masks",
 ]

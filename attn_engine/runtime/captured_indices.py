@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from attn_engine.ir.passes.bounds import (
 )
 from attn_engine.ir.passes.try_rule import forward_roots
 from attn_engine.ir.printer import format_expr
-from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention, OnlineRule, ScalarFn
+from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention, Captured, OnlineRule, ScalarFn
 from attn_engine.locations import Location
 from attn_engine.runtime.dense import evaluate_dense
 
@@ -66,19 +67,31 @@ class CallValues:
         return int(low), int(high)
 
 
-def check_indices(program: Attention, values: CallValues) -> None:
+class Functions(Protocol):
+    """What is checked: a program, or a mask by itself."""
+
+    @property
+    def mask(self) -> ScalarFn | None: ...
+    @property
+    def functions(self) -> tuple[ScalarFn, ...]: ...
+    @property
+    def captures(self) -> tuple[Captured, ...]: ...
+
+
+def check_indices(program: Functions, values: CallValues) -> None:
     """Raise IndexOutOfRange or IntegerOverflow for the first index or integer that leaves its range."""
     if values.empty:
         return
     mask = conjuncts(program.mask.result if program.mask is not None else None)
-    for fn in (*program.functions, *rule_reads(program.rule)):
+    by_row = rule_reads(program.rule) if isinstance(program, Attention) else []
+    for fn in (*program.functions, *by_row):
         bounds = integer_bounds(fn.result, values.sizes, values.scalars, values.contents)
         _check_overflow(fn, bounds)
         for load in loads(fn.result):
             demands = mask
             if fn is program.mask:
                 demands = tuple(d for d in mask if load not in postorder(d))
-            elif fn is not program.score:
+            elif fn in by_row:
                 demands = ()  # read once per row, whether or not it sees a key
             _check_load(fn, load, demands, bounds, values)
 

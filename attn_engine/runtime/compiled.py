@@ -24,6 +24,7 @@ from attn_engine.ir.passes.pack_heads import Packing, pack_heads
 from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
+from attn_engine.runtime.dq_parts import parts_of, sum_parts
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
@@ -134,7 +135,7 @@ class CompiledAttention:
     ) -> list[Tensor]:
         """The forward pass as this object's schedule says, in one piece or with the keys split."""
         rows, sizes = q.shape[:3], sizes_of(q, k)
-        saved = {name: q.new_empty(rows, dtype=self._compute) for name in self._saved}
+        saved = {name: q.new_empty(rows, dtype=self.compute) for name in self.saved_names}
         tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
         splits = choose_splits(self.program, self.schedule, q, k)
         if splits > 1:
@@ -155,15 +156,19 @@ class CompiledAttention:
         """The kernels in order, each with its tables."""
         for kernel, tables in zip(direction.kernels, direction.tables, strict=True):
             if tables:
-                tensors.update(tile_tables(tables, captured, scalars, sizes, self._compute))
+                tensors.update(tile_tables(tables, captured, scalars, sizes, self.compute))
             kernel.launch(tensors, scalars, sizes)
 
     def _partials(self, q: Tensor, splits: int) -> dict[str, Tensor]:
         """Where the splits leave their outputs and row states."""
+        shapes = self.partial_shapes(q, splits)
+        return {n: torch.empty(x, dtype=self.compute, device=q.device) for n, x in shapes.items()}
+
+    def partial_shapes(self, q: Tensor, splits: int) -> dict[str, tuple[int, ...]]:
+        """Of the outputs and row states that splits leave, by the kernels' names."""
         shape = (splits, *q.shape[:3])
-        parts = {partial_state(s.name): shape for s in self.program.rule.states}
-        parts[PARTIAL_OUT] = (*shape, self.program.dim_v)
-        return {n: torch.empty(x, dtype=self._compute, device=q.device) for n, x in parts.items()}
+        states = {partial_state(s.name): shape for s in self.program.rule.states}
+        return {**states, PARTIAL_OUT: (*shape, self.program.dim_v)}
 
     def backward(
         self,
@@ -191,33 +196,33 @@ class CompiledAttention:
             "dK": dk,
             "dV": dv,
             **captured,
-            **dict(zip(self._saved, saved, strict=True)),
-            "Delta": q.new_empty(q.shape[:3], dtype=self._compute),
+            **dict(zip(self.saved_names, saved, strict=True)),
+            "Delta": q.new_empty(q.shape[:3], dtype=self.compute),
         }
         splits = 1
         if self.schedule.gradients is Gradients.ONE_KERNEL:
-            splits = self._splits(k)
+            splits = self.backward_splits(k)
             numbers["splits"] = sizes["splits"] = splits
-            tensors["dQ_parts"] = _parts_of(dq, splits, self._compute)
+            tensors["dQ_parts"] = parts_of(dq, splits, self.compute)
         else:
             tensors["dQ"] = dq
         tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in direction.captures})
         self._launch(direction, tensors, captured, numbers, sizes)
         if "dQ_parts" in tensors:
-            _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
+            sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
         numbers.update(sizes)
         return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
 
     @cached_property
-    def _compute(self) -> torch.dtype:
+    def compute(self) -> torch.dtype:
         return compute_dtype(self.program.element)
 
     @cached_property
-    def _saved(self) -> tuple[str, ...]:
+    def saved_names(self) -> tuple[str, ...]:
         """The kernels' names of the saved row values."""
         return tuple(saved_param(name) for name, _ in self.program.rule.saved)
 
-    def _splits(self, k: Tensor) -> int:
+    def backward_splits(self, k: Tensor) -> int:
         """Shares of the kv axis: from the shapes alone, so that the same call always adds in the same order."""
         tiles = -(-k.shape[2] // self.schedule.backward_kv)
         return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, k.shape[0] * k.shape[1])))
@@ -231,7 +236,7 @@ class CompiledAttention:
             Route.COLUMN: (batches, heads, k.shape[2]),
             Route.PAIR: tuple(captured[c.load.tensor].shape),
         }[c.route]
-        return torch.zeros(shape, dtype=self._compute, device=q.device)
+        return torch.zeros(shape, dtype=self.compute, device=q.device)
 
 
 def _captured_gradient(
@@ -258,25 +263,3 @@ def sizes_of(q: Tensor, k: Tensor) -> dict[str, int]:
     batches, heads, q_len, _ = q.shape
     _, kv_heads, kv_len, _ = k.shape
     return {"batches": batches, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len}
-
-
-def _sum_parts(dq: Tensor, parts: Tensor, scale: Number) -> None:
-    """dq = scale times the sum of `parts`, added one after the other and without further memory."""
-    splits = parts.shape[0]
-    if splits == 1 and parts.dtype is dq.dtype:  # the kernel added to dq itself
-        dq.mul_(scale)
-        return
-    total = parts[0]
-    for i in range(1, splits):
-        total += parts[i]
-    dq.copy_(total.mul_(scale))
-
-
-def _parts_of(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
-    """(splits, B, H, Sq, D) zeros: dq itself where it can hold the sum, else slices in dq's order of dimensions."""
-    if splits == 1 and dq.dtype is dtype:
-        return dq.zero_().unsqueeze(0)
-    order = sorted(range(4), key=lambda i: (-dq.stride(i), i))
-    base = torch.zeros((splits, *(dq.shape[i] for i in order)), dtype=dtype, device=dq.device)
-    back = [order.index(i) + 1 for i in range(4)]
-    return base.permute(0, *back)

@@ -8,7 +8,7 @@ Both run the same two functions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ from attn_engine.errors import StaleGraph, TransformNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.launch_plan import CallKind
+from attn_engine.runtime.make_plan import planned_backward, planned_forward
 from attn_engine.runtime.storage import compute_dtype
 
 
@@ -103,9 +105,17 @@ def _found(key: int) -> Call:
 
 
 def run_forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Mapping[str, Tensor], numbers: Mapping[str, Number]
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Mapping[str, Tensor],
+    numbers: Mapping[str, Number],
+    kind: CallKind | None = None,
 ) -> list[Tensor]:
-    """[o, saved rows...]"""
+    """[o, saved rows...], or [o, all saved rows in one tensor (their number, B, H, Sq)] where `kind` has a plan."""
+    if kind is not None and (plan := planned_forward(call, kind, q, k, v, captured)) is not None:
+        return plan.run(q, k, v, captured, numbers)
     out = call.empty_output(q, v)
     views = (call.logical(q), call.logical(k), call.logical(v))
     return [out, *call.compiled.forward(*views, captured, numbers, call.logical(out))]
@@ -118,9 +128,16 @@ def run_backward(
     captured: Mapping[str, Tensor],
     numbers: Mapping[str, Number],
     learned: tuple[str, ...],
+    kind: CallKind | None = None,
 ) -> list[Tensor]:
-    """[dq, dk, dv, gradients of `learned`...], contiguous; `tensors` is q, k, v, o and the saved rows."""
+    """[dq, dk, dv, gradients of `learned`...], contiguous; `tensors` is q, k, v, o and the saved rows, each or all in
+    one tensor."""
     q, k, v, out, *saved = tensors
+    if len(saved) == 1 and saved[0].ndim == 4:
+        plan = None if kind is None or learned else planned_backward(call, kind, d_out, tensors, captured)
+        if plan is not None:
+            return plan.run(d_out, tensors, captured, numbers)
+        saved = list(saved[0])
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     found = call.compiled.backward(
         call.logical(d_out),
@@ -136,13 +153,15 @@ def run_backward(
 
 
 class _Function(torch.autograd.Function):
-    """`rows` receives the saved rows: handed out beside the outputs, they cost nothing in the backward pass."""
+    """`rows` receives the saved rows, as `run_forward` gives them: handed out beside the outputs, they cost nothing in
+    the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
         call: Call,
         numbers: Mapping[str, Number],
+        kind: CallKind | None,
         rows: list[Tensor],
         q: Tensor,
         k: Tensor,
@@ -150,32 +169,34 @@ class _Function(torch.autograd.Function):
         *captured: Tensor,
     ):
         by_name = call.named(captured)
-        out, *saved = run_forward(call, q, k, v, by_name, numbers)
+        out, *saved = run_forward(call, q, k, v, by_name, numbers, kind)
         rows += saved
         ctx.save_for_backward(q, k, v, out, *saved, *captured)
-        ctx.call, ctx.numbers, ctx.learned, ctx.rows = call, numbers, call.learned(by_name), len(saved)
+        ctx.call, ctx.numbers, ctx.kind, ctx.rows = call, numbers, kind, len(saved)
+        ctx.learned = call.learned(by_name)
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor):
         # Gradients are recorded only on the way to second derivatives.
         gradients = _Gradients.apply if torch.is_grad_enabled() else _gradients
-        found = gradients(ctx.call, ctx.numbers, ctx.learned, ctx.rows, d_out, *ctx.saved_tensors)
+        found = gradients(ctx.call, ctx.numbers, ctx.kind, ctx.learned, ctx.rows, d_out, *ctx.saved_tensors)
         by_name = dict(zip(ctx.learned, found[3:], strict=True))
-        return (None, None, None, *found[:3], *(by_name.get(n) for n in ctx.call.captures))
+        return (None, None, None, None, *found[:3], *(by_name.get(n) for n in ctx.call.captures))
 
 
 def _gradients(
     call: Call,
     numbers: Mapping[str, Number],
+    kind: CallKind | None,
     learned: tuple[str, ...],
     rows: int,
     d_out: Tensor,
     *stored: Tensor,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv and those of `learned`; `stored` is q, k, v, o, `rows` saved rows and the captured tensors."""
+    """dq, dk, dv and those of `learned`; `stored` is q, k, v, o, `rows` tensors of saved rows, and what is captured."""
     captured = call.named(stored[4 + rows :])
-    return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, numbers, learned))
+    return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, numbers, learned, kind))
 
 
 class _Gradients(torch.autograd.Function):
@@ -205,16 +226,24 @@ def apply(
     v: Tensor,
     captured: Mapping[str, Tensor],
     numbers: Mapping[str, Number],
-) -> Sequence[Tensor]:
-    """[o, saved rows...], recorded for autograd where an input requires it."""
+    kind: CallKind | None = None,
+) -> tuple[Tensor, Iterable[Tensor]]:
+    """o, and the saved rows one by one; recorded for autograd where an input requires it.
+
+    kind: what is remembered of calls with exactly these shapes and strides; None: nothing.
+    """
     tensors = (q, k, v, *captured.values())
     if torch.compiler.is_compiling() or not (type(q) is Tensor or isinstance(q, torch.nn.Parameter)):
         scalars = [float(x) for x in numbers.values()]
-        return torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
+        out, *rows = torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
+        return out, rows
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        rows: list[Tensor] = []
-        return [_Function.apply(call, numbers, rows, *tensors), *rows]
-    return run_forward(call, q, k, v, captured, numbers)
+        rows = list[Tensor]()
+        out = _Function.apply(call, numbers, kind, rows, *tensors)
+    else:
+        out, *rows = run_forward(call, q, k, v, captured, numbers, kind)
+    # In one tensor, which is as good as a list of them but is cut apart only where somebody looks.
+    return out, rows[0] if len(rows) == 1 and rows[0].ndim == 4 else rows
 
 
 # -- the registered operators; the decorators read the annotations, so these must be real types

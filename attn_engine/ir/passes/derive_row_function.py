@@ -142,7 +142,9 @@ def saved_rows(
 
     h is kept in place of what it is made from where that makes no more rows.
     """
-    kept = {e: saved_var(name) for name, e in outputs if isinstance(e, Var) and name not in unread}
+    kept: dict[Expr, Var] = {
+        e: saved_var(name) for name, e in outputs if isinstance(e, Var) and name not in unread
+    }
     if not is_one(scale) and not isinstance(scale, Var):
         name = fresh("row_scale")
         shorter = backward.replaced({scale: saved_var(name)})
