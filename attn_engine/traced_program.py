@@ -18,6 +18,8 @@ from attn_engine.frontend import (
     OnlineFunc,
     RuleTrace,
     Trace,
+    given_methods,
+    trace_combine,
     trace_mask_mod,
     trace_online,
     trace_score_mod,
@@ -25,6 +27,7 @@ from attn_engine.frontend import (
 from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
+from attn_engine.ir.passes.check_rule import MethodReport, check_methods
 from attn_engine.ir.program import Attention, OnlineRule
 from attn_engine.runtime.operator import Call
 from attn_engine.runtime.storage import STORAGES
@@ -60,6 +63,11 @@ class Description:
             mask = trace_mask_mod(self.mask_mod, self.custom_io, storages, names)
         rule = trace_online(self.online_func, names)
         return TracedProgram(self.program(score, mask, rule.rule), score, mask, rule, dict(storages))
+
+    def check_methods(self, rule: OnlineRule) -> tuple[MethodReport, ...]:
+        """The normaliser's methods against each other."""
+        func = self.online_func
+        return check_methods(rule, given_methods(func), trace_combine(func, rule))
 
     def program(self, score: Trace | None, mask: Trace | None, rule: OnlineRule) -> Attention:
         names = [t.fn.name for t in (score, mask) if t is not None and not t.fn.name.startswith("lambda")]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 
 import pytest
 import torch
 from torch import Tensor
 
-from attn_engine import AttentionEngine, meta_tensor
+from attn_engine import AttentionEngine, errors, meta_tensor, online
 from tests.row_functions import CASES, HEADS, Tensors, dense
 
 D, DV = 4, 3
@@ -87,3 +89,139 @@ def compare(name: str, backend: str, dtype: torch.dtype, tolerance: float, with_
 @pytest.mark.parametrize("name", CASES)
 def test_reference_is_the_function(name: str) -> None:
     compare(name, "reference", torch.float64, 1e-9, with_rows=True)
+
+
+def engine(function: object, **options: object) -> AttentionEngine:
+    metas = [meta_tensor(None, HEADS, None, d, dtype=torch.float32) for d in (D, D, DV)]
+    return AttentionEngine(metas, online_func=function, layout="bhsd", **options)
+
+
+def test_explain_says_how_many_passes_and_why() -> None:
+    one = engine(CASES["softmax"].make({})).explain().sections["Passes"]
+    assert one == "one pass over the keys computes the output"
+    two = engine(CASES["relu of centred"].make({})).explain().sections["Passes"]
+    assert two.startswith("2 passes over the keys: pass 1 finds ")
+    assert "must be known before the weight max(logit - " in two or "must be known before the weight where(" in two
+    assert "one more pass before the gradient" in two
+
+
+def test_captures_are_read_at_every_call() -> None:
+    factor, shift = 2.0, torch.zeros(HEADS)
+
+    @online
+    def gated(s, h):
+        return torch.sigmoid(s * factor - shift[h])
+
+    made = engine(gated, backend="reference")
+    qkv = [x.detach() for x in inputs(5, 6, torch.float32)]
+    before = made(*qkv)
+    factor = 0.5
+    scaled = made(*qkv)
+    shift.fill_(1.0)
+    shifted = made(*qkv)
+    scores = qkv[0] @ qkv[1].mT / D**0.5
+    torch.testing.assert_close(before, torch.sigmoid(scores * 2) @ qkv[2])
+    torch.testing.assert_close(scaled, torch.sigmoid(scores * 0.5) @ qkv[2])
+    torch.testing.assert_close(shifted, torch.sigmoid(scores * 0.5 - 1) @ qkv[2])
+
+
+def test_a_parameter_that_is_too_small() -> None:
+    sink = torch.zeros(HEADS - 1)
+
+    @online
+    def with_sink(s, h):
+        p = torch.exp(s - s.max())
+        return p / (p.sum() + torch.exp(sink[h] - s.max()))
+
+    with pytest.raises(errors.IndexOutOfRange, match="sink"):
+        engine(with_sink, backend="reference")(*inputs(5, 6, torch.float32))
+
+
+class Module(torch.nn.Module):
+    """A learned sink as a module's parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = torch.nn.Parameter(torch.zeros(HEADS))
+        self.attention = engine(online(self.weights), backend="reference")
+
+    def weights(self, s, h):
+        m = s.max()
+        p = torch.exp(s - m)
+        return p / (p.sum() + torch.exp(self.sink[h] - m))
+
+
+def test_modules_and_copies() -> None:
+    module = Module()
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        copied.sink.fill_(3.0)
+    qkv = [x.detach() for x in inputs(5, 6, torch.float32)]
+    before, after = module.attention(*qkv), copied.attention(*qkv)
+    assert (after.norm() < before.norm() * 0.8).item()
+    after.sum().backward()
+    assert copied.sink.grad is not None and module.sink.grad is None
+
+
+@online
+def module_level(s):
+    return torch.relu(s)
+
+
+def test_pickles_by_name() -> None:
+    assert pickle.loads(pickle.dumps(module_level)) is module_level
+    assert copy.deepcopy(module_level).function is module_level.function
+
+
+def test_numeric_names_and_torch_spellings() -> None:
+    """torch's functions and methods, with dim and keepdim as on a real row."""
+
+    @online
+    def spelled(s):
+        m = torch.amax(s, dim=-1, keepdim=True)
+        top, _ = s.max(-1)
+        p = torch.exp(s - m)
+        w = torch.softmax(s, -1) + p / torch.sum(p, 0) + torch.exp(torch.nn.functional.log_softmax(s, dim=-1))
+        return w / 3, {"range": top - s.min(dim=-1).values, "spread": s.std(), "size": torch.linalg.vector_norm(s)}
+
+    o, rows = engine(spelled, backend="reference")(*(qkv := inputs(5, 6, torch.float32)), return_final_rowscales=True)
+    scores = qkv[0] @ qkv[1].mT / D**0.5
+    torch.testing.assert_close(o, torch.softmax(scores, -1) @ qkv[2])
+    torch.testing.assert_close(rows["range"].float(), scores.amax(-1) - scores.amin(-1))
+    torch.testing.assert_close(rows["spread"].float(), scores.std(-1))
+    torch.testing.assert_close(rows["size"].float(), scores.norm(dim=-1))
+
+
+TABLE = torch.ones(3)
+MISTAKES = {
+    "one value": (lambda s: s.max(), errors.RowFunctionResult, "not a row"),
+    "nothing": (lambda s: None, errors.RowFunctionResult, "return"),
+    "three": (lambda s: (s, {}, 1.0), errors.RowFunctionResult, "3 values"),
+    "row value is a row": (lambda s: (s, {"x": s * 2}), errors.RowFunctionResult, "'x'"),
+    "name": (lambda s: (s, {"d_x": s.sum()}), errors.RowFunctionResult, "'d_x'"),
+    "reduced twice": (lambda s: s / s.max().max(), errors.WrongOperands, "reduced already"),
+    "max of a sum": (lambda s: s / (s - s.mean()).max(), errors.UnorderedReduction, "raw scores"),
+    "min of a maximum": (lambda s: s / (s / s.max()).amin(), errors.UnorderedReduction, "minimum"),
+    "if": (lambda s: s if s.sum() > 0 else -s, errors.ControlFlowOnTraced, "torch.where"),
+    "unknown method": (lambda s: s.cumsum(0), errors.UnknownMethod, ".cumsum"),
+    "unknown function": (lambda s: torch.sort(s)[0], errors.UnknownOperation, "sort"),
+    "another dimension": (lambda s: s / s.sum(1), errors.WrongOperands, "dim=1"),
+    "a loop": (lambda s: sum(x for x in s), errors.NumberFromTraced, "loop"),
+    "a tensor": (lambda s: s * TABLE, errors.WrongIndexCount, "dimensions"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_typed_errors_at_the_users_line(name: str) -> None:
+    function, error, words = MISTAKES[name]
+    with pytest.raises(error) as caught:
+        engine(online(function))
+    assert words in str(caught.value)
+    assert caught.value.location is not None and caught.value.location.path == __file__
+    assert caught.value.location.line == function.__code__.co_firstlineno
+
+
+@pytest.mark.parametrize("function", [3, int, lambda: 0, lambda s, kv_idx: s, lambda *, s: s])
+def test_what_is_not_a_row_function(function: object) -> None:
+    with pytest.raises(errors.WrongParameters):
+        online(function)

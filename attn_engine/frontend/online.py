@@ -27,6 +27,7 @@ from attn_engine.frontend.session import Session
 from attn_engine.frontend.trace import names_and_sources, watching
 from attn_engine.frontend.traced import Traced, lift
 from attn_engine.ir.expr import Expr
+from attn_engine.ir.passes.check_rule import part_rows
 from attn_engine.ir.passes.derive_rule import Given, complete_rule
 from attn_engine.ir.passes.row_form import NotDerivable
 from attn_engine.ir.passes.try_rule import forward_roots
@@ -62,6 +63,23 @@ def trace_online(func: OnlineFunc | type[OnlineFunc], names: KernelNames | None 
     rule = trace.rule()
     watch_captures(trace.func, trace.session)
     return RuleTrace(rule, tuple(trace.session.guards), trace.session.opaque)
+
+
+def given_methods(func: OnlineFunc | type[OnlineFunc]) -> tuple[str, ...]:
+    """Which of forward, backward and combine the user has written."""
+    made = func() if isinstance(func, type) else func
+    optional = ("forward", "backward", "combine")
+    return tuple(m for m in optional if getattr(made, m, None) is not None)
+
+
+def trace_combine(func: OnlineFunc | type[OnlineFunc], rule: OnlineRule) -> Expr | None:
+    """The factors that `combine(final_rowscales)` gives to the parts' outputs; their axis is "kv". None without it."""
+    made = func() if isinstance(func, type) else func
+    if getattr(made, "combine", None) is None:
+        return None
+    trace = _OnlineTrace(made, KernelNames())
+    rows = {n: Traced(part_rows(n), trace.session) for n, _ in rule.saved}
+    return trace.lifted("combine", trace.called("combine", _RowValues(rows, trace, "final_rowscales")))
 
 
 class _OnlineTrace:
@@ -110,7 +128,7 @@ class _OnlineTrace:
             self.session.codes.update(codes_of(code))
         return found
 
-    def _call(self, method: str, *arguments: Any) -> Any:
+    def called(self, method: str, *arguments: Any) -> Any:
         found = self._method(method)
         if found is None:
             raise OnlineMethodMissing(rule=self.name, method=method, location=self._where())
@@ -118,20 +136,20 @@ class _OnlineTrace:
             return found(*(Traced(a, self.session) if isinstance(a, Expr) else a for a in arguments))
 
     def _step(self) -> tuple[Expr, tuple[Expr, ...], Expr]:
-        returned = self._call("online_fwd", LOGIT, self._rows(), BATCH, HEAD, Q_IDX)
+        returned = self.called("online_fwd", LOGIT, self._rows(), BATCH, HEAD, Q_IDX)
         weights, states, scale = self._parts("online_fwd", returned, 3, "(scores, new row values, o_scale)")
         if states.keys() != self.states.keys():
             self._mismatch("online_fwd", states, self.states)
         new = tuple(self._row("online_fwd", f"row value {n!r}", states[n]) for n in self.states)
-        return self._lift("online_fwd", weights), new, self._row("online_fwd", "o_scale", scale)
+        return self.lifted("online_fwd", weights), new, self._row("online_fwd", "o_scale", scale)
 
     def _epilogue(self) -> tuple[Expr, dict[str, Expr]]:
-        returned = self._call("online_fwd_epilogue", OUT, self._rows(), BATCH, HEAD, Q_IDX)
+        returned = self.called("online_fwd_epilogue", OUT, self._rows(), BATCH, HEAD, Q_IDX)
         output, final = self._parts("online_fwd_epilogue", returned, 2, "(o, final row values)")
         if self.final and final.keys() != self.final.keys():
             self._mismatch("online_fwd_epilogue", final, self.final)
         saved = {n: self._row("online_fwd_epilogue", f"row value {n!r}", final[n]) for n in final}
-        return self._lift("online_fwd_epilogue", output), saved
+        return self.lifted("online_fwd_epilogue", output), saved
 
     def _backward(self, saved: dict[str, Expr]) -> tuple[Expr | None, Expr | None]:
         """What forward and backward give; None for those that the class leaves out."""
@@ -140,10 +158,10 @@ class _OnlineTrace:
         where = (BATCH, HEAD, Q_IDX, KV_IDX)
         recompute = gradient = None
         if self._method("forward") is not None:
-            recompute = self._lift("forward", self._call("forward", LOGIT, first, *where))
+            recompute = self.lifted("forward", self.called("forward", LOGIT, first, *where))
         if self._method("backward") is not None:
-            found = self._call("backward", D_PROBS, PROBS, second, DELTA, *where)
-            gradient = self._lift("backward", found)
+            found = self.called("backward", D_PROBS, PROBS, second, DELTA, *where)
+            gradient = self.lifted("backward", found)
         return recompute, gradient
 
     def _rows(self) -> Rows:
@@ -158,14 +176,14 @@ class _OnlineTrace:
             self._wrong(method, _describe(returned), expected)
         return parts
 
-    def _lift(self, method: str, value: Any) -> Expr:
+    def lifted(self, method: str, value: Any) -> Expr:
         try:
             return to_float(lift(value, self.session))
         except AttnEngineError:
             return self._wrong(method, type_name(value), "a traced value")
 
     def _row(self, method: str, what: str, value: Any) -> Expr:
-        expr = self._lift(method, value)
+        expr = self.lifted(method, value)
         if not set(expr.axes) <= {"q"}:
             self._wrong(
                 method, f"{what} that still differs between keys", "one value per row: see get_reduce"

@@ -130,6 +130,7 @@ class OnlineRule:
     parameters: tuple[RuleParameter, ...] = ()
     captures: tuple[Captured, ...] = ()
     scalars: tuple[Var, ...] = ()
+    reasons: tuple[str, ...] = field(default=(), compare=False)  # why one pass is not enough
 
     @property
     def saved_vars(self) -> tuple[Var, ...]:
