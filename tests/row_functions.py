@@ -17,13 +17,17 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """make(tensors): the row function over its learned tensors. passes: over the keys, forward. lse: it has one."""
+    """make(tensors): the row function over its learned tensors. passes: over the keys, forward. lse: it has one.
+
+    scored: the weights depend on the scores.
+    """
 
     make: Callable[[Tensors], RowFunction]
     passes: int = 1
     learned: Callable[[], Tensors] = dict
     lse: bool = False
-    positive: bool = False  # defined for positive scores only
+    scored: bool = True
+    kink: bool = False  # a row of one key lies on a kink, where rounding decides about the gradient
     outputs: tuple[str, ...] = field(default=())
 
 
@@ -198,8 +202,8 @@ CASES: dict[str, Case] = {
     "by largest": Case(_plain(by_largest)),
     "exp without max": Case(_plain(exp_without_max), lse=True),
     "two normalisers": Case(_plain(two_normalisers)),
-    "uniform": Case(_plain(uniform)),
-    "relu of centred": Case(_plain(relu_of_centred), passes=2, outputs=("mean",)),
+    "uniform": Case(_plain(uniform), scored=False),
+    "relu of centred": Case(_plain(relu_of_centred), passes=2, outputs=("mean",), kink=True),
     "standardised": Case(_plain(standardised), passes=3),
     "softmax of normalised": Case(_plain(softmax_of_normalised), passes=2),
     "learned threshold": Case(_learned_threshold, passes=2, learned=learned(threshold=(HEADS,))),

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 }
 # The packages beyond the standard library that a layer may name.
 PACKAGES = {
-    "ir": {"sympy", "networkx"},  # passes/: row functions (docs/adr/0008)
+    "ir": {"sympy", "networkx"},  # passes/: row functions (docs/adr/0020)
     "codegen": set[str](),
     "frontend": {"torch"},
     "library": {"torch"},

@@ -23,7 +23,8 @@ class OnlineFunc:
     backward(dp, scores, final_rowscales, doosum, b, h, q_idx, kv_idx) -> gradient of the scores: `scores` are the
         weights of `forward`, dp their gradient, doosum the row sum of dO * O.
 
-    forward and backward may both be left out where they can be derived (RuleNotDerivable says what is missing).
+    forward, backward and combine may be left out, each by itself: they are derived (RuleNotDerivable says what is in
+    the way). engine.check compares those that are given with the derived ones.
     A number that the methods read (a global, a closure's, an attribute) is a constant of the kernels; it is looked at
     again at every call, and another value makes other kernels. Numbers that change often belong into score_mod.
     Row values and their initial numbers are given to the constructor, or as class attributes of the same names.

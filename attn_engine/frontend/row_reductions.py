@@ -105,10 +105,10 @@ ROW_FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "var": variance,
     "std": deviation,
     "norm": norm,
-    "vector_norm": norm,
+    "linalg_vector_norm": norm,
 }
-_FIRST_OPTION = {"norm": "p", "vector_norm": "p"}  # what a second argument is, where it is not the dimension
-_OPTIONS = {"var": ("correction",), "std": ("correction",), "norm": ("p",), "vector_norm": ("p",)}
+_FIRST_OPTION = {"norm": "p", "linalg_vector_norm": "p"}  # what a second argument is, where it is not the dimension
+_OPTIONS = {"var": ("correction",), "std": ("correction",), "norm": ("p",), "linalg_vector_norm": ("p",)}
 
 
 def reduces_row(session: Session, name: str, args: Sequence[Any]) -> bool:

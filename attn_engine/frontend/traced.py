@@ -84,7 +84,7 @@ class Traced(Symbolic):
         if name.endswith("_") or (
             name not in FUNCTIONS and not (self.session.rows and name in ROW_FUNCTIONS)
         ):
-            raise UnknownMethod(operation=f".{name}", instead=_SUPPORTED, location=self.session.location())
+            raise UnknownMethod(operation=f".{name}", instead=_supported(self.session), location=self.session.location())
 
         def method(*args: Any, **kwargs: Any) -> Any:
             return build(self.session, name, (self, *args), kwargs)
@@ -304,6 +304,12 @@ def _reduced(session: Session, name: str, args: Sequence[Any], kwargs: dict[str,
     return Extremum(result) if name in ("max", "min") and (len(args) > 1 or kwargs) else result
 
 
+def _supported(session: Session) -> str:
+    """What may be called instead."""
+    rows = ", ".join(sorted(ROW_FUNCTIONS))
+    return f"A row is reduced with {rows}. {_SUPPORTED}" if session.rows else _SUPPORTED
+
+
 def _live(session: Session, args: Sequence[Any]) -> Session:
     """The session of a running trace among the operands; symbols made outside one have a session of their own."""
     if session.codes:
@@ -323,7 +329,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return TensorView(session, session.real_tensor(args[0]))[args[1]]
     if name not in FUNCTIONS and not reduces_row(session, name, args):
         module = getattr(func, "__module__", None) or "torch.Tensor"
-        raise UnknownOperation(operation=f"{module}.{name}", instead=_SUPPORTED, location=session.location())
+        raise UnknownOperation(operation=f"{module}.{name}", instead=_supported(session), location=session.location())
     return build(session, name, args, kwargs)
 
 
