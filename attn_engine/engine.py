@@ -326,7 +326,8 @@ class AttentionEngine:
         return torch.ops.attn_engine.forward(q, k, v, captured + unread, scalars, key)
 
     def _storages(self, custom: dict[str, Tensor]) -> dict[str, Storage]:
-        return {n: storage_of(n, custom[n].dtype) if n in custom else Storage.FLOAT32 for n in self.custom_io}
+        names = self._checks.custom_shapes
+        return {n: storage_of(n, custom[n].dtype) if n in custom else Storage.FLOAT32 for n in names}
 
     def _current(self, storages: dict[str, Storage]) -> TracedProgram:
         """The program of this moment for custom inputs that lie like this."""

@@ -68,7 +68,7 @@ class CallChecks:
         passed = self._latest
         if passed is None or passed.program is not program:
             passed = self._latest = self._passed_of(program)
-        kind: tuple[object, ...] = (*shape_signature(q), *shape_signature(k), *shape_signature(v))
+        kind: tuple[object, ...] = (shape_signature(q), shape_signature(k), shape_signature(v))
         for name, x in custom.items():
             kind += (name, *call_signature(x, name in passed.contents))
         for name, x in tensors.items():

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from struct import Struct
 
@@ -49,7 +50,7 @@ class CpuKernel:
         self._function.argtypes = [ctypes.c_void_p]
         self._function.restype = None
         self._tensors = [p.name for p in kernel.params]
-        self._scalars = [v.name for v in kernel.scalars]
+        self._scalars = tuple(v.name for v in kernel.scalars)
         self._grid = [
             (COUNTS.get(a) or LENGTHS[a], kernel.block(a) if a in LENGTHS else 1) for a in kernel.grid
         ]
@@ -60,35 +61,41 @@ class CpuKernel:
         self._slots = Struct(f"=q{slots}{'q' * len(SIZES)}{numbers}")
         self._scalar_slots = Struct(f"={numbers}")
         self._memory = ctypes.c_int64 * (self._slots.size // 8)
+        starts = accumulate((1 + 2 * max(len(p.shape), 1) for p in kernel.params), initial=1)
+        self._places = tuple(zip(self._tensors, starts, strict=False))
 
     def launch(
         self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Number], sizes: Mapping[str, int]
     ) -> None:
         """Run the kernel to its end. `tensors` in logical order with any strides; `sizes` holds the five of SIZES, and
         "splits" where the kernel's grid has them."""
-        layouts = {name: Layout.of(tensors[name]) for name in self._tensors}
-        addresses = {name: tensors[name].data_ptr() for name in self._tensors}
-        self.prepare(layouts, sizes).launch(addresses, scalars)
+        slots: list[Number] = [0]
+        for name in self._tensors:
+            x = tensors[name]
+            slots += (x.data_ptr(), *(x.shape or (1,)), *(x.stride() or (0,)))
+        slots += [sizes[name] for name in SIZES]
+        slots += [scalars[name] for name in self._scalars]
+        run_in_slots(
+            self._function, self._memory.from_buffer_copy(self._slots.pack(*slots)), self._tasks(sizes)
+        )
 
     def prepare(self, layouts: Mapping[str, Layout], sizes: Mapping[str, int]) -> PreparedKernel:
         """The kernel with everything in place but addresses and numbers."""
         slots: list[Number] = [0]
-        places = dict[str, int]()
         for name in self._tensors:
-            layout = layouts[name]
-            places[name] = len(slots)
-            slots += [0, *(layout.shape or (1,)), *(layout.stride or (0,))]
+            shape, stride = layouts[name]
+            slots += (0, *(shape or (1,)), *(stride or (0,)))
         slots += [sizes[name] for name in SIZES]
-        first_scalar = len(slots)
-        slots += [0] * len(self._scalars)
+        scalars = len(self._scalars)
+        slots += [0] * scalars
         return PreparedKernel(
             function=self._function,
             slots=self._slots.pack(*slots),
             memory=self._memory,
-            addresses=tuple(places.items()),
-            scalars=tuple(self._scalars),
+            addresses=self._places,
+            scalars=self._scalars,
             pack_scalars=self._scalar_slots.pack_into,
-            first_scalar=8 * first_scalar,
+            first_scalar=8 * (len(slots) - scalars),
             tasks=self._tasks(sizes),
         )
 
@@ -105,12 +112,12 @@ class CpuKernel:
         return 1 if work < SMALL_WORK else tasks
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PreparedKernel:
     """A kernel and its array of slots, filled in but for addresses and scalars. Every launch has a copy of its own, so
     several Python threads may use it at once."""
 
-    function: Callable[[object], None]
+    function: Callable[[int], None]
     slots: bytes
     memory: type[ctypes.Array[ctypes.c_int64]]
     addresses: tuple[tuple[str, int], ...]
@@ -125,8 +132,13 @@ class PreparedKernel:
         for name, place in self.addresses:
             slots[place] = addresses[name]
         self.pack_scalars(slots, self.first_scalar, *[numbers[name] for name in self.scalars])
-        threads = 1 if self.tasks <= 1 else min(self.tasks, torch.get_num_threads())
-        run_on_threads(self.function, ctypes.addressof(slots), threads)
+        run_in_slots(self.function, slots, self.tasks)
+
+
+def run_in_slots(function: Callable[[int], None], slots: ctypes.Array[ctypes.c_int64], tasks: int) -> None:
+    """Run a kernel on as many threads as torch would use, at most one for each task."""
+    threads = 1 if tasks <= 1 else min(tasks, torch.get_num_threads())
+    run_on_threads(function, ctypes.addressof(slots), threads)
 
 
 def run_on_threads(function: Callable[[int], None], address: int, count: int) -> None:

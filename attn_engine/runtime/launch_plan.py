@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from itertools import accumulate
+from operator import mul
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +24,7 @@ Offsets = tuple[tuple[str, int], ...]
 MOST_BACKWARD_PLANS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """How a tensor lies: sizes and strides in logical order."""
 
     shape: tuple[int, ...]
@@ -31,15 +32,12 @@ class Layout:
 
     @staticmethod
     def of(x: Tensor) -> Layout:
-        return Layout(tuple(x.shape), x.stride())
+        return Layout(x.shape, x.stride())
 
     @staticmethod
     def contiguous(shape: tuple[int, ...]) -> Layout:
-        stride, step = [0] * len(shape), 1
-        for i in reversed(range(len(shape))):
-            stride[i] = step
-            step *= max(shape[i], 1)
-        return Layout(shape, tuple(stride))
+        sizes = [max(n, 1) for n in shape[:0:-1]]
+        return Layout(shape, tuple(accumulate(sizes, mul, initial=1))[::-1] if shape else ())
 
 
 class Prepared(Protocol):
@@ -50,14 +48,7 @@ class Prepared(Protocol):
         ...
 
 
-@runtime_checkable
-class Preparable(Protocol):
-    """A compiled kernel that can be prepared for one kind of call."""
-
-    def prepare(self, layouts: Mapping[str, Layout], sizes: Mapping[str, int]) -> Prepared: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ForwardPlan:
     """The forward pass of one kind of call.
 
@@ -93,7 +84,7 @@ class ForwardPlan:
         return [out, rows]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class BackwardPlan:
     """The backward pass of one kind of call, without gradients of captured tensors.
 
@@ -146,8 +137,8 @@ class BackwardPlan:
 class CallKind:
     """Calls of one engine with the same shapes, strides, dtypes and devices, and the plans of their passes.
 
-    A plan is made when such a call comes for the second time: with a growing number of keys none ever does. None where
-    a pass cannot be planned. Two threads may both make it, and one plan stays.
+    calls: how many came, up to two. None where a pass cannot be planned, or was not yet. Two threads may both make a
+    plan, and one stays.
     """
 
     calls: int = 0

@@ -27,7 +27,6 @@ from attn_engine.runtime.launch_plan import (
     ForwardPlan,
     Layout,
     Offsets,
-    Preparable,
     Prepared,
 )
 
@@ -47,7 +46,8 @@ class Planned(Protocol):
 def planned_forward(
     call: Planned, kind: CallKind, q: Tensor, k: Tensor, v: Tensor, captured: Mapping[str, Tensor]
 ) -> ForwardPlan | None:
-    """The plan of this kind of call, made when the second one comes."""
+    """The plan of this kind of call, made when the second one comes: where the keys grow from call to call, none would
+    be used again."""
     if kind.calls < 2:
         kind.calls += 1
         if kind.calls >= 2:
@@ -83,7 +83,7 @@ def forward_plan(
     packing = choose_packing(compiled.program, compiled.schedule, q, k)
     if packing is Packing.QUERIES:
         return None
-    rows, fixed, queries = tuple(q.shape[:3]), dict[str, Number](), Layout.of(q)
+    rows, fixed, queries = q.shape[:3], dict[str, Number](), Layout.of(q)
     if packing is Packing.ONE_QUERY:
         fixed[GROUP.name] = q.shape[1] // k.shape[1]
         queries, out = by_group(queries, k.shape[1]), by_group(out, k.shape[1])
@@ -91,14 +91,14 @@ def forward_plan(
     compiled = compiled.of_rows(packing, q.shape[2])
     sizes = sizes_of(q, k)
     splits = choose_splits(compiled.program, compiled.schedule, q, k)
-    partials = dict[str, Layout]()
+    partials, offsets, elements = dict[str, Layout](), (), 0
     if splits > 1:
         sizes["splits"] = fixed["splits"] = splits
         partials = {n: Layout.contiguous(x) for n, x in compiled.partial_shapes(q, splits).items()}
-    offsets, elements = in_one_buffer(partials, compiled.compute.itemsize)
+        offsets, elements = in_one_buffer(partials, compiled.compute.itemsize)
     names = compiled.saved_names
     layouts = {"Q": queries, "K": Layout.of(k), "V": Layout.of(v), "O": out, **partials}
-    layouts |= {name: Layout.contiguous(tuple(q.shape[:3])) for name in names}
+    layouts |= dict.fromkeys(names, Layout.contiguous(q.shape[:3]))
     layouts |= {name: Layout.of(x) for name, x in captured.items()}
     kernels = prepared(compiled.kernels("forward" if splits == 1 else "decode"), layouts, sizes)
     if kernels is None:
@@ -162,9 +162,10 @@ def prepared(
     """The kernels of a direction, each prepared; None where one cannot be or reads tables that a call has to make."""
     found: list[Prepared] = []
     for kernel, tables in zip(direction.kernels, direction.tables, strict=True):
-        if tables or not isinstance(kernel, Preparable):
+        prepare = getattr(kernel, "prepare", None)
+        if tables or prepare is None:
             return None
-        found.append(kernel.prepare(layouts, sizes))
+        found.append(prepare(layouts, sizes))
     return tuple(found)
 
 

@@ -31,7 +31,7 @@ def kinds_of(built: AttentionEngine) -> list[CallKind]:
 
 
 def assert_right(built: AttentionEngine, *tensors: Tensor) -> None:
-    """Three calls (the third has its plan) against the definition, with fresh contents each time."""
+    """Three calls (the second makes the plan) against the definition, with fresh contents each time."""
     for _ in range(3):
         for x in tensors:
             x.copy_(torch.randn(x.shape))
