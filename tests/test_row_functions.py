@@ -94,7 +94,8 @@ def test_reference_is_the_function(name: str) -> None:
 
 # The kernels of several passes, of parameters and of gradients by row values.
 kernels = pytest.mark.skipif(
-    find_spec("attn_engine.ir.passes.row_gradients") is None, reason="the kernels of row functions are not here"
+    find_spec("attn_engine.ir.passes.row_gradients") is None,
+    reason="the kernels of row functions are not here",
 )
 
 
@@ -115,7 +116,10 @@ def test_explain_says_how_many_passes_and_why() -> None:
     assert one == "one pass over the keys computes the output"
     two = engine(CASES["relu of centred"].make({})).explain().sections["Passes"]
     assert two.startswith("2 passes over the keys: pass 1 finds ")
-    assert "must be known before the weight max(logit - " in two or "must be known before the weight where(" in two
+    assert (
+        "must be known before the weight max(logit - " in two
+        or "must be known before the weight where(" in two
+    )
     assert "one more pass before the gradient" in two
 
 
@@ -196,9 +200,15 @@ def test_numeric_names_and_torch_spellings() -> None:
         top, _ = s.max(-1)
         p = torch.exp(s - m)
         w = torch.softmax(s, -1) + p / torch.sum(p, 0) + torch.exp(torch.nn.functional.log_softmax(s, dim=-1))
-        return w / 3, {"range": top - s.min(dim=-1).values, "spread": s.std(), "size": torch.linalg.vector_norm(s)}
+        return w / 3, {
+            "range": top - s.min(dim=-1).values,
+            "spread": s.std(),
+            "size": torch.linalg.vector_norm(s),
+        }
 
-    o, rows = engine(spelled, backend="reference")(*(qkv := inputs(5, 6, torch.float32)), return_final_rowscales=True)
+    o, rows = engine(spelled, backend="reference")(
+        *(qkv := inputs(5, 6, torch.float32)), return_final_rowscales=True
+    )
     scores = qkv[0] @ qkv[1].mT / D**0.5
     torch.testing.assert_close(o, torch.softmax(scores, -1) @ qkv[2])
     torch.testing.assert_close(rows["range"].float(), scores.amax(-1) - scores.amin(-1))

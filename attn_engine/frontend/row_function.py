@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from attn_engine.errors import (
@@ -133,7 +133,7 @@ class _RowTrace:
             returned = function(Traced(LOGIT, session), **where)
         outputs: Mapping[Any, Any] = {}
         if isinstance(returned, tuple | list):
-            parts = cast("tuple[Any, ...]", tuple(returned))
+            parts = tuple(cast("Sequence[Any]", returned))
             if len(parts) != 2 or not isinstance(parts[1], dict):
                 self._wrong(f"{len(parts)} values", "weights, or weights and a dict of row values")
             returned, outputs = parts

@@ -40,7 +40,12 @@ def total(x: Expr) -> Expr:
 
 def count(_: Expr) -> Expr:
     """The number of keys that the row sees."""
-    return total(Full(1.0, LOGIT.axes))
+    return total(ones(_))
+
+
+def ones(_: Expr) -> Expr:
+    """One for each key."""
+    return Full(1.0, LOGIT.axes)
 
 
 def mean(x: Expr) -> Expr:
@@ -98,7 +103,7 @@ ROW_FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "sum": total,
     "mean": mean,
     "numel": count,
-    "ones_like": lambda x: Full(1.0, LOGIT.axes),
+    "ones_like": ones,
     "logsumexp": logsumexp,
     "softmax": softmax,
     "log_softmax": log_softmax,
@@ -107,7 +112,10 @@ ROW_FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "norm": norm,
     "linalg_vector_norm": norm,
 }
-_FIRST_OPTION = {"norm": "p", "linalg_vector_norm": "p"}  # what a second argument is, where it is not the dimension
+_FIRST_OPTION = {
+    "norm": "p",
+    "linalg_vector_norm": "p",
+}  # what a second argument is, where it is not the dimension
 _OPTIONS = {"var": ("correction",), "std": ("correction",), "norm": ("p",), "linalg_vector_norm": ("p",)}
 
 

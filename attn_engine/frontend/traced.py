@@ -84,7 +84,9 @@ class Traced(Symbolic):
         if name.endswith("_") or (
             name not in FUNCTIONS and not (self.session.rows and name in ROW_FUNCTIONS)
         ):
-            raise UnknownMethod(operation=f".{name}", instead=_supported(self.session), location=self.session.location())
+            raise UnknownMethod(
+                operation=f".{name}", instead=_supported(self.session), location=self.session.location()
+            )
 
         def method(*args: Any, **kwargs: Any) -> Any:
             return build(self.session, name, (self, *args), kwargs)
@@ -329,7 +331,9 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return TensorView(session, session.real_tensor(args[0]))[args[1]]
     if name not in FUNCTIONS and not reduces_row(session, name, args):
         module = getattr(func, "__module__", None) or "torch.Tensor"
-        raise UnknownOperation(operation=f"{module}.{name}", instead=_supported(session), location=session.location())
+        raise UnknownOperation(
+            operation=f"{module}.{name}", instead=_supported(session), location=session.location()
+        )
     return build(session, name, args, kwargs)
 
 

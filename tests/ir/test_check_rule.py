@@ -38,7 +38,8 @@ def reports(func) -> dict[str, MethodReport]:
 
 
 @pytest.mark.parametrize(
-    "func", [OnlineSoftmax, OnlineSigmoid, OnlineRelu, OnlineRetention, EuclideanNorm, RunningNorm, Softmin, LogSum]
+    "func",
+    [OnlineSoftmax, OnlineSigmoid, OnlineRelu, OnlineRetention, EuclideanNorm, RunningNorm, Softmin, LogSum],
 )
 def test_right_methods_agree(func):
     found = reports(func)

@@ -56,7 +56,9 @@ def check_methods(
     source = random.Random(5)
     rows = [[(source.uniform(-2.5, 2.5), source.uniform(-2, 2)) for _ in range(7)] for _ in range(_ROWS)]
     others = placeholders(source, forward_roots(rule), made_by(rule))
-    reports = [MethodReport("online_fwd", _worst(_tiles(rule, r, others) for r in rows), "itself in smaller tiles")]
+    reports = [
+        MethodReport("online_fwd", _worst(_tiles(rule, r, others) for r in rows), "itself in smaller tiles")
+    ]
     if combine is not None and "combine" in given:
         error = _worst(_combined(rule, combine, r, others) for r in rows)
         reports.append(MethodReport("combine", error, "the row computed in one part"))
