@@ -22,7 +22,10 @@ SCALE = 0.4
 def mask_of(name: str) -> Callable[..., object]:
     """Row 0 sees nothing, row 1 one key; the first keys are hidden from the last rows."""
     fewest = 2 if CASES[name].kink else 1
-    return lambda b, h, q_idx, kv_idx: (kv_idx < q_idx) & ((q_idx < 5) | (kv_idx > 3)) & (q_idx >= fewest)
+    hidden = 5 - fewest  # row 5 sees `fewest` keys again
+    return lambda b, h, q_idx, kv_idx: (
+        (kv_idx < q_idx) & ((q_idx < 5) | (kv_idx >= hidden)) & (q_idx >= fewest)
+    )
 
 
 def inputs(q_len: int, kv_len: int, dtype: torch.dtype) -> list[Tensor]:
@@ -109,6 +112,52 @@ def test_cpu(name: str) -> None:
 def engine(function: object, **options: object) -> AttentionEngine:
     metas = [meta_tensor(None, HEADS, None, d, dtype=torch.float32) for d in (D, D, DV)]
     return AttentionEngine(metas, online_func=function, layout="bhsd", **options)
+
+
+@kernels
+@pytest.mark.parametrize("name", ["sink", "retention", "by largest", "relu of centred"])
+def test_triton_interpreter(name: str) -> None:
+    compare(name, "triton-interpreter", torch.float32, 3e-4, with_rows=True)
+
+
+def outputs(backend: str, name: str, tensors: Tensors, qkv: list[Tensor], **options: object) -> list[Tensor]:
+    """o and the gradients of its sum of squares."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    o = engine(CASES[name].make(tensors), backend=backend, **options)(*leaves)
+    return [o.detach(), *torch.autograd.grad(o.square().sum(), leaves)]
+
+
+def assert_near(got: list[Tensor], want: list[Tensor]) -> None:
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+@kernels
+@pytest.mark.parametrize(
+    "name", ["softmax with rows", "sink", "two normalisers", "by largest", "standardised"]
+)
+def test_a_first_tile_that_is_hidden(name: str) -> None:
+    """All keys of the first tiles are hidden, from some rows every key."""
+    tensors = {n: x.detach().float() for n, x in CASES[name].learned().items()}
+    mask = {"mask_mod": lambda b, h, q_idx, kv_idx: (kv_idx >= 150) & (q_idx != 2)}
+    qkv = inputs(4, 200, torch.float32)
+    assert_near(outputs("cpu", name, tensors, qkv, **mask), outputs("reference", name, tensors, qkv, **mask))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=kernels)])
+@pytest.mark.parametrize("name", ["softmax", "softmax by lse", "sink", "softmax + 1", "exp without max"])
+def test_scores_of_minus_infinity_are_hidden_keys(name: str, backend: str) -> None:
+    """Row 3 has no other scores: it is a row without keys."""
+    tensors = {n: x.detach().float() for n, x in CASES[name].learned().items()}
+
+    def some(score, b, h, q_idx, kv_idx):
+        return torch.where((kv_idx % 3 == 1) | (q_idx == 3), -torch.inf, score * 0.5)
+
+    qkv = inputs(5, 9, torch.float32)
+    hidden = {"mask_mod": lambda b, h, q_idx, kv_idx: (kv_idx % 3 != 1) & (q_idx != 3), "scale": 0.5}
+    got = outputs(backend, name, tensors, qkv, score_mod=some)
+    assert all(x.isfinite().all() for x in got)
+    assert_near(got, outputs("reference", name, tensors, qkv, **hidden))
 
 
 def test_explain_says_how_many_passes_and_why() -> None:
