@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -165,11 +167,30 @@ def test_explain_says_how_many_passes_and_why() -> None:
     assert one == "one pass over the keys computes the output"
     two = engine(CASES["relu of centred"].make({})).explain().sections["Passes"]
     assert two.startswith("2 passes over the keys: pass 1 finds ")
-    assert (
-        "must be known before the weight max(logit - " in two
-        or "must be known before the weight where(" in two
-    )
+    assert "needs mean of the whole row" in two and "logit - mean" in two
     assert "one more pass before the gradient" in two
+
+
+def test_the_graph_shows_every_pass() -> None:
+    import networkx
+
+    graph = engine(CASES["relu of centred"].make({})).graph()
+    assert networkx.has_path(graph, "new running_row_sum", "row_sum_of_row")
+    assert networkx.has_path(graph, "row_sum_of_row", "weights") and networkx.has_path(graph, "logit", "o")
+
+
+def test_built_in_normalisers_do_not_import_sympy() -> None:
+    script = (
+        "import sys, torch\n"
+        "from attn_engine import AttentionEngine, meta_tensor\n"
+        "from attn_engine.library import OnlineRetention\n"
+        "meta = [meta_tensor(None, 2, None, 8, dtype=torch.float32)] * 3\n"
+        "AttentionEngine(meta), AttentionEngine(meta, online_func=OnlineRetention())\n"
+        "print(*{'sympy', 'networkx'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
 
 
 def test_captures_are_read_at_every_call() -> None:

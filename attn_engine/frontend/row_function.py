@@ -25,7 +25,7 @@ from attn_engine.frontend.operations import to_float
 from attn_engine.frontend.session import BoundTensor, Session
 from attn_engine.frontend.trace import tensors_expected, watching
 from attn_engine.frontend.traced import Traced, lift
-from attn_engine.ir.expr import Expr, Load, Reduce, Var, postorder
+from attn_engine.ir.expr import Expr, Full, Load, Reduce, Var, postorder
 from attn_engine.ir.passes.derive_row_function import RowDefinition, derive_row_function
 from attn_engine.ir.passes.row_form import NotDerivable, NotOrdered
 from attn_engine.ir.program import BATCH, HEAD, LOGIT, Q_IDX, Captured, OnlineRule
@@ -203,7 +203,7 @@ class _RowTrace:
             if isinstance(node, Reduce):
                 wanted = by_output.get(node) or self._local(node)
                 base = self._local(node.x)
-                wanted = wanted or (f"{base}_{node.kind}" if base else f"row_{node.kind}")
+                wanted = wanted or (f"{base}_{node.kind}" if base else _unnamed(node))
                 wanted = f"row_{wanted}" if wanted.startswith("d_") else wanted
                 key = ("row output", wanted) if node in by_output else ("reduction", node)
                 found.append((node, self.session.names.assign(key, wanted, node, row=True)))
@@ -217,6 +217,10 @@ class _RowTrace:
             return self.session.returned_at
         path, line = self.session.lines[node]
         return Location(path, line, self.name)
+
+
+def _unnamed(node: Reduce) -> str:
+    return "row_count" if isinstance(node.x, Full) else f"row_{node.kind}"
 
 
 _KIND = {"max": "maximum", "min": "minimum", "sum": "sum"}

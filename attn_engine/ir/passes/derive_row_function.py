@@ -59,7 +59,13 @@ def derive_row_function(function: RowDefinition) -> OnlineRule:
 
 def form_of(function: RowDefinition, separate: bool = False) -> RowForm:
     """The function's reductions in order, under their names."""
-    return row_form(function.weights, function.outputs, dict(function.names).__getitem__, separate=separate)
+    return row_form(
+        function.weights,
+        function.outputs,
+        dict(function.names).__getitem__,
+        separate=separate,
+        words=[(e, name) for e, name, _ in function.locals],
+    )
 
 
 def _derived(function: RowDefinition, separate: bool) -> tuple[RowForm, OnlineRule]:

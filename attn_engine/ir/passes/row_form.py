@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from attn_engine.ir.expr import Const, Expr, Full, Reduce, Var, postorder, substitute
+from attn_engine.ir.expr import Const, Expr, Full, Reduce, Var, postorder, substitute, variables
 from attn_engine.ir.ops import DType
 from attn_engine.ir.passes.factors import Product, exponential_ratio, factors, is_exponential, split, touches
 from attn_engine.ir.passes.simplify import sum_of
@@ -46,10 +46,6 @@ class Reduction:
     @property
     def var(self) -> Var:
         return saved_var(self.name)
-
-    @property
-    def text(self) -> str:
-        return f"{self.name} = {self.kind} over the keys of {format_expr(self.term)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +79,23 @@ def row_form(
     name_of: Callable[[Reduce], str],
     *,
     separate: bool = False,
+    words: Sequence[tuple[Expr, str]] = (),
 ) -> RowForm:
     """The row form of weights (q, kv) and row outputs (q), which hold `Reduce` nodes.
 
-    separate: give every row value that others read a pass of its own, whatever its ratios are. Raises NotDerivable.
+    separate: give every row value that others read a pass of its own, whatever its ratios are. words: the user's
+    names of values on the way, for `reasons`. Raises NotDerivable.
     """
-    plain = _form(weights, outputs, _Reductions(name_of, separate, expand=False))
+    plain = _form(weights, outputs, _Reductions(name_of, separate, expand=False), words)
     if plain.last == 0 or separate:
         return plain
-    opened = _form(weights, outputs, _Reductions(name_of, separate, expand=True))
+    opened = _form(weights, outputs, _Reductions(name_of, separate, expand=True), words)
     return opened if opened.last < plain.last else plain
 
 
-def _form(weights: Expr, outputs: Sequence[tuple[str, Expr]], found: _Reductions) -> RowForm:
+def _form(
+    weights: Expr, outputs: Sequence[tuple[str, Expr]], found: _Reductions, words: Sequence[tuple[Expr, str]]
+) -> RowForm:
     for node in postorder(weights, *(e for _, e in outputs)):
         if isinstance(node, Reduce):
             found.add(node)
@@ -104,7 +104,8 @@ def _form(weights: Expr, outputs: Sequence[tuple[str, Expr]], found: _Reductions
     if "kv" not in local.axes:
         local = local * Full(1.0, LOGIT.axes)
     rows = tuple((name, substitute(e, found.known)) for name, e in outputs)
-    layers, last, reasons = _layers(found, local)
+    named = {substitute(e, found.known): Var(name, e.dtype, e.axes) for e, name in words if e.axes == ("q",)}
+    layers, last, reasons = _layers(found, local, {e: v for e, v in named.items() if not isinstance(e, Var)})
     return RowForm(tuple(found.items), local, factor, rows, layers, last, reasons, found.known)
 
 
@@ -187,7 +188,9 @@ def ratio(e: Expr, moved: Sequence[Expr]) -> Expr | None:
     return visible if visible is not None and agree(visible, proved) else proved
 
 
-def _layers(found: _Reductions, local: Expr) -> tuple[tuple[int, ...], int, tuple[str, ...]]:
+def _layers(
+    found: _Reductions, local: Expr, words: dict[Expr, Var]
+) -> tuple[tuple[int, ...], int, tuple[str, ...]]:
     """The pass of each reduction and of the weights: the longest path; an edge counts 1 where a value must be final."""
     import networkx
 
@@ -211,23 +214,23 @@ def _layers(found: _Reductions, local: Expr) -> tuple[tuple[int, ...], int, tupl
         layer[node] = max(before, default=0)
     reasons = [
         _reason(
-            found.items[j], found.items[i].text if isinstance(i, int) else f"the weight {format_expr(local)}"
+            [found.items[j] for j in finals], node if node == weights else found.items[node], local, words
         )
-        for j, i in _final_edges(graph)
+        for node in graph
+        if (finals := [j for j in graph.predecessors(node) if graph.edges[j, node]["final"]])
     ]
     return tuple(layer[i] for i in range(len(found.items))), max(layer.values()), tuple(reasons)
-
-
-def _final_edges(graph: Any) -> list[tuple[int, int | str]]:
-    return [(j, i) for j, i, final in graph.edges(data="final") if final]
 
 
 def _must_be_final(found: _Reductions, e: Expr, reduction: Reduction) -> bool:
     return found.separate or ratio(e, (reduction.var,)) is None
 
 
-def _reason(reduction: Reduction, reader: str) -> str:
-    return (
-        f"{reduction.name} must be known before {reader} is summed: a change of {reduction.name} changes the terms of "
-        "different scores by different factors"
-    )
+def _reason(finals: Sequence[Reduction], reader: Reduction | str, local: Expr, words: dict[Expr, Var]) -> str:
+    """Why these values need a pass before, in the user's names where there are some."""
+    told = substitute(local if isinstance(reader, str) else reader.term, dict(words))
+    needed: set[Expr] = {r.var for r in finals}
+    named = {var for meaning, var in words.items() if touches(meaning, needed)}
+    values = " and ".join(v.name for v in variables(told) if v in needed | named)
+    what = "the weight" if isinstance(reader, str) else f"the {reader.kind} {reader.name}, of"
+    return f"{what} {format_expr(told)} needs {values} of the whole row: a change would scale each score differently"
