@@ -11,8 +11,9 @@ from typing import Any, get_args
 
 import torch
 
-from attn_engine.engine import AttentionEngine, Kernel
+from attn_engine.engine import AttentionEngine
 from attn_engine.errors import AttnEngineError
+from attn_engine.explain import Kernel
 from attn_engine.frontend import meta_tensor
 from attn_engine.library.catalogue import CATALOGUE
 from attn_engine.runtime.backends import NAMES

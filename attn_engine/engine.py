@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args, overload
-from weakref import WeakValueDictionary
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from attn_engine.codegen.schedule import within_blocks
 from attn_engine.dump import dump_stages
 from attn_engine.errors import (
     AttnEngineError,
     IndexNotInteger,
     MaskIsNotBool,
     ScoreIsBool,
-    UnknownOption,
-    UnsupportedOnBackend,
     WrongOperands,
 )
-from attn_engine.explain import Explanation, explain, sources
+from attn_engine.explain import Explanation, Kernel, explain, sources
 from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
+from attn_engine.graph_calls import in_graph, numbered
 from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention
 from attn_engine.library.normalisers import OnlineSoftmax
-from attn_engine.options import check_options, checked_rule, checked_scale, fixed_sizes, three_metas
-from attn_engine.runtime.backends import DEVICES, backend_named
+from attn_engine.listed_calls import blocks_of, lists_of_call
+from attn_engine.masks.lists import BlockLists
+from attn_engine.options import (
+    block_lists,
+    check_options,
+    checked_rule,
+    checked_scale,
+    fixed_sizes,
+    three_metas,
+)
+from attn_engine.runtime.backends import DEVICES, backend_for, backend_named
 from attn_engine.runtime.bind import Expected, custom_by_name, storage_of
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
 from attn_engine.runtime.compiled import CompiledAttention
@@ -38,8 +45,6 @@ from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.operator import Call, apply, register
 from attn_engine.runtime.reference import reference
 from attn_engine.traced_program import Description, TracedProgram
-
-Kernel = Literal["forward", "decode", "backward", "delta"]
 
 
 class AttentionEngine:
@@ -56,6 +61,8 @@ class AttentionEngine:
     layout: how tensors lie, "bshd" (batch, length, heads, dim) or "bhsd"; strides are free.
     backend: "auto" (by the tensors' device), "cpu", "torch", "triton", "triton-interpreter", or "reference" (dense,
         float64, O(S^2) memory: the definition).
+    block_mask: the blocks that are visible at all, made ahead of the calls: `BlockLists`, or what gives some by
+        `.lists()`. mask_mod (its own, where none is given) is asked in partial blocks alone. A call may bring another.
     scale: multiplies q k^T before score_mod. None: 1 where a score_mod is given (it scales itself), else 1/sqrt(D).
 
     Functions may use plain Python and torch operators; numbers and tensors they capture are read at every call, and
@@ -75,7 +82,7 @@ class AttentionEngine:
         layout: str = "bshd",
         backend: str = "auto",
         scale: float | None = None,
-        block_mask: None = None,
+        block_mask: Any = None,
         tune: bool = False,
         **unknown: Any,
     ) -> None:
@@ -88,8 +95,9 @@ class AttentionEngine:
             "layout": layout,
             "backend": backend,
             "scale": scale,
+            "block_mask": block_mask,
         }
-        self._set_up(**self._arguments, options=(block_mask, tune, unknown))
+        self._set_up(**self._arguments, options=(tune, unknown))
         self._traced = self._first_trace()
 
     def _set_up(
@@ -102,10 +110,13 @@ class AttentionEngine:
         layout: str,
         backend: str,
         scale: float | None,
-        options: tuple[object, bool, dict[str, Any]] = (None, False, {}),
+        block_mask: Any,
+        options: tuple[bool, dict[str, Any]] = (False, {}),
     ) -> None:
         """Everything but the first trace."""
         check_options(layout, backend, *options)
+        mask_mod = getattr(block_mask, "mask_mod", None) if mask_mod is None else mask_mod
+        self._block_mask = block_mask
         q, k, v = three_metas(qkv_meta)
         self.layout, self.backend = layout, backend
         self.custom_io = CustomIO() if custom_fwd_inputs is None else custom_fwd_inputs
@@ -119,6 +130,7 @@ class AttentionEngine:
             dim_qk=q.dim,
             dim_v=v.dim,
         )
+        self._lists_of(None)
         if backend != "auto":
             backend_named(backend)
         sizes = tuple(fixed_sizes(m) for m in (q, k, v))
@@ -127,8 +139,7 @@ class AttentionEngine:
         self._first_error: AttnEngineError | None = None
         self._traced: TracedProgram | None = None
         self._calls: dict[tuple[object, str], tuple[Call, int]] = {}
-        self._number = next(_numbers)
-        _engines[self._number] = self
+        self._number = numbered(self)
 
     def _first_trace(self) -> TracedProgram | None:
         """The program, so that mistakes show here and not at the first call.
@@ -147,7 +158,13 @@ class AttentionEngine:
     @property
     def program(self) -> Attention:
         """The traced program; before the first call custom inputs are taken for float32."""
-        return self._present.program
+        return self._shown.program
+
+    @property
+    def _shown(self) -> TracedProgram:
+        """The program, with the blocks of the engine's own lists."""
+        lists = self._lists_of(None)
+        return self._present if lists is None else self._present.with_lists(blocks_of(lists))
 
     @property
     def _present(self) -> TracedProgram:
@@ -168,6 +185,7 @@ class AttentionEngine:
         v: Tensor,
         *custom_inputs: Tensor,
         return_final_rowscales: Literal[False] = False,
+        block_mask: Any = None,
         **named: Tensor,
     ) -> Tensor: ...
     @overload
@@ -178,6 +196,7 @@ class AttentionEngine:
         v: Tensor,
         *custom_inputs: Tensor,
         return_final_rowscales: Literal[True],
+        block_mask: Any = None,
         **named: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -188,6 +207,7 @@ class AttentionEngine:
         v: Tensor,
         *custom_inputs: Tensor,
         return_final_rowscales: bool = False,
+        block_mask: Any = None,
         **named: Tensor,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """o, of q's shape with v's head dimension; with return_final_rowscales also {"lse": (B, H, Sq), ...}.
@@ -196,13 +216,13 @@ class AttentionEngine:
         float64 inputs), lse is a natural logarithm and -inf in a row that sees no key; they carry no gradient.
         """
         if self.backend == "reference":
-            o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64)
+            o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64, block_mask)
             return (o.to(q.dtype), saved) if return_final_rowscales else o.to(q.dtype)
         if torch.compiler.is_compiling():
-            o, *rows = self._in_graph(q, k, v, custom_inputs, named)
+            o, *rows = in_graph(self, self._number, q, k, v, custom_inputs, named, block_mask)
         else:
             refuse_transforms((q, k, v, *custom_inputs, *named.values()))
-            traced, captured, numbers, kind = self._bind(q, k, v, custom_inputs, named)
+            traced, captured, numbers, kind = self._bind(q, k, v, custom_inputs, named, block_mask)
             refuse_transforms(captured.values())
             call, key = self._call(traced, q.device.type)
             o, rows = apply(call, key, q, k, v, captured, numbers, kind)
@@ -218,10 +238,11 @@ class AttentionEngine:
         *custom_inputs: Tensor,
         dtype: torch.dtype = torch.float64,
         return_final_rowscales: bool = False,
+        block_mask: Any = None,
         **named: Tensor,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The same attention evaluated densely in `dtype`: the definition; O(S^2) in memory, differentiable."""
-        o, rows = self._dense(q, k, v, custom_inputs, named, dtype)
+        o, rows = self._dense(q, k, v, custom_inputs, named, dtype, block_mask)
         return (o, rows) if return_final_rowscales else o
 
     def _dense(
@@ -232,9 +253,10 @@ class AttentionEngine:
         custom_inputs: Sequence[Tensor],
         named: dict[str, Tensor],
         dtype: torch.dtype,
+        block_mask: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values, evaluated densely."""
-        traced, captured, numbers, _ = self._bind(q, k, v, custom_inputs, named)
+        traced, captured, numbers, _ = self._bind(q, k, v, custom_inputs, named, block_mask)
         q, k, v = (self._logical(x) for x in (q, k, v))
         o, rows = reference(traced.program, q, k, v, captured, numbers, dtype)
         return self._logical(o), rows
@@ -260,9 +282,6 @@ class AttentionEngine:
         backend: "cpu", "triton", ...; None: the engine's own. No device and no compiler is needed. The backward text
         includes the gradients of every captured tensor that can have one and that the backend can compute.
         """
-        if kernel not in (kernels := get_args(Kernel)):
-            known = ", ".join(map(repr, kernels))
-            raise UnknownOption(option="kernel", value=kernel, where="engine.source", known=known)
         return "\n\n".join(self._sources(backend, kernel))
 
     def graph(self) -> Any:
@@ -273,7 +292,7 @@ class AttentionEngine:
 
     def explain(self) -> Explanation:
         """What was traced, what the mask plan is and why, what is saved for the backward pass, the tiles. Print it."""
-        return explain(self.program, self.scale, self._compiled(self._present, self._own_backend()))
+        return explain(self.program, self.scale, self._compiled(self._shown, backend_for(self.backend)))
 
     def __repr__(self) -> str:
         p = self.program
@@ -301,29 +320,30 @@ class AttentionEngine:
     # -- from a call to its kernels
 
     def _bind(
-        self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        custom_inputs: Sequence[Tensor],
+        named: dict[str, Tensor],
+        block_mask: Any = None,
     ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number], CallKind]:
-        """The program of this call, its captured tensors and its numbers ("scale" first), all checked; and what is
-        remembered of such calls."""
+        """The program of this call, its captured tensors and lists, its numbers ("scale" first), all checked; and what
+        is remembered of such calls."""
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
+        if (lists := self._lists_of(block_mask)) is not None:
+            self._checks.check_shapes(q, k, v)
+            listed = lists_of_call(lists, self._logical(q), self._logical(k))
+            traced, tensors = traced.with_lists(listed.blocks), tensors | listed.tensors
         kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)
         return traced, tensors, {"scale": self.scale, **numbers}, kind
 
-    def _in_graph(
-        self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
-    ) -> Sequence[Tensor]:
-        """A call that torch.compile traces: one operator on the tensors, which checks them when the graph runs."""
-        custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
-        kinds = tuple(x.dtype for x in custom.values())
-        key = _key_of(self._number, q.device.type, kinds)
-        traced = self._present
-        captured = list(traced.tensors(custom).values())
-        read = [given for trace in traced.traces for _, given in trace.custom]
-        unread = [x for name, x in custom.items() if name not in read]
-        scalars = [float(x) for x in (self.scale, *traced.scalars().values())]
-        return torch.ops.attn_engine.forward(q, k, v, captured + unread, scalars, key)
+    def _lists_of(self, block_mask: Any) -> BlockLists | None:
+        """Those of this moment: of the call's mask, else of the engine's own."""
+        block_mask = self._block_mask if block_mask is None else block_mask
+        return block_lists(block_mask, self._description.mask_mod is not None)
 
     def _storages(self, custom: dict[str, Tensor]) -> dict[str, Storage]:
         names = self._checks.custom_shapes
@@ -339,7 +359,7 @@ class AttentionEngine:
         return x.transpose(1, 2) if self.layout == "bshd" else x
 
     def _call(self, traced: TracedProgram, device: str) -> tuple[Call, int]:
-        name = self._backend_for(device)
+        name = backend_for(self.backend, device)
         found = traced.calls.get(name)
         if found is None:
             found = traced.calls[name] = self._call_of(traced, name)
@@ -356,45 +376,13 @@ class AttentionEngine:
 
     def _compiled(self, traced: TracedProgram, name: str) -> CompiledAttention:
         backend = backend_named(name)
-        return CompiledAttention(traced.program, backend, backend.schedule(traced.program))
-
-    def _backend_for(self, device: str) -> str:
-        if self.backend != "auto":
-            return self.backend
-        if device == "cpu":
-            return "cpu"
-        if device == "cuda":
-            return "triton"
-        raise UnsupportedOnBackend(
-            backend="auto", feature=f"{device} tensors", instead="Move them to the CPU or to a CUDA device."
-        )
-
-    def _own_backend(self) -> str:
-        if self.backend != "auto":
-            return self.backend
-        return "triton" if torch.cuda.is_available() else "cpu"
+        schedule = within_blocks(backend.schedule(traced.program), traced.program.listed)
+        return CompiledAttention(traced.program, backend, schedule)
 
     def _sources(self, backend: str | None, kernel: str) -> list[str]:
-        compiled = self._compiled(self._present, self._own_backend() if backend is None else backend)
+        compiled = self._compiled(self._shown, backend_for(self.backend) if backend is None else backend)
         return sources(compiled, kernel)
 
 
 def _remade(arguments: dict[str, Any]) -> AttentionEngine:
     return AttentionEngine(**arguments)
-
-
-# Engines by number: a graph of torch.compile can hold a number, not an engine.
-_engines: WeakValueDictionary[int, AttentionEngine] = WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def _key_of(number: int, device: str, kinds: tuple[torch.dtype, ...]) -> int:
-    """The operator key of an engine's kernels for custom inputs of these dtypes; a constant of the compiled graph."""
-    engine = _engines[number]
-    storages = {name: storage_of(name, kind) for name, kind in zip(engine.custom_io, kinds, strict=True)}
-    _, key = engine._call(engine._current(storages), device)
-    return key
-
-
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
-_key_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

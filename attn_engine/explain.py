@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from attn_engine.codegen.lower.backward import uses_delta
+from attn_engine.errors import UnknownOption
 from attn_engine.ir.expr import Expr, Var, postorder, substitute
 from attn_engine.ir.passes.mask_range import MaskPlan, NoneKnown, plan_mask
 from attn_engine.ir.passes.mask_tiles import TileClass, classify_tiles
@@ -14,6 +16,8 @@ from attn_engine.ir.passes.rule_analysis import vanishes_when_masked
 from attn_engine.ir.printer import format_expr, format_program
 from attn_engine.ir.program import Attention, OnlineRule
 from attn_engine.runtime.compiled import CompiledAttention
+
+Kernel = Literal["forward", "decode", "backward", "delta"]
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,12 @@ class Explanation:
 
 def explain(program: Attention, scale: float, compiled: CompiledAttention) -> Explanation:
     """Traced functions, scale, mask plans with their reasons, what is saved, tiles and backend."""
-    mask = program.mask.result if program.mask else None
-    forward, transposed = plan_mask(mask, "kv"), plan_mask(mask, "q")
     return Explanation(
         {
             "Program": format_program(program),
             "Scale": _scale_text(program, scale),
-            "Mask plan, for a tile of queries": plan_text(forward, classify_tiles(mask, "kv")),
-            "Mask plan, for a tile of keys (dK, dV)": plan_text(transposed, classify_tiles(mask, "q")),
+            "Mask plan, for a tile of queries": _plan_of(program, "kv"),
+            "Mask plan, for a tile of keys (dK, dV)": _plan_of(program, "q"),
             "Passes": _passes_text(program.rule),
             "Masking": _masking_text(program),
             "Saved for the backward pass": _saved_text(program),
@@ -43,6 +45,21 @@ def explain(program: Attention, scale: float, compiled: CompiledAttention) -> Ex
             "Tiles": f"{compiled.schedule}",
             "Backend": compiled.backend.name,
         }
+    )
+
+
+def _plan_of(program: Attention, loop: str) -> str:
+    """Lists say which tiles are visited where there are some, else the mask does."""
+    mask, listed = program.mask.result if program.mask else None, program.listed
+    if listed is None:
+        return plan_text(plan_mask(mask, loop), classify_tiles(mask, loop))
+    partial = "by mask_mod" if mask is not None else "nowhere, for there is no mask_mod"
+    return "\n".join(
+        [
+            f"{loop} tiles visited: those of the listed blocks, {listed.block(loop)} positions each",
+            f"masked: {partial} in blocks listed as partial; never in those listed as full",
+            "because the call brings lists of blocks",
+        ]
     )
 
 
@@ -126,7 +143,10 @@ def _merge_lines(merge: MergeRule) -> list[str]:
 
 
 def sources(compiled: CompiledAttention, kernel: str) -> list[str]:
-    """The texts of `engine.source(kernel=...)`."""
+    """The texts of `engine.source(kernel=...)`; raises UnknownOption for another kernel."""
+    if kernel not in (kernels := get_args(Kernel)):
+        known = ", ".join(map(repr, kernels))
+        raise UnknownOption(option="kernel", value=kernel, where="engine.source", known=known)
     if kernel == "decode" and isinstance(merge := derive_merge(compiled.program.rule), NotMergeable):
         return [f"no kernels: {merge.reason}, so the keys of a row are never split"]
     learned = tuple(c.name for c in compiled.program.differentiable_captures)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from attn_engine.errors import AttnEngineError, StaleGraph
 from attn_engine.ir.ops import Number
 from attn_engine.runtime.bind import check_kind
+from attn_engine.runtime.block_lists import tensor_names
 from attn_engine.runtime.call_checks import CallChecks
 from attn_engine.traced_program import Description, TracedProgram
 
@@ -36,7 +37,7 @@ class GraphChecks:
     ) -> None:
         """All that a call outside of a graph checks; StaleGraph where the functions now mean another program."""
         program = self.traced.program
-        tensors = {c.name: x for c, x in zip(program.captures, captured, strict=False)}
+        tensors = dict(zip(tensor_names(program), captured, strict=False))
         for described in program.captures:
             check_kind(described, tensors[described.name])
         self._check_fresh(tensors)
@@ -57,7 +58,7 @@ class GraphChecks:
             raise StaleGraph(
                 what=f"the functions can no longer be traced ({type(error).__name__})"
             ) from error
-        if now.program != traced.program:
+        if replace(now.program, listed=traced.program.listed) != traced.program:
             raise StaleGraph(what="its functions now compute something else")
         for trace in (*now.traces, now.rule):
             for bound in trace.tensors:

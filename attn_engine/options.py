@@ -10,19 +10,17 @@ from torch import Tensor
 
 from attn_engine.errors import UnknownLayout, UnknownOption, UnsupportedOnBackend, WrongArgument, WrongMeta
 from attn_engine.frontend import MetaTensor, OnlineFunc
+from attn_engine.masks.lists import BlockLists
 from attn_engine.runtime.bind import LAYOUTS
 
 
-def check_options(layout: str, backend: str, block_mask: object, tune: bool, unknown: dict[str, Any]) -> None:
+def check_options(layout: str, backend: str, tune: bool, unknown: dict[str, Any]) -> None:
     """Raise a typed error for an option that is unknown or that this version does not take."""
     known = "layout, backend, scale, block_mask, tune"
     for option, value in unknown.items():
         raise UnknownOption(option=option, value=value, where="AttentionEngine", known=known)
     if layout not in LAYOUTS:
         raise UnknownLayout(layout=layout)
-    if block_mask is not None:
-        instead = "Give the same pattern as a mask_mod, for example one that indexes a captured block table."
-        raise UnsupportedOnBackend(backend=backend, feature="block_mask", instead=instead)
     if tune:
         instead = "Leave tune=False: the default schedule is chosen from the head dimensions and the target."
         raise UnsupportedOnBackend(backend=backend, feature="tune=True", instead=instead)
@@ -58,6 +56,23 @@ def checked_scale(scale: object, default: float) -> float:
         instead = "Capture a learned or computed scale in a score_mod instead: `return score * scale`."
         raise WrongArgument(argument="scale", got=got, expected="a number", instead=instead)
     return float(scale)
+
+
+def block_lists(block_mask: Any, masked: bool) -> BlockLists | None:
+    """The lists of a block mask, which is one itself or gives one by `.lists()`; masked: the engine has a mask_mod."""
+    if block_mask is None or isinstance(block_mask, BlockLists):
+        return block_mask
+    if not masked and getattr(block_mask, "mask_mod", None) is not None:
+        expected = "a block mask without a mask_mod, as the engine has none"
+        instead = (
+            "Make the engine with mask_mod=block_mask.mask_mod: partial blocks are masked by the engine's."
+        )
+        raise WrongArgument(argument="block_mask", got=block_mask, expected=expected, instead=instead)
+    found = block_mask.lists() if callable(getattr(block_mask, "lists", None)) else None
+    if not isinstance(found, BlockLists):
+        instead = "Make one with create_block_mask, or give BlockLists of attn_engine.masks.lists."
+        raise WrongArgument(argument="block_mask", got=block_mask, expected="a block mask", instead=instead)
+    return found
 
 
 def checked_rule(rule: Any) -> OnlineFunc:

@@ -7,7 +7,7 @@ captured tensor of another dtype, a number that decided a Python branch or that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.passes.check_rule import MethodReport, check_methods
-from attn_engine.ir.program import Attention, OnlineRule
+from attn_engine.ir.program import Attention, ListedBlocks, OnlineRule
 from attn_engine.runtime.operator import Call
 from attn_engine.runtime.storage import STORAGES
 
@@ -98,6 +98,7 @@ class TracedProgram:
 
     def __post_init__(self) -> None:
         self.traces: tuple[Trace, ...] = tuple(t for t in (self.score, self.mask) if t is not None)
+        self._listing: dict[ListedBlocks, TracedProgram] = {}
         self._opaque = any(t.opaque for t in (*self.traces, self.rule))
         tensors: dict[str, TensorRead] = {}
         for trace in self.traces:
@@ -107,6 +108,12 @@ class TracedProgram:
         scalars = {s.var.name: s.accessor for trace in (*self.traces, self.rule) for s in trace.scalars}
         self._tensor_reads = [tensors[c.name] for c in self.program.captures]
         self._scalar_reads = [(s.name, scalars[s.name]) for s in self.program.scalars]
+
+    def with_lists(self, listed: ListedBlocks) -> TracedProgram:
+        """The same program where a call brings lists of such blocks."""
+        if listed not in self._listing:
+            self._listing[listed] = replace(self, program=replace(self.program, listed=listed), calls={})
+        return self._listing[listed]
 
     def stale(self, storages: Mapping[str, Storage]) -> bool:
         """Whether tracing again could give another program."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from attn_engine.codegen.lower.backward import lower_backward
 from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
+from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.program import Attention
@@ -33,6 +34,7 @@ def lower(program: Attention, schedule: Schedule, direction: str, learned: tuple
         module = lower_decode(program, schedule, merge)
     else:
         module = lower_backward(program, schedule, learned)
+        module = replace(module, kernels=module.kernels + lower_pair_gradients(program, schedule, learned))
     for kernel in module.kernels:
         verify_kernel(kernel)
     return module

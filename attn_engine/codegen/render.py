@@ -91,8 +91,12 @@ class Renderer:
         for s in body:
             lines += [f"{pad}{line}".rstrip() for line in self.statement(s)]
             if isinstance(s, Loop | If):
-                lines += self.block(s.body, depth + 1)
+                lines += self.block(s.body, depth if self.is_flat(s) else depth + 1)
         return lines
+
+    def is_flat(self, s: Loop | If) -> bool:
+        """Whether the body stands beside the statement instead of inside it."""
+        return False
 
     def statement(self, s: Stmt) -> list[str]:
         """The lines of a statement without those of its body."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from attn_engine.ir.program import ListedBlocks
 from attn_engine.ir.tile import Lanes
 
 
@@ -85,10 +86,15 @@ FEW_ROWS = (1, 2, 4, 8, 16)
 MOST_FEW_ROWS = FEW_ROWS[-1]  # beyond, a query row per lane is faster (measured: between 16 and 32)
 
 
-def few_rows_schedule(rows: int, lanes: int = 32) -> Schedule:
-    """A forward pass in tiles of FEW_ROWS query rows, keys in lanes; the backward pass of `cpu_schedule(lanes)`."""
+def few_rows_schedule(rows: int, lanes: int = 32, kv_block: int = 0) -> Schedule:
+    """A forward pass in tiles of FEW_ROWS query rows, keys in lanes; the backward pass of `cpu_schedule(lanes)`.
+
+    kv_block: the size of listed kv blocks; 0: there are no lists.
+    """
     assert rows in FEW_ROWS, rows
-    return replace(cpu_schedule(lanes), block_q=rows, block_kv=128, lanes=Lanes.FEW_ROWS)
+    return replace(
+        cpu_schedule(lanes), block_q=rows, block_kv=tile_within(kv_block, 128), lanes=Lanes.FEW_ROWS
+    )
 
 
 def tile_of_few_rows(schedule: Schedule, rows: int) -> int:
@@ -96,6 +102,37 @@ def tile_of_few_rows(schedule: Schedule, rows: int) -> int:
     if not schedule.few_row_kernels or not 0 < rows <= MOST_FEW_ROWS:
         return 0
     return next(n for n in FEW_ROWS if rows <= n)
+
+
+SMALLEST_BLOCK = 16  # listed blocks are multiples of this many positions
+
+
+def tile_within(block: int, most: int) -> int:
+    """The largest tile of `most`, most / 2, ... rows that a listed block is a multiple of; any where it is 0.
+
+    >>> [tile_within(block, 64) for block in (128, 64, 96, 48, 0)]
+    [64, 64, 32, 16, 64]
+    """
+    while block % most:
+        most //= 2
+    return most
+
+
+def within_blocks(schedule: Schedule, listed: ListedBlocks | None) -> Schedule:
+    """The schedule in tiles that listed blocks can be cut into."""
+    if listed is None:
+        return schedule
+    tiles = replace(
+        schedule,
+        block_q=tile_within(listed.q, schedule.block_q),
+        block_kv=tile_within(listed.kv, schedule.block_kv),
+        backward_q=tile_within(listed.q, schedule.backward_q),
+        backward_kv=tile_within(listed.kv, schedule.backward_kv),
+    )
+    # Whichever axis keeps more lanes; keys where both do, for they leave the queries in place.
+    if schedule.backward_lanes is Lanes.KEYS and tiles.backward_q > tiles.backward_kv:
+        return replace(tiles, backward_lanes=Lanes.QUERIES, backward_kv=tile_within(listed.kv, 64))
+    return tiles
 
 
 def torch_schedule() -> Schedule:

@@ -108,6 +108,9 @@ def format_program(program: Attention) -> str:
     parts = [head]
     parts += [] if program.score is None else [f"score_mod {format_function(program.score, 'logit')}"]
     parts += [] if program.mask is None else [f"mask_mod {format_function(program.mask, 'visible')}"]
+    if (listed := program.listed) is not None:
+        of = "head" if listed.heads == "heads" else "kv head"
+        parts.append(f"visible blocks of {listed.q or 'all'} queries x {listed.kv} keys from lists per {of}")
     return "\n".join([*parts, f"normaliser {format_rule(program.rule)}"])
 
 

@@ -148,10 +148,30 @@ def d_saved_var(name: str) -> Var:
 
 
 @dataclass(frozen=True, slots=True)
+class ListedBlocks:
+    """Pairs of blocks come from lists, which are data of a call (docs/adr/0018): what is compiled in.
+
+    q, kv: positions of a block; q is 0 where one block holds every query. heads: "heads", or "kv_heads" where the query
+    heads of a group share their lists. A pair of blocks in the list of full ones is visible whatever the mask says; in
+    that of partial ones the mask says; any other is hidden. ragged: a block in the list of full ones may stick out
+    beyond the end of an axis.
+    """
+
+    q: int
+    kv: int
+    heads: str = "kv_heads"
+    ragged: bool = False
+
+    def block(self, axis: str) -> int:
+        return self.q if axis == "q" else self.kv
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """One attention, fully described: the compiler's input.
 
     element: storage of q, k, v and o. dim_qk, dim_v: head dimensions, compile-time constants.
+    listed: the sizes of the blocks whose lists a call brings; None: the mask alone says what is visible.
     Everything else (batch, heads, lengths, strides, scale, captured numbers) is a run-time argument.
     """
 
@@ -162,6 +182,7 @@ class Attention:
     element: Storage
     dim_qk: int
     dim_v: int
+    listed: ListedBlocks | None = None
 
     @property
     def functions(self) -> tuple[ScalarFn, ...]:

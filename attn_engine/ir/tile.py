@@ -55,6 +55,10 @@ class Loop:
     body: tuple[Stmt, ...]
     title: str = ""
 
+    def is_one_tile(self, block: int) -> bool:
+        """Whether the body runs once: from lo to lo + block."""
+        return self.axis is not None and self.hi is self.lo + block
+
 
 @dataclass(frozen=True, slots=True)
 class If:
@@ -95,7 +99,8 @@ class Param:
     """A tensor argument: its storage and the names of its sizes, outermost first.
 
     Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v"; "<name>_size_<i>" for captured tensors;
-    "q_blocks", "kv_blocks" and "ends" for tables of tiles.
+    "q_blocks", "kv_blocks" and "ends" for tables of tiles; "q_bounds", "kv_bounds", "partial_listed" and "full_listed"
+    for lists of blocks.
     Strides are arguments too, one per dimension, in elements.
     """
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from attn_engine.codegen.backends.cpu import render_cpu
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
-from attn_engine.codegen.lower.backward import runs_side_by_side
-from attn_engine.codegen.lower.capture import CaptureGradient
+from attn_engine.codegen.lower.capture import CaptureGradient, runs_side_by_side
 from attn_engine.codegen.pipeline import with_header
 from attn_engine.codegen.schedule import Schedule, cpu_schedule, gpu_schedule, torch_schedule
 from attn_engine.errors import (
@@ -178,3 +178,17 @@ def backend_named(name: str) -> Backend:
             return TritonBackend("triton-interpreter", interpret=True)
         case _:
             raise UnknownBackend(backend=name, known=", ".join(repr(n) for n in NAMES))
+
+
+def backend_for(chosen: str, device: str | None = None) -> str:
+    """The backend that runs on a type of device where "auto" was chosen; None: on the best device of this machine."""
+    if chosen != "auto":
+        return chosen
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    if found is None:
+        raise UnsupportedOnBackend(
+            backend="auto", feature=f"{device} tensors", instead="Move them to the CPU or to a CUDA device."
+        )
+    return found

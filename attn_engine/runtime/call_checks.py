@@ -20,6 +20,7 @@ from attn_engine.runtime.bind import (
     check_inputs,
     shape_signature,
 )
+from attn_engine.runtime.block_lists import check_lists
 from attn_engine.runtime.captured_indices import POSITIONS
 from attn_engine.runtime.compiled import sizes_of
 from attn_engine.runtime.launch_plan import CallKind
@@ -81,7 +82,10 @@ class CallChecks:
         sizes = sizes_of(self._logical(q), self._logical(k))
         for name, x in custom.items():
             check_custom_input(name, x, self.custom_shapes[name], sizes)
-        check_captured(program, tensors, numbers, sizes, q.device)
+        captured = {c.name: tensors[c.name] for c in program.captures}
+        check_captured(program, captured, numbers, sizes, q.device)
+        if program.listed is not None:
+            check_lists(program.listed, tensors, sizes, q.device)
         if len(passed.signatures) >= MOST_REMEMBERED:
             passed.signatures.clear()
             passed.kinds.clear()

@@ -1,4 +1,4 @@
-"""From sums per row or per key to the gradient of a captured tensor: add equal indices in a fixed order."""
+"""From sums per row, key or diagonal to the gradient of a captured tensor: add equal indices in a fixed order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from torch import Tensor
 from attn_engine.codegen.lower.capture import CaptureGradient, Route
 from attn_engine.ir.expr import Var, variables
 from attn_engine.ir.ops import DType, Number
+from attn_engine.ir.passes.distance import DISTANCE, by_distance
 from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX
 from attn_engine.runtime.dense import evaluate_dense
+
+POSITIONS = (BATCH, HEAD, Q_IDX, KV_IDX)
+PLACES = {Route.ROW: Q_IDX, Route.COLUMN: KV_IDX, Route.DIAGONAL: DISTANCE}
 
 
 def scatter_sums(
@@ -21,14 +25,18 @@ def scatter_sums(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Number],
 ) -> None:
-    """total[index] += sums (B, H, rows), where the index is that of the captured read.
+    """total[index] += sums (B, H, places), where the index is that of the captured read.
 
+    A place is a row, a key or a diagonal; diagonals come in order of q_idx - kv_idx, from 1 - kv_len on.
     `total` is float64: torch adds float64 by index one after the other, float32 with atomics on several threads.
     """
-    position = Q_IDX if gradient.route is Route.ROW else KV_IDX
-    used = {v for i in gradient.load.indices for v in variables(i)}
+    position, indices = PLACES[gradient.route], gradient.load.indices
+    if gradient.route is Route.DIAGONAL:
+        indices = tuple(i for index in indices if (i := by_distance(index)) is not None)
+    used = {v for i in indices for v in variables(i)}
     reduced = sums.to(torch.float64)
-    for dimension, var in enumerate((BATCH, HEAD, position)):
+    axes = (BATCH, HEAD, position)
+    for dimension, var in enumerate(axes):
         if var not in used:
             reduced = reduced.sum(dimension, keepdim=True)
     if reduced.numel() == 0:
@@ -36,18 +44,17 @@ def scatter_sums(
     if total.ndim == 0:
         total += reduced.sum()
         return
-    axes = (BATCH, HEAD, position)
-    if len(used) == total.ndim and all(i in axes for i in gradient.load.indices):
-        _add_positions(total, reduced, [axes.index(i) for i in gradient.load.indices])
+    if len(used) == total.ndim and all(i in POSITIONS for i in indices):
+        _add_positions(total, reduced, [axes.index(i) for i in indices])
         return
     grid = torch.meshgrid(*(torch.arange(n, device=sums.device) for n in reduced.shape), indexing="ij")
-    places: dict[Var, Tensor | Number] = dict(
-        zip((BATCH, HEAD, position), (g.reshape(-1) for g in grid), strict=True)
-    )
+    places: dict[Var, Tensor | Number] = dict(zip(axes, (g.reshape(-1) for g in grid), strict=True))
+    if position is DISTANCE:
+        places[DISTANCE] = places[DISTANCE] - (int(numbers["kv_len"]) - 1)
     for name, number in numbers.items():
         places[Var(name, DType.FLOAT if isinstance(number, float) else DType.INT)] = number
     index: list[Tensor] = []
-    for axis, expression in enumerate(gradient.load.indices):
+    for axis, expression in enumerate(indices):
         where = evaluate_dense(expression, places, tensors, torch.float64)
         where = torch.as_tensor(where, device=sums.device).to(torch.int64).expand(reduced.numel())
         index.append(where.clamp(0, total.shape[axis] - 1))

@@ -13,7 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attn_engine.codegen.lower.capture import CaptureGradient, Route, capture_gradients
+from attn_engine.codegen.lower.capture import (
+    CaptureGradient,
+    Route,
+    added_beside_keys,
+    capture_gradients,
+    shared_axes,
+)
 from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
@@ -24,8 +30,8 @@ from attn_engine.ir.passes.pack_heads import Packing, pack_heads
 from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
-from attn_engine.runtime.dq_parts import parts_of, sum_parts
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
+from attn_engine.runtime.query_parts import ROOM, QueryParts
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -63,11 +69,12 @@ class Backend(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class Direction:
     """The kernels of the forward or the backward pass in order, the tables that each of them reads, and the captured
-    gradients that they compute."""
+    gradients that they compute. with_query_parts: which kernel adds to parts of dQ."""
 
     kernels: tuple[Launchable, ...]
     tables: tuple[tuple[TileTable, ...], ...]
     captures: tuple[CaptureGradient, ...]
+    with_query_parts: int | None
 
 
 @dataclass(eq=False)
@@ -102,7 +109,8 @@ class CompiledAttention:
             self.backend.refuse(self.program, captures)
             kernels = self.module(direction, learned).kernels
             compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
-            found = Direction(compiled, tuple(k.tables for k in kernels), captures)
+            query = (i for i, k in enumerate(kernels) if any(p.name == "dQ_parts" for p in k.params))
+            found = Direction(compiled, tuple(k.tables for k in kernels), captures, next(query, None))
             self._directions[direction, learned] = found
         return found
 
@@ -125,7 +133,8 @@ class CompiledAttention:
             return self
         found = self._variants.get((packing, tile))
         if found is None:
-            schedule = few_rows_schedule(tile, self.schedule.block_q) if tile else self.schedule
+            kv_block = self.program.listed.kv if self.program.listed else 0
+            schedule = few_rows_schedule(tile, self.schedule.block_q, kv_block) if tile else self.schedule
             found = CompiledAttention(pack_heads(self.program, packing), self.backend, schedule)
             self._variants[packing, tile] = found
         return found
@@ -137,7 +146,7 @@ class CompiledAttention:
         rows, sizes = q.shape[:3], sizes_of(q, k)
         saved = {name: q.new_empty(rows, dtype=self.compute) for name in self.saved_names}
         tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
-        splits = choose_splits(self.program, self.schedule, q, k)
+        splits = choose_splits(self.program, self.schedule, q, k, captured)
         if splits > 1:
             sizes["splits"] = splits
             scalars = {**scalars, "splits": splits}
@@ -152,12 +161,17 @@ class CompiledAttention:
         captured: Tensors,
         scalars: Scalars,
         sizes: Mapping[str, int],
+        parts: QueryParts | None = None,
     ) -> None:
-        """The kernels in order, each with its tables."""
-        for kernel, tables in zip(direction.kernels, direction.tables, strict=True):
+        """The kernels in order, each with its tables; the one that makes parts of dQ once for each piece of them."""
+        for i, (kernel, tables) in enumerate(zip(direction.kernels, direction.tables, strict=True)):
             if tables:
                 tensors.update(tile_tables(tables, captured, scalars, sizes, self.compute))
-            kernel.launch(tensors, scalars, sizes)
+            if parts is not None and i == direction.with_query_parts:
+                for more in parts.pieces(tensors, scalars["scale"]):
+                    kernel.launch(tensors, {**scalars, **more}, sizes)
+            else:
+                kernel.launch(tensors, scalars, sizes)
 
     def _partials(self, q: Tensor, splits: int) -> dict[str, Tensor]:
         """Where the splits leave their outputs and row states."""
@@ -199,18 +213,16 @@ class CompiledAttention:
             **dict(zip(self.saved_names, saved, strict=True)),
             "Delta": q.new_empty(q.shape[:3], dtype=self.compute),
         }
-        splits = 1
+        splits, parts = 1, None
         if self.schedule.gradients is Gradients.ONE_KERNEL:
-            splits = self.backward_splits(k)
-            numbers["splits"] = sizes["splits"] = splits
-            tensors["dQ_parts"] = parts_of(dq, splits, self.compute)
+            parts = self._query_parts(dq, k, direction.captures, captured)
+            splits = numbers["splits"] = sizes["splits"] = parts.splits
         else:
             tensors["dQ"] = dq
         tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in direction.captures})
-        self._launch(direction, tensors, captured, numbers, sizes)
-        if "dQ_parts" in tensors:
-            sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
+        self._launch(direction, tensors, captured, numbers, sizes, parts)
         numbers.update(sizes)
+        self._order_diagonals(direction.captures, tensors)
         return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
 
     @cached_property
@@ -222,10 +234,28 @@ class CompiledAttention:
         """The kernels' names of the saved row values."""
         return tuple(saved_param(name) for name, _ in self.program.rule.saved)
 
-    def backward_splits(self, k: Tensor) -> int:
+    def backward_splits(self, k: Tensor, shared: Sequence[str] = ()) -> int:
         """Shares of the kv axis: from the shapes alone, so that the same call always adds in the same order."""
-        tiles = -(-k.shape[2] // self.schedule.backward_kv)
-        return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, k.shape[0] * k.shape[1])))
+        batches, kv_heads, kv_len, _ = k.shape
+        tasks = (1 if "batch" in shared else batches) * (1 if "kv_head" in shared else kv_heads)
+        tiles = -(-kv_len // self.schedule.backward_kv)
+        return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
+
+    def _query_parts(
+        self, dq: Tensor, k: Tensor, captures: Sequence[CaptureGradient], captured: Tensors
+    ) -> QueryParts:
+        """How dQ is added up: which axes a program instance runs over, and how much of them in a launch."""
+        beside_keys = [c for c in captures if added_beside_keys(c)]
+        shared = shared_axes(beside_keys)
+        pairs = [captured[c.load.tensor].numel() for c in beside_keys if c.route is Route.PAIR]
+        group, room = dq.shape[1] // max(1, k.shape[1]), max(ROOM, dq.numel(), *pairs)
+        return QueryParts(dq, self.backward_splits(k, shared), group, shared, self.compute, room)
+
+    def _order_diagonals(self, captures: Sequence[CaptureGradient], tensors: dict[str, Tensor]) -> None:
+        """Sums per diagonal in order of q_idx - kv_idx, as `scatter_sums` wants them."""
+        for c in captures:
+            if c.route is Route.DIAGONAL and self.schedule.backward_lanes.axis == "kv":
+                tensors[c.buffer] = tensors[c.buffer].flip(-1)
 
     def _buffer(self, c: CaptureGradient, q: Tensor, k: Tensor, captured: Tensors, splits: int) -> Tensor:
         """Where the kernels put a captured gradient; zeros, because they add to it."""
@@ -234,6 +264,7 @@ class CompiledAttention:
         shape = {
             Route.ROW: (*parts, batches, heads, q_len),
             Route.COLUMN: (batches, heads, k.shape[2]),
+            Route.DIAGONAL: (*parts, batches, heads, max(0, q_len + k.shape[2] - 1)),
             Route.PAIR: tuple(captured[c.load.tensor].shape),
         }[c.route]
         return torch.zeros(shape, dtype=self.compute, device=q.device)

@@ -20,7 +20,7 @@ import torch
 
 from attn_engine.codegen.backends.cpu import COUNTS, LENGTHS, SIZES, symbol
 from attn_engine.ir.ops import DType, Number
-from attn_engine.ir.tile import Kernel
+from attn_engine.ir.tile import Kernel, Loop, walk
 from attn_engine.runtime.launch_plan import Layout
 
 ABI_VERSION = "1"
@@ -55,6 +55,9 @@ class CpuKernel:
             (COUNTS.get(a) or LENGTHS[a], kernel.block(a) if a in LENGTHS else 1) for a in kernel.grid
         ]
         self._loops = [LENGTHS[a] for a, _ in kernel.tile if a in LENGTHS and a not in kernel.grid]
+        self._loops += [
+            COUNTS[s.var] for s in walk(kernel.body) if isinstance(s, Loop) and s.var in ("batch", "kv_head")
+        ]
         self._width = max((n for a, n in kernel.tile if a not in LENGTHS), default=1)
         slots = "".join("q" * (1 + 2 * max(len(p.shape), 1)) for p in kernel.params)
         numbers = "".join("d" if v.dtype is DType.FLOAT else "q" for v in kernel.scalars)

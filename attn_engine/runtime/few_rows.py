@@ -6,6 +6,8 @@ bits. Neither compiles anything again for another length: kernels take group and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.passes.pack_heads import Packing, packable
 from attn_engine.ir.program import Attention
+from attn_engine.runtime.block_lists import listed_keys
 
 # A split reads at least this many numbers of K and V (about 0.1 ms): less is not worth a merge.
 LEAST_NUMBERS_PER_SPLIT = 2**19
@@ -23,16 +26,24 @@ def choose_packing(program: Attention, schedule: Schedule, q: Tensor, k: Tensor)
     group, q_len = q.shape[1] // max(k.shape[1], 1), q.shape[2]
     if group <= 1 or 2 * q_len > schedule.block_q or not packable(program.rule):
         return Packing.NONE
+    if (listed := program.listed) and (listed.heads != "kv_heads" or q_len > listed.q):
+        return Packing.NONE  # rows of a tile share their lists
     return Packing.ONE_QUERY if q_len == 1 else Packing.QUERIES
 
 
-def choose_splits(program: Attention, schedule: Schedule, q: Tensor, k: Tensor) -> int:
-    """Splits of the keys: 1 where the query tiles are work enough for every thread that there may be."""
+def choose_splits(
+    program: Attention, schedule: Schedule, q: Tensor, k: Tensor, lists: Mapping[str, Tensor] | None = None
+) -> int:
+    """Splits of the keys: 1 where the query tiles are work enough for every thread that there may be.
+
+    lists: those of a program with listed blocks, by name.
+    """
     batches, heads, q_len, _ = q.shape
     tiles = batches * heads * -(-q_len // schedule.block_q)
     if tiles == 0 or tiles >= schedule.split_tasks:
         return 1
-    longest = k.shape[2] * (program.dim_qk + program.dim_v) // LEAST_NUMBERS_PER_SPLIT
+    keys = k.shape[2] if program.listed is None else listed_keys(program.listed, lists or {}, k.shape[2])
+    longest = keys * (program.dim_qk + program.dim_v) // LEAST_NUMBERS_PER_SPLIT
     splits = min(-(-schedule.split_tasks // tiles), longest)
     return splits if splits > 1 and isinstance(derive_merge(program.rule), MergeRule) else 1
 

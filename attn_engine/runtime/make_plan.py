@@ -90,7 +90,7 @@ def forward_plan(
         q = q.as_strided(queries.shape, queries.stride)
     compiled = compiled.of_rows(packing, q.shape[2])
     sizes = sizes_of(q, k)
-    splits = choose_splits(compiled.program, compiled.schedule, q, k)
+    splits = choose_splits(compiled.program, compiled.schedule, q, k, captured)
     partials, offsets, elements = dict[str, Layout](), (), 0
     if splits > 1:
         sizes["splits"] = fixed["splits"] = splits

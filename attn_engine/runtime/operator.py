@@ -20,6 +20,7 @@ from torch import Tensor
 from attn_engine.errors import StaleGraph, TransformNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.runtime.bind import check_kind
+from attn_engine.runtime.block_lists import tensor_names
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.make_plan import planned_backward, planned_forward
@@ -59,7 +60,7 @@ class Call:
 
     @cached_property
     def captures(self) -> tuple[str, ...]:
-        return tuple(c.name for c in self.compiled.program.captures)
+        return tensor_names(self.compiled.program)
 
     @cached_property
     def floating(self) -> frozenset[str]:

@@ -32,6 +32,7 @@ from attn_engine.ir.program import (
     ScalarFn,
     saved_var,
 )
+from attn_engine.runtime.block_lists import dense_lists
 from attn_engine.runtime.dense import evaluate_all, evaluate_dense
 
 Environment = dict[Var, Tensor | Number]
@@ -71,6 +72,9 @@ def reference(
         **{var: scalars[var.name] for var in program.scalars},
     }
     visible = _visible(program.mask, environment, tensors, score, nothing_to_see)
+    if program.listed is not None and not nothing_to_see:
+        partial, full = dense_lists(program.listed, tensors, score.shape[1], (q.shape[2], k.shape[2]))
+        visible = (visible & partial[..., None, None]) | full[..., None, None]
     logit = _logits(program.score, environment, tensors, score, visible)
     return _row_function(program.rule, environment, tensors, logit, visible, value)
 

@@ -21,11 +21,14 @@ struct Arguments {  // 8 bytes each: the launcher fills them in this order
   Tensor<float, 4> dK;
   Tensor<float, 4> dV;
   Tensor<float, 5> dQ_parts;
+  Tensor<float, 3> d_bias;
   int64_t batches, heads, kv_heads, q_len, kv_len;
   double scale;
   int64_t splits;
+  int64_t batch_begin;
+  int64_t batch_end;
 };
-static_assert(sizeof(Arguments) == 8 * 101);
+static_assert(sizeof(Arguments) == 8 * 110);
 
 struct Scratch {  // of one thread
   alignas(64) Real d_value_tile[round_up(DV, ROWS)][LANES];
@@ -44,7 +47,7 @@ struct Scratch {  // of one thread
   alignas(64) Real result_tile[round_up(D, ROWS)][LANES];
 };
 
-static void tile_task(const Arguments& arguments, Scratch& scratch, int split, int kv_head, int batch) {
+static void tile_task(const Arguments& arguments, Scratch& scratch, int split, int kv_head) {
   const auto& Q = arguments.Q;
   const auto& K = arguments.K;
   const auto& V = arguments.V;
@@ -56,9 +59,12 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
   const auto& dK = arguments.dK;
   const auto& dV = arguments.dV;
   const auto& dQ_parts = arguments.dQ_parts;
+  const auto& d_bias = arguments.d_bias;
   const int heads = arguments.heads, kv_heads = arguments.kv_heads, q_len = arguments.q_len, kv_len = arguments.kv_len;
   const Real scale = arguments.scale;
   const int splits = arguments.splits;
+  const int batch_begin = arguments.batch_begin;
+  const int batch_end = arguments.batch_end;
   auto& d_value_tile = scratch.d_value_tile;
   auto& d_key_tile = scratch.d_key_tile;
   auto& key_packed = scratch.key_packed;
@@ -82,173 +88,179 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
   for (int kv_start = split_begin; kv_start < split_end; kv_start += BLOCK_KV) {
     const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
     const Positions kv_idx = positions(kv_start);
+    for (int batch = batch_begin; batch < batch_end; ++batch) {
 
-    // -- kv tile of this program
-    for (int row = 0; row < DV; ++row) store(d_value_tile[row], fill(0.0f));
-    for (int row = 0; row < D; ++row) store(d_key_tile[row], fill(0.0f));
-    pack_lanes<D>(key_packed, matrix(K, batch, kv_head), kv_start, kv_rows, scale);
-    const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
-    pack_lanes<DV>(value_packed, matrix(V, batch, kv_head), kv_start, kv_rows, 1.0f);
+      // -- kv tile of this program
+      for (int row = 0; row < DV; ++row) store(d_value_tile[row], fill(0.0f));
+      for (int row = 0; row < D; ++row) store(d_key_tile[row], fill(0.0f));
+      pack_lanes<D>(key_packed, matrix(K, batch, kv_head), kv_start, kv_rows, scale);
+      const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
+      pack_lanes<DV>(value_packed, matrix(V, batch, kv_head), kv_start, kv_rows, 1.0f);
 
-    // -- query heads that read this kv head
-    const int group = floor_div(heads, kv_heads);
-    const int first_head = kv_head * group;
-    for (int head = first_head; head < first_head + group; ++head) {
-      const int q_begin = 0;
-      const int q_end = max(floor_div(q_len + 63, 64) * 64, q_begin);
-      const int q_full_end = max(min(floor_div(where(kv_start + 64 <= kv_len, q_len, 0), 64) * 64, q_end), q_begin);
+      // -- query heads that read this kv head
+      const int group = floor_div(heads, kv_heads);
+      const int first_head = kv_head * group;
+      for (int head = first_head; head < first_head + group; ++head) {
+        const int q_begin = 0;
+        const int q_end = max(floor_div(q_len + 63, 64) * 64, q_begin);
+        const int q_full_end = max(min(floor_div(where(kv_start + 64 <= kv_len, q_len, 0), 64) * 64, q_end), q_begin);
 
-      // -- q tiles seen in full: no mask
-      const auto full_step = [&](int q_start) __attribute__((noinline)) {
-        const int q_rows = min(BLOCK_Q, q_len - q_start);
-        for (int row = 0; row < q_rows; ++row) {
-          const int q_idx = q_start + row;
-          const auto row_max = saved_row_max(batch, head, q_idx);
-          safe_row_max_tile[row] = where(row_max == -INFINITY, 0.0f, row_max);
-          inverse_sum_tile[row] = saved_inverse_sum(batch, head, q_idx);
-          delta_tile[row] = Delta(batch, head, q_idx);
-        }
-        const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
-        const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
-        for (int block = 0; block < q_rows; block += ROWS) {
-          Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, DV, d_out[block], d_out.stride, 1, value_packed[0], LANES);
-          UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
-        }
-        for (int block = 0; block < q_rows; block += ROWS) {
-          Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, D, query[block], query.stride, 1, key_packed[0], LANES);
-          UNROLL for (int r = 0; r < ROWS; ++r) {
-            const int row = block + r;
+        // -- q tiles seen in full: no mask
+        const auto full_step = [&](int q_start) __attribute__((noinline)) {
+          const int q_rows = min(BLOCK_Q, q_len - q_start);
+          for (int row = 0; row < q_rows; ++row) {
             const int q_idx = q_start + row;
-            const Floats score = sums[r];
-            // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
-            const auto logit = score + bias(head, q_idx, kv_idx);
-            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
-            const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
-            const auto probs = exp(below_max) * inverse_sum_tile[row];
-            store(probs_tile[row], probs);
-            const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
-            store(d_score_tile[row], d_logit);
+            const auto row_max = saved_row_max(batch, head, q_idx);
+            safe_row_max_tile[row] = where(row_max == -INFINITY, 0.0f, row_max);
+            inverse_sum_tile[row] = saved_inverse_sum(batch, head, q_idx);
+            delta_tile[row] = Delta(batch, head, q_idx);
           }
-        }
-        const auto dQ_parts_matrix = matrix(dQ_parts, split, batch, head);
-        for (int column = 0; column < D; column += LANES) {
+          const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
+          const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
           for (int block = 0; block < q_rows; block += ROWS) {
             Floats sums[ROWS];
             UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-            multiply_add(sums, kv_rows, d_score_tile[block], LANES, 1, key[0] + column, key.stride);
-            UNROLL for (int r = 0; r < ROWS; ++r) {
-              const int row = block + r;
-              const Floats dQ_parts_tile = sums[r];
-              if (row < q_rows) add_row<D>(dQ_parts_matrix, q_start + row, column, dQ_parts_tile);
-            }
+            multiply_add(sums, DV, d_out[block], d_out.stride, 1, value_packed[0], LANES);
+            UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
           }
-        }
-        for (int block = 0; block < D; block += ROWS) {
-          Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, q_rows, query[0] + block, 1, query.stride, d_score_tile[0], LANES);
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]) + sums[r];
-          UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r], sums[r]);
-        }
-        for (int block = 0; block < DV; block += ROWS) {
-          Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, q_rows, d_out[0] + block, 1, d_out.stride, probs_tile[0], LANES);
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]) + sums[r];
-          UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
-        }
-      };
-      for (int q_start = q_begin; q_start < q_full_end; q_start += BLOCK_Q)
-        full_step(q_start);
-
-      // -- q tiles seen in part: right edge
-      const auto partial_step = [&](int q_start) __attribute__((noinline)) {
-        const int q_rows = min(BLOCK_Q, q_len - q_start);
-        for (int row = 0; row < q_rows; ++row) {
-          const int q_idx = q_start + row;
-          const auto row_max = saved_row_max(batch, head, q_idx);
-          safe_row_max_tile[row] = where(row_max == -INFINITY, 0.0f, row_max);
-          inverse_sum_tile[row] = saved_inverse_sum(batch, head, q_idx);
-          delta_tile[row] = Delta(batch, head, q_idx);
-        }
-        const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
-        const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
-        for (int block = 0; block < q_rows; block += ROWS) {
-          Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, DV, d_out[block], d_out.stride, 1, value_packed[0], LANES);
-          UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
-        }
-        for (int block = 0; block < q_rows; block += ROWS) {
-          Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, D, query[block], query.stride, 1, key_packed[0], LANES);
-          UNROLL for (int r = 0; r < ROWS; ++r) {
-            const int row = block + r;
-            const int q_idx = q_start + row;
-            const Floats score = sums[r];
-            // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
-            const auto logit = score + bias(head, q_idx, kv_idx);
-            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
-            const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
-            const auto visible = (q_idx < q_len) & (kv_idx < kv_len);
-            const auto probs = where(visible, exp(below_max) * inverse_sum_tile[row], 0.0f);
-            store(probs_tile[row], probs);
-            const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
-            store(d_score_tile[row], where(visible, d_logit, 0.0f));
-          }
-        }
-        const auto dQ_parts_matrix = matrix(dQ_parts, split, batch, head);
-        for (int column = 0; column < D; column += LANES) {
           for (int block = 0; block < q_rows; block += ROWS) {
             Floats sums[ROWS];
             UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-            multiply_add(sums, kv_rows, d_score_tile[block], LANES, 1, key[0] + column, key.stride);
+            multiply_add(sums, D, query[block], query.stride, 1, key_packed[0], LANES);
             UNROLL for (int r = 0; r < ROWS; ++r) {
               const int row = block + r;
-              const Floats dQ_parts_tile = sums[r];
-              if (row < q_rows) add_row<D>(dQ_parts_matrix, q_start + row, column, dQ_parts_tile);
+              const int q_idx = q_start + row;
+              const Floats score = sums[r];
+              // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
+              const auto logit = score + bias(head, q_idx, kv_idx);
+              // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+              const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
+              const auto probs = exp(below_max) * inverse_sum_tile[row];
+              store(probs_tile[row], probs);
+              const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
+              store(d_score_tile[row], d_logit);
+              const auto d_bias_tile = d_logit;
+              if (row < q_rows) add(d_bias, kv_rows, d_bias_tile, head, q_idx, kv_idx);
             }
           }
-        }
-        for (int block = 0; block < D; block += ROWS) {
-          Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, q_rows, query[0] + block, 1, query.stride, d_score_tile[0], LANES);
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]) + sums[r];
-          UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r], sums[r]);
-        }
-        for (int block = 0; block < DV; block += ROWS) {
-          Floats sums[ROWS];
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
-          multiply_add(sums, q_rows, d_out[0] + block, 1, d_out.stride, probs_tile[0], LANES);
-          UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]) + sums[r];
-          UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
-        }
-      };
-      for (int q_start = q_full_end; q_start < q_end; q_start += BLOCK_Q)
-        partial_step(q_start);
+          const auto dQ_parts_matrix = matrix(dQ_parts, split, batch - batch_begin, head);
+          for (int column = 0; column < D; column += LANES) {
+            for (int block = 0; block < q_rows; block += ROWS) {
+              Floats sums[ROWS];
+              UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+              multiply_add(sums, kv_rows, d_score_tile[block], LANES, 1, key[0] + column, key.stride);
+              UNROLL for (int r = 0; r < ROWS; ++r) {
+                const int row = block + r;
+                const Floats dQ_parts_tile = sums[r];
+                if (row < q_rows) add_row<D>(dQ_parts_matrix, q_start + row, column, dQ_parts_tile);
+              }
+            }
+          }
+          for (int block = 0; block < D; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+            multiply_add(sums, q_rows, query[0] + block, 1, query.stride, d_score_tile[0], LANES);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]) + sums[r];
+            UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r], sums[r]);
+          }
+          for (int block = 0; block < DV; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+            multiply_add(sums, q_rows, d_out[0] + block, 1, d_out.stride, probs_tile[0], LANES);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]) + sums[r];
+            UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
+          }
+        };
+        for (int q_start = q_begin; q_start < q_full_end; q_start += BLOCK_Q)
+          full_step(q_start);
+
+        // -- q tiles seen in part: right edge
+        const auto partial_step = [&](int q_start) __attribute__((noinline)) {
+          const int q_rows = min(BLOCK_Q, q_len - q_start);
+          for (int row = 0; row < q_rows; ++row) {
+            const int q_idx = q_start + row;
+            const auto row_max = saved_row_max(batch, head, q_idx);
+            safe_row_max_tile[row] = where(row_max == -INFINITY, 0.0f, row_max);
+            inverse_sum_tile[row] = saved_inverse_sum(batch, head, q_idx);
+            delta_tile[row] = Delta(batch, head, q_idx);
+          }
+          const Rows query = tile_of<D>(matrix(Q, batch, head), q_start, q_rows, query_spare);
+          const Rows d_out = tile_of<DV>(matrix(dO, batch, head), q_start, q_rows, d_out_spare);
+          for (int block = 0; block < q_rows; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+            multiply_add(sums, DV, d_out[block], d_out.stride, 1, value_packed[0], LANES);
+            UNROLL for (int r = 0; r < ROWS; ++r) store(d_probs_tile[block + r], sums[r]);
+          }
+          for (int block = 0; block < q_rows; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+            multiply_add(sums, D, query[block], query.stride, 1, key_packed[0], LANES);
+            UNROLL for (int r = 0; r < ROWS; ++r) {
+              const int row = block + r;
+              const int q_idx = q_start + row;
+              const Floats score = sums[r];
+              // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
+              const auto logit = score + bias(head, q_idx, kv_idx);
+              // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+              const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
+              const auto visible = (q_idx < q_len) & (kv_idx < kv_len);
+              const auto probs = where(visible, exp(below_max) * inverse_sum_tile[row], 0.0f);
+              store(probs_tile[row], probs);
+              const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
+              store(d_score_tile[row], where(visible, d_logit, 0.0f));
+              const auto d_bias_tile = where(visible, d_logit, 0.0f);
+              if (row < q_rows) add(d_bias, kv_rows, d_bias_tile, head, q_idx, kv_idx);
+            }
+          }
+          const auto dQ_parts_matrix = matrix(dQ_parts, split, batch - batch_begin, head);
+          for (int column = 0; column < D; column += LANES) {
+            for (int block = 0; block < q_rows; block += ROWS) {
+              Floats sums[ROWS];
+              UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+              multiply_add(sums, kv_rows, d_score_tile[block], LANES, 1, key[0] + column, key.stride);
+              UNROLL for (int r = 0; r < ROWS; ++r) {
+                const int row = block + r;
+                const Floats dQ_parts_tile = sums[r];
+                if (row < q_rows) add_row<D>(dQ_parts_matrix, q_start + row, column, dQ_parts_tile);
+              }
+            }
+          }
+          for (int block = 0; block < D; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+            multiply_add(sums, q_rows, query[0] + block, 1, query.stride, d_score_tile[0], LANES);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_key_tile[block + r]) + sums[r];
+            UNROLL for (int r = 0; r < ROWS; ++r) store(d_key_tile[block + r], sums[r]);
+          }
+          for (int block = 0; block < DV; block += ROWS) {
+            Floats sums[ROWS];
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+            multiply_add(sums, q_rows, d_out[0] + block, 1, d_out.stride, probs_tile[0], LANES);
+            UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(d_value_tile[block + r]) + sums[r];
+            UNROLL for (int r = 0; r < ROWS; ++r) store(d_value_tile[block + r], sums[r]);
+          }
+        };
+        for (int q_start = q_full_end; q_start < q_end; q_start += BLOCK_Q)
+          partial_step(q_start);
+      }
+
+      // -- store
+      for (int row = 0; row < D; ++row) store(result_tile[row], load(d_key_tile[row]) * scale);
+      unpack_lanes<D>(matrix(dK, batch, kv_head), kv_start, kv_rows, result_tile);
+      unpack_lanes<DV>(matrix(dV, batch, kv_head), kv_start, kv_rows, d_value_tile);
     }
-
-    // -- store
-    for (int row = 0; row < D; ++row) store(result_tile[row], load(d_key_tile[row]) * scale);
-    unpack_lanes<D>(matrix(dK, batch, kv_head), kv_start, kv_rows, result_tile);
-    unpack_lanes<DV>(matrix(dV, batch, kv_head), kv_start, kv_rows, d_value_tile);
   }
 }
 
 // Any number of threads may run this on the same arguments; each takes the next task.
 extern "C" void attn_engine_backward(Arguments* arguments) {
-  const int64_t tasks = arguments->splits * arguments->kv_heads * arguments->batches;
+  const int64_t tasks = arguments->splits * arguments->kv_heads;
   Scratch* scratch = (Scratch*)aligned_alloc(64, (sizeof(Scratch) + 63) / 64 * 64);
   for (;;) {
     const int64_t task = __atomic_fetch_add(&arguments->next_task, 1, __ATOMIC_RELAXED);
     if (task >= tasks) break;
-    tile_task(*arguments, *scratch, task % arguments->splits, task / arguments->splits % arguments->kv_heads, task / (arguments->splits * arguments->kv_heads));
+    tile_task(*arguments, *scratch, task % arguments->splits, task / arguments->splits);
   }
   free(scratch);
 }

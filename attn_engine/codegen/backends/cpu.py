@@ -246,4 +246,4 @@ class FewRowsRenderer(RowNestRenderer, CpuRenderer):
 
     @property
     def registers(self) -> int:
-        return 2
+        return min(2, self.kernel.block("kv") // self.target.width(self.storage))

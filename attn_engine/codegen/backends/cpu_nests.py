@@ -21,8 +21,8 @@ from attn_engine.codegen.lower.steps import (
     names_read,
     stored_by_column,
 )
-from attn_engine.ir.expr import Expr, Full, Reduce
-from attn_engine.ir.tile import Accumulate, If, Let, Loop, Section, Stmt, StoreTile
+from attn_engine.ir.expr import Expr, Full, Reduce, variables
+from attn_engine.ir.tile import Accumulate, If, Let, Loop, Section, Stmt, StoreTile, expressions, walk
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
 EMPTY = {"max": "-INFINITY", "min": "INFINITY", "sum": "0"}
@@ -36,6 +36,23 @@ def titled(items: tuple[Item, ...]) -> Iterator[Branch]:
                 yield item
             else:
                 yield from titled(item.body)
+
+
+def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item, ...]]]:
+    """The steps of loops over tiles inside a loop over the entries of a list, which they do not know of.
+
+    Each with its loop: their functions can stand before the loop over the entries.
+    """
+    for item in sweep.body if sweep.loop.axis is None else ():
+        if not isinstance(item, Sweep):
+            continue
+        inner = (
+            [(item.loop, item.body)] if item.innermost else [(b.branch, b.body) for b in titled(item.body)]
+        )
+        own = {sweep.loop.var, *(s.name for s in sweep.loop.body if isinstance(s, Let))}
+        for step, body in inner:
+            if not own & {v.name for s in walk(step.body) for e in expressions(s) for v in variables(e)}:
+                yield item.loop, step, body
 
 
 class NestRenderer(TileRenderer):
@@ -66,20 +83,32 @@ class NestRenderer(TileRenderer):
                     lines += ["", self.remark(f"-- {title}")]
                 case Nest():
                     lines += self.nest(item)
-                case Sweep(inner) if item.innermost and inner.axis:
-                    lines += self.step_function(inner, inner, item.body, steps)
-                    lines += [*self.opening(item)[:-1], f"  {steps[inner.body]}({inner.var});"]
-                case Sweep(inner):
-                    for branch in titled(item.body):
-                        lines += self.step_function(inner, branch.branch, branch.body, steps)
-                    body = self.items(item.body, steps, inner)
-                    lines += [*self.opening(item), *self.inside(inner, body), "}"]
+                case Sweep():
+                    lines += self.sweep(item, steps)
                 case Branch(branch) if loop is not None and branch.body in steps:
                     lines.append(f"if ({self.expr(branch.condition)}) {steps[branch.body]}({loop.var});")
                 case Branch(branch, body):
                     head = f"if ({self.expr(branch.condition)}) {{"
                     lines += [head, *self.indented(self.items(body, steps, loop)), "}"]
         return lines
+
+    def sweep(self, sweep: Sweep, steps: dict[tuple[Stmt, ...], str]) -> list[str]:
+        """A loop, after the functions of its steps."""
+        loop, body = sweep.loop, sweep.body
+        if sweep.innermost and loop.axis:
+            lines = self.step_function(loop, loop, body, steps)
+            if self.is_one_tile(loop):
+                return [*lines, f"{steps[loop.body]}({self.expr(loop.lo)});"]
+            return [*lines, *self.opening(sweep)[:-1], f"  {steps[loop.body]}({loop.var});"]
+        if self.is_one_tile(loop):
+            start = f"const int {loop.var} = {self.expr(loop.lo)};"
+            return [start, *self.in_tile(loop, self.items(body, steps, loop))]
+        lines = list[str]()
+        for branch in titled(body):
+            lines += self.step_function(loop, branch.branch, branch.body, steps)
+        for loop_of_step, step, step_body in steps_of_entries(sweep):
+            lines += self.step_function(loop_of_step, step, step_body, steps)
+        return [*lines, *self.opening(sweep), *self.inside(loop, self.items(body, steps, loop)), "}"]
 
     def opening(self, sweep: Sweep) -> list[str]:
         loop = sweep.loop
@@ -102,10 +131,16 @@ class NestRenderer(TileRenderer):
         head = f"const auto {title} = [&](int {loop.var}) __attribute__((noinline)) {{"
         return [head, *self.inside(loop, inner), "};"]
 
+    def is_one_tile(self, loop: Loop) -> bool:
+        return loop.axis is not None and loop.is_one_tile(self.kernel.block(loop.axis))
+
     def inside(self, loop: Loop, inner: list[str]) -> list[str]:
+        return self.indented(self.in_tile(loop, inner))
+
+    def in_tile(self, loop: Loop, inner: list[str]) -> list[str]:
+        """A loop's body after the positions that it reads."""
         words = set(re.findall(r"\w+", "\n".join(inner)))
-        positions = self.tile_positions(loop.axis, words) if loop.axis else []
-        return self.indented([*positions, *inner])
+        return [*(self.tile_positions(loop.axis, words) if loop.axis else []), *inner]
 
     def tile_positions(self, axis: str, words: set[str]) -> list[str]:
         """Which rows a tile has: those inside the tensors, and the query positions lane by lane."""

@@ -32,6 +32,7 @@ from attn_engine.ir.expr import Call, Expr, Full, Load, Var, transform
 from attn_engine.ir.ops import DType, Op, Storage
 from attn_engine.ir.tile import (
     Accumulate,
+    If,
     Kernel,
     Let,
     Loop,
@@ -219,10 +220,15 @@ class TritonRenderer(Addressing):
         lo, hi = self.expr(s.lo), self.expr(s.hi)
         if s.axis is None:
             return [f"for {s.var} in tl.range({lo}, {hi}):"]
+        if self.is_flat(s):
+            return [f"{s.var} = {lo}", *_tile_positions(s.axis)]
         return [
             f"for {s.var} in tl.range({lo}, {hi}, {BLOCKS[s.axis]}):",
             *(f"    {line}" for line in _tile_positions(s.axis)),
         ]
+
+    def is_flat(self, s: Loop | If) -> bool:
+        return isinstance(s, Loop) and s.axis is not None and s.is_one_tile(self.kernel.block(s.axis))
 
     def store(self, s: StoreTile) -> list[str]:
         axes = self._index_axes(s.indices)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attn_engine.codegen.render import ATOM, Renderer
-from attn_engine.ir.expr import Call, Const, Expr, Var, postorder
+from attn_engine.ir.expr import Call, Const, Expr, Load, Var
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.printer import INFIX
 from attn_engine.ir.tile import Kernel, Let, Loop, Param, walk
@@ -21,6 +21,7 @@ DIMENSION_WORDS = {
     "batches": "batch", "heads": "head", "kv_heads": "head", "splits": "split",
     "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
     "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
+    "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
@@ -28,6 +29,9 @@ GRID_SIZES = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split
 NON_NEGATIVE = frozenset(
     f"{axis}_{what}" for axis in ("q", "kv", "d", "dv") for what in ("idx", "start", "len")
 ) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
+LISTED = frozenset(
+    {"q_bounds", "kv_bounds", "partial_listed", "full_listed"}
+)  # last sizes of lists of blocks
 _SMALLEST_BLOCK = 16  # what a matrix unit multiplies
 
 
@@ -149,7 +153,13 @@ class Addressing(Renderer):
         return text, [*low, f"{self.expr(index, axes, INFIX[Op.ADD][1])} < {size}"]
 
     def _is_wide(self, index: Expr) -> bool:
-        return any(isinstance(node, Var) and node.name in self.wide for node in postorder(index))
+        match index:
+            case Var(name):
+                return name in self.wide
+            case Load():
+                return False  # wherever it was read, what was read has 32 bits
+            case _:
+                return any(self._is_wide(o) for o in index.operands)
 
     def is_non_negative(self, e: Expr) -> bool:
         """Whether an integer is certainly >= 0: then Triton's // and % are Python's."""
@@ -163,6 +173,8 @@ class Addressing(Renderer):
                 return int(value)
             case Var(name):
                 return self.lowest.get(name)
+            case Load(tensor) if self.kernel.param(tensor).shape[-1] in LISTED:
+                return 0
             case Call(Op.SUB, (a, Const(value))) if (low := self.lower_bound(a)) is not None:
                 return low - int(value)
             case Call(Op.MAX, (a, b)):

@@ -13,27 +13,33 @@ from dataclasses import replace
 from attn_engine.codegen.lower.capture import (
     CaptureGradient,
     Route,
+    add_part,
+    added_beside_keys,
     buffer_param,
     capture_gradients,
-    distinct_within_tile,
-    parallel_axes,
+    shared_axes,
 )
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
-from attn_engine.codegen.lower.ranges import masking, phases, split_bounds
-from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
+from attn_engine.codegen.lower.listed import list_params
+from attn_engine.codegen.lower.ranges import masking, phases_of, split_bounds
+from attn_engine.codegen.lower.score import (
+    Masked,
+    Visibility,
+    hoisted,
+    reserved_names,
+    score_lets,
+    visibility,
+)
 from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
-    BATCHES,
     D_IDX,
     D_OUT,
     FLOAT,
     GROUP_OF_HEADS,
-    HEADS,
     KEY,
     KV_HEAD,
     KV_LEN,
-    Q_LEN,
     Q_ROW,
     QUERY,
     SCALE,
@@ -55,7 +61,18 @@ from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, postorder, 
 from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
 from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
-from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, PROBS, SCORE, Attention, saved_var
+from attn_engine.ir.program import (
+    BATCH,
+    D_PROBS,
+    DELTA,
+    HEAD,
+    KV_IDX,
+    PROBS,
+    Q_IDX,
+    SCORE,
+    Attention,
+    saved_var,
+)
 from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
 
 ORDER_KV = (
@@ -70,7 +87,10 @@ DQ_PARTS_SHAPE = ("splits", "batches", "heads", "q_len", "dim_qk")
 
 
 def lower_backward(program: Attention, schedule: Schedule, learned: tuple[str, ...] = ()) -> Module:
-    """Every kernel of the backward pass, in order; `learned` names the captured tensors that need a gradient."""
+    """The kernels of the backward pass, in order; `learned` names the captured tensors that need a gradient.
+
+    Those of captured gradients that need a kernel of their own are `lower_pair_gradients`.
+    """
     captures = capture_gradients(program, learned)
     kernels = [lower_delta(program, schedule)] if uses_delta(program) else []
     if schedule.gradients is Gradients.ONE_KERNEL:
@@ -78,7 +98,6 @@ def lower_backward(program: Attention, schedule: Schedule, learned: tuple[str, .
     else:
         kernels.append(lower_d_query(program, schedule, captures))
         kernels.append(lower_d_key_value(program, schedule, captures, name="dkdv", with_query=False))
-    kernels += [lower_pair_gradient(program, schedule, c) for c in captures if c.route is Route.PAIR]
     return Module("backward", tuple(kernels))
 
 
@@ -143,9 +162,10 @@ def lower_d_key_value(
     names = reserved_names(program)
     tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
     columns = [c for c in captures if c.route is Route.COLUMN]
-    row_sums = [c for c in captures if c.route is Route.ROW] if with_query else []
+    parts = [c for c in captures if added_beside_keys(c)] if with_query else []
     sweep = Sweep(program, schedule, names, "q", tiles, sums_own_axis=with_query)
-    tile_body = kv_tile(program, sweep, columns, row_sums, with_query)
+    shared = shared_axes(parts)
+    tile_body = kv_tile(program, sweep, columns, parts, part_of_query(shared) if with_query else None)
     body = [Section("kv tile of this program"), *tile_body]
     outputs = [wide(program, "dK", output=True), wide(program, "dV", output=True)]
     outputs += [buffer_param(program, c) for c in columns]
@@ -153,40 +173,50 @@ def lower_d_key_value(
         grid = ("kv", "kv_head", "batch")
         return backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), body, tests=sweep.tests)
     outputs.append(Param("dQ_parts", compute_storage(program), DQ_PARTS_SHAPE, True))
-    outputs += [buffer_param(program, c, parts=True) for c in row_sums]
+    outputs += {c.buffer: buffer_param(program, c, parts=True) for c in parts}.values()
     n = tiles["kv"]
     shares = split_bounds(n, Const(0), scalar("kv_tiles") * n, (KV_LEN + (n - 1)) // n)
     split = [Section("kv tiles of this split"), *shares]
+    for axis in shared:
+        body = [Loop(axis, scalar(f"{axis}_begin"), scalar(f"{axis}_end"), None, tuple(body))]
     loop = Loop("kv_start", scalar("split_begin"), scalar("split_end"), "kv", tuple(body), "kv_tile")
-    grid = ("split", "kv_head", "batch")
+    grid = ("split", *(axis for axis in ("kv_head", "batch") if axis not in shared))
     own = [*split, loop]
-    kernel = backward_kernel(
-        program, name, grid, ORDER_KV, tiles, tuple(outputs), own, (scalar("splits"),), sweep.tests
-    )
+    numbers = (scalar("splits"), *(scalar(f"{axis}_{end}") for axis in shared for end in ("begin", "end")))
+    kernel = backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), own, numbers, sweep.tests)
     return replace(kernel, lanes=schedule.backward_lanes)
+
+
+def part_of_query(shared: tuple[str, ...]) -> tuple[Expr, ...]:
+    """Where a split adds to dQ: its own slice, which starts at the first of the batches and heads of this launch."""
+    batch = BATCH - scalar("batch_begin") if "batch" in shared else BATCH
+    head = HEAD - scalar("kv_head_begin") * GROUP_OF_HEADS if "kv_head" in shared else HEAD
+    return (SPLIT, batch, head, Q_IDX, D_IDX)
 
 
 def kv_tile(
     program: Attention,
     sweep: Sweep,
     columns: list[CaptureGradient],
-    row_sums: list[CaptureGradient],
-    with_query: bool,
+    parts: list[CaptureGradient],
+    query_part: tuple[Expr, ...] | None,
 ) -> list[Stmt]:
-    """Everything that one kv tile owns: loads, the sweep over heads and q tiles, stores."""
+    """Everything that one kv tile owns: loads, the sweep over heads and q tiles, stores.
+
+    parts: captured gradients added up in memory. query_part: where dQ is.
+    """
     update: list[Stmt] = [
         Let("d_value", D_VALUE + Dot(rounded(PROBS, "V"), D_OUT)),
         Let("d_key", D_KEY + Dot(rounded(D_SCORE, "K"), QUERY)),
     ]
     update += [Let(c.total.name, c.total + Reduce("sum", c.value, "q")) for c in columns]
-    if with_query:
-        part = (SPLIT, *Q_ROW)
-        update.append(Accumulate("dQ_parts", (*part, D_IDX), Dot(rounded(D_SCORE, "K"), KEY)))
-        update += [Accumulate(c.buffer, part, Reduce("sum", c.value, "kv")) for c in row_sums]
+    if query_part is not None:
+        update.append(Accumulate("dQ_parts", query_part, Dot(rounded(D_SCORE, "K"), KEY)))
+        update += [add_part(c, sweep.lanes_axis) for c in parts]
     per_head = (
         *sweep.before,
         *(Let(c.total.name, Full(0.0, ("kv",))) for c in columns),
-        *sweep.loops([*columns, *row_sums], query_loads(program, sweep.names), update, in_loop=True),
+        *sweep.loops([*columns, *parts], query_loads(program, sweep.names), update, in_loop=True),
         *(StoreTile(c.buffer, (BATCH, HEAD, KV_IDX), c.total) for c in columns),
     )
     first, group = scalar("first_head"), scalar("group")
@@ -204,40 +234,6 @@ def kv_tile(
     ]
 
 
-def lower_pair_gradient(program: Attention, schedule: Schedule, capture: CaptureGradient) -> Kernel:
-    """The gradient of a tensor whose index depends on both positions; loops over every axis that might collide."""
-    names, grid = reserved_names(program), parallel_axes(capture.load, schedule.backward_lanes.axis)
-    owned = "kv" if "kv" in grid else "q"
-    loop = "q" if owned == "kv" else "kv"
-    tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
-    sweep = Sweep(program, schedule, names, loop, tiles, sums_own_axis=True)
-    update: list[Stmt] = [Accumulate(capture.buffer, capture.load.indices, capture.value)]
-    own_loads = key_loads() if owned == "kv" else query_loads(program, names)
-    swept_loads = query_loads(program, names) if owned == "kv" else key_loads()
-    inner: tuple[Stmt, ...] = (
-        Let("kv_head", HEAD // GROUP_OF_HEADS),
-        *own_loads,
-        *sweep.before,
-        *sweep.loops([capture], swept_loads, update, in_loop=True),
-    )
-    if owned not in grid:
-        length = Q_LEN if owned == "q" else KV_LEN
-        end = (length + (tiles[owned] - 1)) // tiles[owned] * tiles[owned]
-        inner = (Loop(f"{owned}_start", Const(0), end, owned, inner, f"{owned}_tile"),)
-    for axis, count in (("head", HEADS), ("batch", BATCHES)):
-        if axis not in grid:
-            inner = (Loop(axis, Const(0), count, None, inner),)
-    output = (buffer_param(program, capture),)
-    order = ORDER_KV if owned == "kv" else ORDER_Q
-    kernel = backward_kernel(program, capture.buffer, grid, order, tiles, output, [*inner], tests=sweep.tests)
-    return replace(kernel, lanes=schedule.backward_lanes) if owned == schedule.backward_lanes.axis else kernel
-
-
-def runs_side_by_side(captures: tuple[CaptureGradient, ...]) -> CaptureGradient | None:
-    """A pair gradient whose tile may write one element twice: only a backend that adds in order can compute it."""
-    return next((c for c in captures if c.route is Route.PAIR and not distinct_within_tile(c.load)), None)
-
-
 class Sweep:
     """The loops over one axis for a tile of the other, with weights and score gradients recomputed in each step."""
 
@@ -253,10 +249,12 @@ class Sweep:
     ) -> None:
         """sums_own_axis: something is summed over the rows of the program's own tile, so its ragged end is masked."""
         self.program, self.names, self.loop = program, names, loop
+        self.lanes_axis = schedule.backward_lanes.axis
         self.masked_axes = ("q", "kv") if sums_own_axis else (loop,)
-        plan = plan_mask(program.mask.result if program.mask else None, loop)
         self.tests = tile_tests(program, names, loop, tiles, own_rows_count=sums_own_axis)
-        self.phases = phases(plan, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis)
+        self.phases = phases_of(
+            program, loop, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis
+        )
         self.before, self.known = hoisted(program, names, loop)
 
     def loops(
@@ -270,7 +268,7 @@ class Sweep:
             body += [Section(run.title), loop]
         return body
 
-    def recompute(self, masked: bool | Expr, wanted: list[CaptureGradient]) -> list[Stmt]:
+    def recompute(self, masked: Masked, wanted: list[CaptureGradient]) -> list[Stmt]:
         """Weights from the saved row values; the gradient through the normaliser, then through score_mod."""
         program, rule = self.program, self.program.rule
         emitter = Emitter(self.names.copy(), self.known, base_two)
@@ -281,7 +279,7 @@ class Sweep:
         probs = emitter.value(rule.recompute, rule.names, rule.sources)
         seen = None
         if masked is not False:
-            seen = visibility(program, emitter.names, self.known, self.masked_axes)
+            seen = visibility(program, emitter.names, self.known, self.masked_axes, masked)
         hide_weights(emitter, probs, seen, masked)
         emitter.let(D_PROBS.name, Dot(D_OUT, VALUE))
         emitter.bind(PROBS, PROBS)
@@ -304,24 +302,24 @@ class Sweep:
         return [(n, emitter.value(g, fn.names, fn.sources)) for n, g in zip(names, through, strict=True)]
 
 
-def hide_weights(emitter: Emitter, probs: Expr, seen: Visibility | None, masked: bool | Expr) -> None:
+def hide_weights(emitter: Emitter, probs: Expr, seen: Visibility | None, masked: Masked) -> None:
     """Mask the weight, not the score: a row that sees nothing has no finite row value to subtract.
 
     Under a branch the weights are hidden together with the gradients, in one `if` after both.
     """
-    if seen is not None and masked is True:
+    if seen is not None and not isinstance(masked, Expr):
         emitter.lets += seen.lets
         probs = where(seen.var, probs, 0.0)
     emitter.let(PROBS.name, probs)
 
 
 def hide_gradients(
-    emitter: Emitter, results: list[tuple[str, Expr]], seen: Visibility | None, masked: bool | Expr
+    emitter: Emitter, results: list[tuple[str, Expr]], seen: Visibility | None, masked: Masked
 ) -> None:
     """Zero at invisible pairs, whatever the user's derivative is there."""
     for name, value in results:
         spread = value if set(value.axes) == {"q", "kv"} else value + Full(0.0, ("q", "kv"))
-        emitter.let(name, where(seen.var, spread, 0.0) if seen and masked is True else spread)
+        emitter.let(name, where(seen.var, spread, 0.0) if seen and not isinstance(masked, Expr) else spread)
     if seen and isinstance(masked, Expr):
         pairs = [PROBS, *(Var(name, FLOAT, ("q", "kv")) for name, _ in results)]
         hidden = [Let(x.name, where(seen.var, x, 0.0)) for x in pairs]
@@ -368,7 +366,7 @@ def backward_kernel(
     row_values += [rows(program, "Delta")] if uses_delta(program) else []
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
     inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_values, *captured_params(program))
-    inputs = (*inputs, *tests.params) if tests else inputs
+    inputs = (*inputs, *(tests.params if tests else ()), *list_params(program, tuple(body)))
     return Kernel(
         name=name,
         params=(*inputs, *outputs),

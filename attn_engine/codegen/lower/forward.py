@@ -7,8 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
-from attn_engine.codegen.lower.ranges import masking, phases
-from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
+from attn_engine.codegen.lower.listed import list_params
+from attn_engine.codegen.lower.ranges import masking, phases_of
+from attn_engine.codegen.lower.score import (
+    Masked,
+    Visibility,
+    hoisted,
+    reserved_names,
+    score_lets,
+    visibility,
+)
 from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
     GROUP_OF_HEADS,
@@ -64,7 +72,7 @@ def forward_kernel(
 ) -> Kernel:
     """One q tile per program; where there are splits, one of them. `end` follows the pass over the keys."""
     tests = keys.tests
-    inputs = (*captured_params(program), *(tests.params if tests else ()))
+    inputs = (*captured_params(program), *(tests.params if tests else ()), *list_params(program, keys.body))
     split = any("splits" in p.shape for p in outputs)
     return Kernel(
         name=name,
@@ -85,7 +93,7 @@ def pass_over_keys(program: Attention, schedule: Schedule, names: Names, *, one_
     """The un-normalised output and the row state of one q tile, over the keys it sees or over one share of them."""
     tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
     tests = tile_tests(program, names, "kv", tiles)
-    seen = phases(mask_plan(program), tiles, schedule.edges, tests, one_split=one_split)
+    seen = phases_of(program, "kv", tiles, schedule.edges, tests, one_split=one_split)
     before, known = hoisted(program, names, "kv")
     body: list[Stmt] = [
         Section("query tile of this program"),
@@ -127,12 +135,12 @@ def later_rows_see_more(plan: MaskPlan) -> bool:
     return plan.hull.hi is not None and plan.hull.lo is None
 
 
-def kv_step(program: Attention, names: Names, known: dict[Expr, Expr], masked: bool | Expr) -> list[Stmt]:
+def kv_step(program: Attention, names: Names, known: dict[Expr, Expr], masked: Masked) -> list[Stmt]:
     """One kv tile: scores, the user's functions, the online update."""
     emitter = Emitter(names, known, base_two)
     emitter.lets += [Let("key", load_tile("K")), Let("value", load_tile("V"))]
     logit = score_lets(program, emitter)
-    seen = None if masked is False else visibility(program, names, known, ("kv",))
+    seen = None if masked is False else visibility(program, names, known, ("kv",), masked)
     if seen is None:
         return [*emitter.lets, *online_update(program.rule, names, known, logit, None)]
     if vanishes_when_masked(program.rule):
@@ -142,10 +150,10 @@ def kv_step(program: Attention, names: Names, known: dict[Expr, Expr], masked: b
     return [*emitter.lets, *seen.lets, *online_update(program.rule, names, known, logit, seen.var)]
 
 
-def hide_scores(emitter: Emitter, logit: Expr, seen: Visibility, masked: bool | Expr) -> Var:
+def hide_scores(emitter: Emitter, logit: Expr, seen: Visibility, masked: Masked) -> Var:
     """Scores of invisible pairs become -inf, under the tile's branch where there is one."""
     assert isinstance(logit, Var)
-    name = f"masked_{logit.name}" if masked is True else logit.name  # a branch can only overwrite
+    name = logit.name if isinstance(masked, Expr) else f"masked_{logit.name}"  # a branch can only overwrite
     hidden = Let(name, where(seen.var, logit, -math.inf))
     emitter.lets += masking(masked, [*seen.lets, hidden])
     return hidden.var

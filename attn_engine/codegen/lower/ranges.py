@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from attn_engine.codegen.lower.listed import WHOLE, ListedRun, listed_runs
+from attn_engine.codegen.lower.score import Masked
 from attn_engine.codegen.lower.tile_classes import TileTests, last_row
 from attn_engine.codegen.lower.values import INT, SPLIT, SPLITS, scalar
 from attn_engine.codegen.schedule import Edges
 from attn_engine.ir.expr import Const, Expr, Var, call, variables, where
-from attn_engine.ir.ops import DType, Op
-from attn_engine.ir.passes.mask_range import OTHER, MaskPlan, NoneKnown
+from attn_engine.ir.ops import Op
+from attn_engine.ir.passes.mask_range import OTHER, MaskPlan, NoneKnown, plan_mask
 from attn_engine.ir.passes.simplify import simplify
+from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import If, Let, Loop, Stmt
-
-WHOLE = Var("tile_is_whole", DType.BOOL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,12 @@ class Run:
     tests: TileTests | None = None
     branch: bool = False
 
-    def loop(self, axis: str, step: Callable[[bool | Expr], list[Stmt]]) -> Loop:
+    def loop(self, axis: str, step: Callable[[Masked], list[Stmt]]) -> Loop:
         """The loop over the tiles; `step` makes what is done to one, masked always, never or under a condition."""
         body = step(self.masked) if self.tests is None else self._tested(self.tests, step)
         return Loop(f"{axis}_start", self.lo, self.hi, axis, tuple(body), self.step)
 
-    def _tested(self, tests: TileTests, step: Callable[[bool | Expr], list[Stmt]]) -> list[Stmt]:
+    def _tested(self, tests: TileTests, step: Callable[[Masked], list[Stmt]]) -> list[Stmt]:
         always = isinstance(tests.may_hold, Const)
         if self.branch or isinstance(tests.whole, Const):
             # One step for all: on a GPU a second branch inside the first one costs registers (dK/dV would spill).
@@ -57,7 +58,27 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Phases:
     bounds: tuple[Stmt, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[Run, ...] | tuple[ListedRun, ...]
+
+
+def phases_of(
+    program: Attention,
+    loop: str,
+    tiles: dict[str, int],
+    edges: Edges,
+    tests: TileTests | None = None,
+    *,
+    own_rows_count: bool = False,
+    one_split: bool = False,
+) -> Phases:
+    """What a program's loop over `loop` visits: listed blocks where it has lists, else what its mask plan says."""
+    if program.listed is not None:
+        bounds, runs = listed_runs(
+            program, program.listed, loop, tiles, edges, own_rows_count=own_rows_count, one_split=one_split
+        )
+        return Phases(tuple(bounds), runs)
+    plan = plan_mask(program.mask.result if program.mask else None, loop)
+    return phases(plan, tiles, edges, tests, own_rows_count=own_rows_count, one_split=one_split)
 
 
 def phases(
@@ -161,6 +182,6 @@ def ceil_to(x: Expr, n: int) -> Expr:
     return floor_to(x + (n - 1), n)
 
 
-def masking(when: bool | Expr, lets: list[Stmt]) -> list[Stmt]:
+def masking(when: Masked, lets: list[Stmt]) -> list[Stmt]:
     """The mask's lets always, never or under a condition on the tile."""
     return [If(when, tuple(lets))] if isinstance(when, Expr) else list(lets) if when else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two
 from attn_engine.codegen.lower.values import INSIDE, KEY, QUERY, SCALE
@@ -13,6 +14,10 @@ from attn_engine.ir.passes.simplify import simplify
 from attn_engine.ir.program import LOGIT, SCORE, Attention, ScalarFn
 from attn_engine.ir.tile import Let, Stmt
 
+# How a step masks its tile: not, everywhere, under a condition on the tile, or only beyond the ends of the axes.
+ENDS: Final = "ends"
+Masked = bool | Expr | Literal["ends"]
+
 # Names of kernel variables that a user's local variable must not take.
 RESERVED = frozenset(
     """
@@ -20,7 +25,10 @@ RESERVED = frozenset(
     d_logit d_score d_query d_key d_value visible delta product scale q_idx kv_idx d_idx dv_idx q_start kv_start q_last
     kv_last q_len kv_len heads kv_heads batches batch head kv_head first_head group split splits q_begin q_end
     q_full_begin q_full_end kv_begin kv_end kv_full_begin kv_full_end kv_tiles tiles_per_split split_begin split_end
-    row_is_empty tile_is_whole partial_out part_out tl triton kernel args lanes rows row block tile
+    batch_begin batch_end kv_head_begin kv_head_end
+    row_is_empty tile_is_whole entry q_block kv_block partial_begin partial_end full_begin full_end partial_listed
+    full_listed listed_blocks blocks_per_split partial_count partial_first partial_stop full_first full_stop
+    partial_out part_out tl triton kernel args lanes rows row block tile
     """.split()
 )
 
@@ -90,13 +98,15 @@ class Visibility:
     var: Var
 
 
-def visibility(program: Attention, names: Names, known: dict[Expr, Expr], axes: Iterable[str]) -> Visibility:
-    """The user's mask and the ends of the given axes."""
+def visibility(
+    program: Attention, names: Names, known: dict[Expr, Expr], axes: Iterable[str], masked: Masked = True
+) -> Visibility:
+    """The user's mask and the ends of the given axes; the ends alone where that is all that is masked."""
     emitter = Emitter(names, known, base_two)
     inside: Expr = Const(True)
     for axis in axes:
         inside = simplify(inside & INSIDE[axis])
-    if program.mask is not None:
+    if program.mask is not None and masked is not ENDS:
         fn = program.mask
         inside = simplify(emitter.value(fn.result, fn.names, fn.sources) & inside)
     var = emitter.let("visible", inside)

@@ -39,6 +39,7 @@ _SHAPES = {
 }
 ROW_SHAPE = ("batches", "heads", "q_len")
 COLUMN_SHAPE = ("batches", "heads", "kv_len")
+DIAGONAL_SHAPE = ("splits", "batches", "heads", "diagonals")  # q_len + kv_len - 1 of them
 GROUP_OF_HEADS = HEADS // KV_HEADS  # query heads per kv head
 
 _INDICES = {

@@ -43,7 +43,9 @@ def pack_heads(program: Attention, packing: Packing) -> Attention:
         return program
     assert packable(program.rule), "the normaliser asks for the head or the position"
     score, mask = (f and _packed(f, packing) for f in (program.score, program.mask))
-    return replace(program, score=score, mask=mask)
+    # Lists serve packed rows where every query is in one block.
+    listed = program.listed and replace(program.listed, q=0)
+    return replace(program, score=score, mask=mask, listed=listed)
 
 
 def _packed(fn: ScalarFn, packing: Packing) -> ScalarFn:

@@ -52,7 +52,8 @@ typedef Int IntVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(I
 struct Floats { FloatVector part[PARTS]; };
 struct Ints { IntVector part[PARTS]; };
 struct Mask { IntVector part[PARTS]; };  // -1 where true
-struct Positions : Ints { int first; };  // first, first + 1, ...: one per lane
+struct Positions : Ints { int first; };   // first, first + 1, ...: one per lane
+struct Descending : Ints { int first; };  // first, first - 1, ...
 
 template <class Result, class F> INLINE Result each(F f) {
   Result result;
@@ -69,6 +70,28 @@ INLINE Positions positions(int first) {
     UNROLL for (int i = 0; i < WIDTH; ++i) result.part[p][i] = first + p * WIDTH + i;
   result.first = first;
   return result;
+}
+
+INLINE Descending descending(int first) {
+  const Positions up = positions(0);
+  Descending result;
+  UNROLL for (int p = 0; p < PARTS; ++p) result.part[p] = first - up.part[p];
+  result.first = first;
+  return result;
+}
+
+/// The lanes of one register in the opposite order.
+template <class Vector> INLINE Vector turned(Vector x) {
+#if defined(__AVX512F__) && !defined(COMPUTE_IN_DOUBLE)
+  const __m512i order = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return (Vector)_mm512_permutexvar_epi32(order, (__m512i)x);
+#elif defined(__AVX2__) && !defined(COMPUTE_IN_DOUBLE)
+  return (Vector)_mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+#else
+  Vector result = x;
+  UNROLL for (int i = 0; i < WIDTH; ++i) result[i] = x[WIDTH - 1 - i];
+  return result;
+#endif
 }
 
 // -- conversions between kinds, as Python's: bool < int < float
@@ -141,6 +164,10 @@ template <class A, class B, IfWide<A, B> = 0> INLINE Floats operator/(A a, B b) 
 INLINE Positions operator+(Positions x, int by) { return positions(x.first + by); }
 INLINE Positions operator+(int by, Positions x) { return positions(x.first + by); }
 INLINE Positions operator-(Positions x, int by) { return positions(x.first - by); }
+INLINE Descending operator-(int from, Positions x) { return descending(from - x.first); }
+INLINE Descending operator+(Descending x, int by) { return descending(x.first + by); }
+INLINE Descending operator+(int by, Descending x) { return descending(x.first + by); }
+INLINE Descending operator-(Descending x, int by) { return descending(x.first - by); }
 INLINE Floats operator-(Floats x) { return each<Floats>([&](int p) { return -x.part[p]; }); }
 INLINE Ints operator-(Ints x) { return each<Ints>([&](int p) { return -x.part[p]; }); }
 INLINE Mask operator!(Mask x) { return each<Mask>([&](int p) { return ~x.part[p]; }); }

@@ -12,18 +12,20 @@ using Pair = uint32_t;  // the first neighbour in the low half
 
 typedef Pair PairVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(Pair)), may_alias));
 typedef uint16_t ElementVector __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
-static_assert(WIDTH == 16 && PARTS % 2 == 0);
+static_assert(WIDTH == 16 && (PARTS == 1 || PARTS % 2 == 0));
 
 // -- storing computed lanes
 
-/// Lanes first ... first + 31 of x, rounded to nearest.
+/// 32 lanes from a register on, rounded to nearest; zeros follow a single register.
 INLINE __m512i elements(Floats x, int part) {
-  return (__m512i)_mm512_cvtne2ps_pbh((__m512)x.part[part + 1], (__m512)x.part[part]);
+  if constexpr (PARTS == 1) return (__m512i)_mm512_cvtne2ps_pbh(__m512{}, (__m512)x.part[0]);
+  else return (__m512i)_mm512_cvtne2ps_pbh((__m512)x.part[part + 1], (__m512)x.part[part]);
 }
 
 /// to[lane] = x.
 INLINE void store_elements(BFloat16* to, Floats x) {
-  UNROLL for (int p = 0; p < PARTS; p += 2) _mm512_storeu_si512(to + p * WIDTH, elements(x, p));
+  if constexpr (PARTS == 1) _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(elements(x, 0)));
+  else UNROLL for (int p = 0; p < PARTS; p += 2) _mm512_storeu_si512(to + p * WIDTH, elements(x, p));
 }
 
 /// Pairs of the elements of two rows: columns 0 ... 15 and 16 ... 31.
@@ -45,7 +47,8 @@ INLINE void store_pairs(Pair* to, int row, Floats& even, Floats x) {
     UNROLL for (int p = 0; p < PARTS; p += 2) {
       PairVector pairs[2];
       interleave(elements(even, p), elements(x, p), pairs);
-      *(PairVector*)(to + p * WIDTH) = pairs[0], *(PairVector*)(to + (p + 1) * WIDTH) = pairs[1];
+      *(PairVector*)(to + p * WIDTH) = pairs[0];
+      if constexpr (PARTS > 1) *(PairVector*)(to + (p + 1) * WIDTH) = pairs[1];
     }
   }
 }

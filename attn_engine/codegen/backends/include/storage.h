@@ -1,5 +1,5 @@
 // How tensors lie in memory: strided tensors, read and written at indices that are numbers or lanes. Neighbouring lanes
-// that index neighbouring elements are moved by whole vectors, others are gathered.
+// that index neighbouring elements are moved by whole vectors, also where they read them backwards; others are gathered.
 #pragma once
 #include "elements.h"
 
@@ -30,6 +30,7 @@ template <class T> struct Places {
   T* shared;      // what the plain indices lead to
   int64_t first;  // offset of the first lane where the lanes are neighbours: one index has lanes, at stride 1
   bool neighbours;
+  bool backwards;  // the same, but `first` is that of the last lane: distances from a key fall along its vector
   bool narrow;  // the lanes' offsets fit an Int
   Ints lane;    // each lane's offset from `shared`; only where narrow
 };
@@ -41,6 +42,10 @@ INLINE void add_index(Places<T>& places, int64_t& reach, bool alone, int count, 
     if constexpr (std::is_same_v<I, Positions>) {
       places.first = index.first;
       places.neighbours = alone && stride == 1 && index.first >= 0 && index.first + (int64_t)count <= size;
+    }
+    if constexpr (std::is_same_v<I, Descending>) {
+      places.first = index.first - (LANES - 1);
+      places.backwards = alone && stride == 1 && places.first >= 0 && index.first < size;
     }
     reach += (size > 0 ? size - 1 : 0) * stride;
     const Ints x = inside(index, size);
@@ -54,7 +59,7 @@ INLINE void add_index(Places<T>& places, int64_t& reach, bool alone, int count, 
 template <class T, int RANK, class... Index>
 INLINE Places<T> places_in(const Tensor<T, RANK>& tensor, int count, Index... index) {
   static_assert(sizeof...(Index) == RANK, "one index per dimension");
-  Places<T> places = {tensor.data, 0, false, true, {}};
+  Places<T> places = {tensor.data, 0, false, false, true, {}};
   constexpr bool ALONE = (WIDE<Index> + ... + 0) == 1;
   int64_t reach = 0;
   int i = 0;
@@ -127,6 +132,10 @@ template <class T, int RANK> template <class... Index> auto Tensor<T, RANK>::ope
     using Result = std::conditional_t<KIND<Value> == 2, Floats, std::conditional_t<KIND<Value> == 1, Ints, Mask>>;
     if (places.neighbours)
       return each<Result>([&](int p) { return load_vector<Element>(places.shared + places.first + p * WIDTH); });
+    if (places.backwards)
+      return each<Result>([&](int p) {
+        return turned(load_vector<Element>(places.shared + places.first + (PARTS - 1 - p) * WIDTH));
+      });
 #if GATHERS
     if constexpr (sizeof(T) <= 4)
       if (places.narrow) return each<Result>([&](int p) { return gather_vector<Element>(places.shared, places.lane.part[p]); });

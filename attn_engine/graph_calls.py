@@ -1,0 +1,72 @@
+"""Calls that torch.compile traces: one operator, which finds the engine by a number, for a graph can hold no engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from attn_engine.ir.program import ListedBlocks
+from attn_engine.listed_calls import lists_of_call
+from attn_engine.runtime.bind import custom_by_name, storage_of
+
+if TYPE_CHECKING:
+    from attn_engine.engine import AttentionEngine
+
+_engines: WeakValueDictionary[int, AttentionEngine] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def numbered(engine: AttentionEngine) -> int:
+    """A number by which `key_of` finds the engine for as long as it lives."""
+    number = next(_numbers)
+    _engines[number] = engine
+    return number
+
+
+def key_of(
+    number: int, device: str, kinds: tuple[torch.dtype, ...], blocks: tuple[int, int, str, bool] | None = None
+) -> int:
+    """The operator key of an engine's kernels for custom inputs of these dtypes and lists of these blocks.
+
+    It is a constant of the compiled graph.
+    """
+    engine = _engines[number]
+    storages = {name: storage_of(name, kind) for name, kind in zip(engine.custom_io, kinds, strict=True)}
+    traced = engine._current(storages)
+    _, key = engine._call(traced.with_lists(ListedBlocks(*blocks)) if blocks else traced, device)
+    return key
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+key_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def in_graph(
+    engine: AttentionEngine,
+    number: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    custom_inputs: Sequence[Tensor],
+    named: dict[str, Tensor],
+    block_mask: Any,
+) -> Sequence[Tensor]:
+    """A call that torch.compile traces: one operator on the tensors, which checks them when the graph runs."""
+    custom = custom_by_name(engine._checks.custom_shapes, custom_inputs, named)
+    kinds = tuple(x.dtype for x in custom.values())
+    traced, blocks = engine._present, None
+    captured = list(traced.tensors(custom).values())
+    if (lists := engine._lists_of(block_mask)) is not None:
+        listed = lists_of_call(lists, engine._logical(q), engine._logical(k))
+        blocks, captured = astuple(listed.blocks), captured + list(listed.tensors.values())
+    key = key_of(number, q.device.type, kinds, blocks)
+    read = [given for trace in traced.traces for _, given in trace.custom]
+    unread = [x for name, x in custom.items() if name not in read]
+    scalars = [float(x) for x in (engine.scale, *traced.scalars().values())]
+    return torch.ops.attn_engine.forward(q, k, v, captured + unread, scalars, key)
