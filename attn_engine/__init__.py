@@ -22,6 +22,7 @@ from attn_engine.frontend import (
     SymbolScalar,
     Var,
     meta_tensor,
+    online,
 )
 from attn_engine.frontend.pooling import with_pooled
 from attn_engine.library import and_masks, not_mask, or_masks
@@ -46,6 +47,7 @@ __all__ = [
     "create_block_mask",
     "meta_tensor",
     "not_mask",
+    "online",
     "or_masks",
     "with_pooled",
 ]

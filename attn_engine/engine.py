@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -265,11 +266,14 @@ class AttentionEngine:
     def check(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> Any:
         """Run output and gradients against the float64 reference; print the report to read it.
 
-        Gradients are those of a random weighting of the output, for q, k, v and every floating captured tensor.
+        Gradients are those of a random weighting of the output, for q, k, v and every floating captured tensor. The
+        methods of an OnlineFunc are compared with each other: forward, backward and combine with what follows from
+        online_fwd, and that with itself in smaller tiles.
         """
         from attn_engine.runtime.check import compare
 
-        return compare(self, q, k, v, *custom_inputs, **named)
+        report = compare(self, q, k, v, *custom_inputs, **named)
+        return replace(report, methods=self._description.check_methods(self.program.rule))
 
     # -- looking inside
 

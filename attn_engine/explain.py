@@ -14,7 +14,7 @@ from attn_engine.ir.passes.merge_rule import MergeRule, NotMergeable, derive_mer
 from attn_engine.ir.passes.pack_heads import Packing, packable
 from attn_engine.ir.passes.rule_analysis import vanishes_when_masked
 from attn_engine.ir.printer import format_expr, format_program
-from attn_engine.ir.program import Attention
+from attn_engine.ir.program import Attention, OnlineRule
 from attn_engine.runtime.compiled import CompiledAttention
 
 Kernel = Literal["forward", "decode", "backward", "delta"]
@@ -38,6 +38,7 @@ def explain(program: Attention, scale: float, compiled: CompiledAttention) -> Ex
             "Scale": _scale_text(program, scale),
             "Mask plan, for a tile of queries": _plan_of(program, "kv"),
             "Mask plan, for a tile of keys (dK, dV)": _plan_of(program, "q"),
+            "Passes": _passes_text(program.rule),
             "Masking": _masking_text(program),
             "Saved for the backward pass": _saved_text(program),
             "Few query rows": _few_rows_text(compiled),
@@ -91,6 +92,22 @@ def _bound(e: object, unbounded: str) -> str:
 
 def _scale_text(program: Attention, scale: float) -> str:
     return f"score = q . k * {scale:.6g}" + ("; score_mod is applied to that" if program.score else "")
+
+
+def _passes_text(rule: OnlineRule) -> str:
+    """How often the keys of a row are gone through, and why."""
+    lines = ["one pass over the keys computes the output" if not rule.earlier else _before(rule)]
+    lines += [f"because {reason}" for reason in rule.reasons]
+    if rule.adjoints:
+        found = ", ".join(name for p in rule.adjoints for name, _ in p.values)
+        lines.append(f"backward: one more pass before the gradient finds {found}")
+    return "\n".join(lines)
+
+
+def _before(rule: OnlineRule) -> str:
+    found = [", ".join(name for name, _ in p.values) for p in rule.earlier]
+    passes = "; ".join(f"pass {i + 1} finds {names}" for i, names in enumerate(found))
+    return f"{len(found) + 1} passes over the keys: {passes}; the last one computes the output"
 
 
 def _masking_text(program: Attention) -> str:

@@ -60,7 +60,7 @@ class GraphChecks:
             ) from error
         if replace(now.program, listed=traced.program.listed) != traced.program:
             raise StaleGraph(what="its functions now compute something else")
-        for trace in now.traces:
+        for trace in (*now.traces, now.rule):
             for bound in trace.tensors:
                 if trace.opaque and not _same_memory(bound.accessor(), tensors[bound.name]):
                     raise StaleGraph(what=f"{bound.name!r} is another tensor now")

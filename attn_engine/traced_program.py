@@ -18,6 +18,8 @@ from attn_engine.frontend import (
     OnlineFunc,
     RuleTrace,
     Trace,
+    given_methods,
+    trace_combine,
     trace_mask_mod,
     trace_online,
     trace_score_mod,
@@ -26,6 +28,7 @@ from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.pooling import without_pooled
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
+from attn_engine.ir.passes.check_rule import MethodReport, check_methods
 from attn_engine.ir.passes.row_gradients import with_row_gradients
 from attn_engine.ir.program import Attention, ListedBlocks, OnlineRule
 from attn_engine.runtime.operator import Call
@@ -66,6 +69,11 @@ class Description:
         program = self.program(score, mask, row_rule)
         return TracedProgram(program, score, mask, rule, dict(storages))
 
+    def check_methods(self, rule: OnlineRule) -> tuple[MethodReport, ...]:
+        """The normaliser's methods against each other."""
+        func, _ = without_pooled(self.online_func)
+        return check_methods(rule, given_methods(func), trace_combine(func, rule))
+
     def program(self, score: Trace | None, mask: Trace | None, rule: OnlineRule) -> Attention:
         names = [t.fn.name for t in (score, mask) if t is not None and not t.fn.name.startswith("lambda")]
         return Attention(
@@ -101,7 +109,8 @@ class TracedProgram:
         for trace in self.traces:
             tensors.update({t.name: (t.name, t.accessor, "") for t in trace.tensors})
             tensors.update({name: (name, None, given) for name, given in trace.custom})
-        scalars = {s.var.name: s.accessor for trace in self.traces for s in trace.scalars}
+        tensors.update({t.name: (t.name, t.accessor, "") for t in self.rule.tensors})
+        scalars = {s.var.name: s.accessor for trace in (*self.traces, self.rule) for s in trace.scalars}
         self._tensor_reads = [tensors[c.name] for c in self.program.captures]
         self._scalar_reads = [(s.name, scalars[s.name]) for s in self.program.scalars]
 

@@ -3,7 +3,8 @@
 from attn_engine.frontend.custom_io import CustomIO
 from attn_engine.frontend.meta import MetaTensor, meta_tensor
 from attn_engine.frontend.names import KernelNames
-from attn_engine.frontend.online import OnlineFunc, RuleTrace, trace_online
+from attn_engine.frontend.online import OnlineFunc, RuleTrace, given_methods, trace_combine, trace_online
+from attn_engine.frontend.row_function import RowFunction, online
 from attn_engine.frontend.session import BoundScalar, BoundTensor, Guard
 from attn_engine.frontend.symbols import (
     SymbolicArray,
@@ -32,6 +33,7 @@ __all__ = [
     "MaskMod",
     "MetaTensor",
     "OnlineFunc",
+    "RowFunction",
     "RuleTrace",
     "ScoreMod",
     "SymbolScalar",
@@ -42,7 +44,10 @@ __all__ = [
     "Trace",
     "Traced",
     "Var",
+    "given_methods",
     "meta_tensor",
+    "online",
+    "trace_combine",
     "trace_mask_mod",
     "trace_online",
     "trace_plain_mask",

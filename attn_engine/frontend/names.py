@@ -53,6 +53,11 @@ class KernelNames:
             self._by_key[key] = self._free(wanted, row)
         return self._by_key[key]
 
+    @property
+    def taken(self) -> frozenset[str]:
+        """Every name that has been handed out."""
+        return frozenset(self._taken)
+
     def _free(self, wanted: str | None, row: bool) -> str:
         base = re.sub(r"\W", "_", wanted or "", flags=re.ASCII).strip("_")
         if base and base[0].isdigit():

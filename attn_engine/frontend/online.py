@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from types import CodeType
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from attn_engine.errors import (
     AttnEngineError,
@@ -18,15 +18,19 @@ from attn_engine.errors import (
     definition_of,
 )
 from attn_engine.frontend.capture import codes_of
-from attn_engine.frontend.custom_io import CustomIO
 from attn_engine.frontend.names import KernelNames, type_name
+from attn_engine.frontend.online_func import OnlineFunc, RuleTrace
 from attn_engine.frontend.operations import to_float
+from attn_engine.frontend.row_function import RowFunction, trace_row_function
 from attn_engine.frontend.rule_guards import initial_number, watch_captures
-from attn_engine.frontend.session import Guard, Session, guards_hold
+from attn_engine.frontend.session import Session
 from attn_engine.frontend.trace import names_and_sources, watching
 from attn_engine.frontend.traced import Traced, lift
 from attn_engine.ir.expr import Expr
-from attn_engine.ir.passes.derive_rule import Derived, NotDerivable, derive_rule
+from attn_engine.ir.passes.check_rule import part_rows
+from attn_engine.ir.passes.derive_rule import Given, complete_rule
+from attn_engine.ir.passes.row_form import NotDerivable
+from attn_engine.ir.passes.try_rule import forward_roots
 from attn_engine.ir.program import (
     BATCH,
     D_PROBS,
@@ -45,68 +49,6 @@ from attn_engine.ir.program import (
 Rows = dict[str, Any]
 
 
-class OnlineFunc:
-    """Base of normalisers. A subclass says which row values it carries and defines, statically or not:
-
-    online_fwd(scores, online_rowscales, b, h, q_idx) -> (weights, new online_rowscales, o_scale): one tile of keys;
-        the output becomes output * o_scale + weights @ v. `scores.get_reduce("max" | "min" | "sum" | "abssum")` reduces
-        the tile's scores of a row.
-    online_fwd_epilogue(o, online_rowscales, b, h, q_idx) -> (output, final_rowscales): after the last tile.
-    forward(scores, final_rowscales, b, h, q_idx, kv_idx) -> weights: normalised weights again, for the backward pass.
-    backward(dp, scores, final_rowscales, doosum, b, h, q_idx, kv_idx) -> gradient of the scores: `scores` are the
-        weights of `forward`, dp their gradient, doosum the row sum of dO * O.
-
-    forward and backward may both be left out where they can be derived (RuleNotDerivable says what is missing).
-    A number that the methods read (a global, a closure's, an attribute) is a constant of the kernels; it is looked at
-    again at every call, and another value makes other kernels. Numbers that change often belong into score_mod.
-    Row values and their initial numbers are given to the constructor, or as class attributes of the same names.
-    """
-
-    online_rowscales: Mapping[str, Any] = {}
-    final_rowscales: Mapping[str, Any] = {}
-    external_fwd_tensors: CustomIO | None = None
-    methods: ClassVar[tuple[str, ...]] = (
-        "online_fwd",
-        "online_fwd_epilogue",
-        "forward",
-        "backward",
-        "combine",
-    )
-
-    def __init__(
-        self,
-        online_rowscales: Mapping[str, Any] | None = None,
-        final_rowscales: Mapping[str, Any] | None = None,
-        external_fwd_tensors: CustomIO | None = None,
-    ) -> None:
-        if online_rowscales is not None:
-            self.online_rowscales = online_rowscales
-        if final_rowscales is not None:
-            self.final_rowscales = final_rowscales
-        if external_fwd_tensors is not None:
-            self.external_fwd_tensors = external_fwd_tensors
-
-    online_fwd: Callable[..., Any]
-    online_fwd_epilogue: Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True)
-class RuleTrace:
-    """A traced rule, and what it took for granted.
-
-    opaque: the methods read things that cannot be watched (elements of a list, a module's numbers): trace them again at
-    every call.
-    """
-
-    rule: OnlineRule
-    guards: tuple[Guard, ...]
-    opaque: bool
-
-    def stale(self) -> bool:
-        """Whether something that the methods read has changed, so that tracing again may give another rule."""
-        return not guards_hold(self.guards)
-
-
 def trace_online(func: OnlineFunc | type[OnlineFunc], names: KernelNames | None = None) -> RuleTrace:
     """The rule that an online function's methods describe.
 
@@ -115,10 +57,29 @@ def trace_online(func: OnlineFunc | type[OnlineFunc], names: KernelNames | None 
     made = cast(object, func() if isinstance(func, type) else func)
     if not isinstance(made, OnlineFunc):
         raise NotAnOnlineFunc(got=type_name(made))
+    if isinstance(made, RowFunction):
+        return trace_row_function(made, names or KernelNames())
     trace = _OnlineTrace(made, names or KernelNames())
     rule = trace.rule()
     watch_captures(trace.func, trace.session)
     return RuleTrace(rule, tuple(trace.session.guards), trace.session.opaque)
+
+
+def given_methods(func: OnlineFunc | type[OnlineFunc]) -> tuple[str, ...]:
+    """Which of forward, backward and combine the user has written."""
+    made = func() if isinstance(func, type) else func
+    optional = ("forward", "backward", "combine")
+    return tuple(m for m in optional if getattr(made, m, None) is not None)
+
+
+def trace_combine(func: OnlineFunc | type[OnlineFunc], rule: OnlineRule) -> Expr | None:
+    """The factors that `combine(final_rowscales)` gives to the parts' outputs; their axis is "kv". None without it."""
+    made = func() if isinstance(func, type) else func
+    if getattr(made, "combine", None) is None:
+        return None
+    trace = _OnlineTrace(made, KernelNames())
+    rows = {n: Traced(part_rows(n), trace.session) for n, _ in rule.saved}
+    return trace.lifted("combine", trace.called("combine", _RowValues(rows, trace, "final_rowscales")))
 
 
 class _OnlineTrace:
@@ -137,33 +98,28 @@ class _OnlineTrace:
     def rule(self) -> OnlineRule:
         weights, new_states, out_scale = self._step()
         output, saved = self._epilogue()
-        has = [self._method(m) is not None for m in ("forward", "backward")]
-        if any(has) and not all(has):
-            given, missing = ("forward", "backward") if has[0] else ("backward", "forward")
-            raise RuleNotDerivable(
-                rule=self.name,
-                reason=f"{given} is defined and {missing} is not",
-                method=missing,
-                location=self._where(),
-            )
-        if all(has):
-            derived = Derived(tuple(saved.items()), *self._backward(saved))
-        else:
-            derived = self._derive(weights, new_states, out_scale, output, saved)
-        roots = (
-            weights,
-            *new_states,
-            out_scale,
-            output,
-            *saved.values(),
-            derived.recompute,
-            derived.gradient,
-        )
-        names, sources = names_and_sources(self.session, *roots)
-        return OnlineRule(
+        given = Given(*self._backward(saved))
+        rule = OnlineRule(
             self.name, tuple(self.states.values()), weights, new_states, out_scale, output,
-            derived.saved, derived.recompute, derived.gradient, names, sources,
+            tuple(saved.items()), PROBS if given.recompute is None else given.recompute,
+            PROBS if given.gradient is None else given.gradient,
         )  # fmt: skip
+        if given.recompute is None or given.gradient is None:
+            rule = self._completed(rule, given)
+        roots = (*forward_roots(rule), rule.recompute, rule.gradient)
+        names, sources = names_and_sources(self.session, *roots)
+        return replace(rule, names={**rule.names, **names}, sources={**rule.sources, **sources})
+
+    def _completed(self, rule: OnlineRule, given: Given) -> OnlineRule:
+        """The rule with the methods that the class leaves out."""
+        try:
+            return complete_rule(rule, given, self.session.names.taken)
+        except NotDerivable as why:
+            pairs = (("forward", given.recompute), ("backward", given.gradient))
+            missing = " and ".join(name for name, expr in pairs if expr is None)
+            raise RuleNotDerivable(
+                rule=self.name, reason=str(why), method=missing, location=self._where()
+            ) from None
 
     def _method(self, method: str) -> Callable[..., Any] | None:
         found = getattr(self.func, method, None)
@@ -172,7 +128,7 @@ class _OnlineTrace:
             self.session.codes.update(codes_of(code))
         return found
 
-    def _call(self, method: str, *arguments: Any) -> Any:
+    def called(self, method: str, *arguments: Any) -> Any:
         found = self._method(method)
         if found is None:
             raise OnlineMethodMissing(rule=self.name, method=method, location=self._where())
@@ -180,45 +136,33 @@ class _OnlineTrace:
             return found(*(Traced(a, self.session) if isinstance(a, Expr) else a for a in arguments))
 
     def _step(self) -> tuple[Expr, tuple[Expr, ...], Expr]:
-        returned = self._call("online_fwd", LOGIT, self._rows(), BATCH, HEAD, Q_IDX)
+        returned = self.called("online_fwd", LOGIT, self._rows(), BATCH, HEAD, Q_IDX)
         weights, states, scale = self._parts("online_fwd", returned, 3, "(scores, new row values, o_scale)")
         if states.keys() != self.states.keys():
             self._mismatch("online_fwd", states, self.states)
         new = tuple(self._row("online_fwd", f"row value {n!r}", states[n]) for n in self.states)
-        return self._lift("online_fwd", weights), new, self._row("online_fwd", "o_scale", scale)
+        return self.lifted("online_fwd", weights), new, self._row("online_fwd", "o_scale", scale)
 
     def _epilogue(self) -> tuple[Expr, dict[str, Expr]]:
-        returned = self._call("online_fwd_epilogue", OUT, self._rows(), BATCH, HEAD, Q_IDX)
+        returned = self.called("online_fwd_epilogue", OUT, self._rows(), BATCH, HEAD, Q_IDX)
         output, final = self._parts("online_fwd_epilogue", returned, 2, "(o, final row values)")
         if self.final and final.keys() != self.final.keys():
             self._mismatch("online_fwd_epilogue", final, self.final)
         saved = {n: self._row("online_fwd_epilogue", f"row value {n!r}", final[n]) for n in final}
-        return self._lift("online_fwd_epilogue", output), saved
+        return self.lifted("online_fwd_epilogue", output), saved
 
-    def _backward(self, saved: dict[str, Expr]) -> tuple[Expr, Expr]:
+    def _backward(self, saved: dict[str, Expr]) -> tuple[Expr | None, Expr | None]:
+        """What forward and backward give; None for those that the class leaves out."""
         values = {n: Traced(saved_var(n), self.session) for n in saved}
         first, second = (_RowValues(values, self, "final_rowscales") for _ in range(2))
         where = (BATCH, HEAD, Q_IDX, KV_IDX)
-        recompute = self._lift("forward", self._call("forward", LOGIT, first, *where))
-        gradient = self._call("backward", D_PROBS, PROBS, second, DELTA, *where)
-        return recompute, self._lift("backward", gradient)
-
-    def _derive(
-        self,
-        weights: Expr,
-        new_states: tuple[Expr, ...],
-        out_scale: Expr,
-        output: Expr,
-        saved: dict[str, Expr],
-    ) -> Derived:
-        try:
-            states, rows = tuple(self.states.values()), tuple(saved.items())
-            return derive_rule(states, weights, new_states, out_scale, output, rows)
-        except NotDerivable as why:
-            reason, method = str(why), "forward and backward"
-            raise RuleNotDerivable(
-                rule=self.name, reason=reason, method=method, location=self._where()
-            ) from None
+        recompute = gradient = None
+        if self._method("forward") is not None:
+            recompute = self.lifted("forward", self.called("forward", LOGIT, first, *where))
+        if self._method("backward") is not None:
+            found = self.called("backward", D_PROBS, PROBS, second, DELTA, *where)
+            gradient = self.lifted("backward", found)
+        return recompute, gradient
 
     def _rows(self) -> Rows:
         rows = {user: Traced(state.var, self.session) for user, state in self.states.items()}
@@ -232,14 +176,14 @@ class _OnlineTrace:
             self._wrong(method, _describe(returned), expected)
         return parts
 
-    def _lift(self, method: str, value: Any) -> Expr:
+    def lifted(self, method: str, value: Any) -> Expr:
         try:
             return to_float(lift(value, self.session))
         except AttnEngineError:
             return self._wrong(method, type_name(value), "a traced value")
 
     def _row(self, method: str, what: str, value: Any) -> Expr:
-        expr = self._lift(method, value)
+        expr = self.lifted(method, value)
         if not set(expr.axes) <= {"q"}:
             self._wrong(
                 method, f"{what} that still differs between keys", "one value per row: see get_reduce"

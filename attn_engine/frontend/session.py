@@ -97,10 +97,11 @@ class CapturedTensor:
 
 @dataclass(slots=True)
 class Session:
-    """One run of one user function on symbols."""
+    """One run of one user function on symbols. rows: it is a row function, whose scores can be reduced."""
 
     names: KernelNames = field(default_factory=KernelNames)
     tensors_allowed: bool = True
+    rows: bool = False
     tensors: dict[str, CapturedTensor] = field(default_factory=dict[str, CapturedTensor])
     scalars: dict[Var, BoundScalar] = field(default_factory=dict[Var, BoundScalar])
     guards: list[Guard] = field(default_factory=list[Guard])

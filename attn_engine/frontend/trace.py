@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FrameType
@@ -80,17 +80,24 @@ class Trace:
 
     def stale(self) -> bool:
         """Whether something the trace took for granted has changed, so that tracing again may give another program."""
-        try:
-            for scalar in self.scalars:
-                if number_kind(scalar.accessor()) is not scalar.var.kind:
-                    return True
-            for tensor in self.tensors:
-                now = tensor.accessor()
-                if STORAGES.get(now.dtype) is not tensor.storage or now.ndim != tensor.rank:
-                    return True
-        except READ_FAILURES:
-            return True
-        return not guards_hold(self.guards)
+        return captures_changed(self.tensors, self.scalars, self.guards)
+
+
+def captures_changed(
+    tensors: Iterable[BoundTensor], scalars: Iterable[BoundScalar], guards: Iterable[Guard]
+) -> bool:
+    """Whether a captured thing is gone, of another kind, or not what the trace has taken for granted."""
+    try:
+        for scalar in scalars:
+            if number_kind(scalar.accessor()) is not scalar.var.kind:
+                return True
+        for tensor in tensors:
+            now = tensor.accessor()
+            if STORAGES.get(now.dtype) is not tensor.storage or now.ndim != tensor.rank:
+                return True
+    except READ_FAILURES:
+        return True
+    return not guards_hold(guards)
 
 
 def trace_score_mod(

@@ -22,6 +22,7 @@ from attn_engine.frontend import operations
 from attn_engine.frontend.functions import FUNCTIONS
 from attn_engine.frontend.names import type_name
 from attn_engine.frontend.operations import constant, kind
+from attn_engine.frontend.row_reductions import ROW_FUNCTIONS, Extremum, reduced, reduces_row
 from attn_engine.frontend.session import Session
 from attn_engine.frontend.symbolic import Symbolic
 from attn_engine.ir.expr import Const, Expr, Reduce
@@ -80,8 +81,12 @@ class Traced(Symbolic):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name.endswith("_") or name not in FUNCTIONS:
-            raise UnknownMethod(operation=f".{name}", instead=_SUPPORTED, location=self.session.location())
+        if name.endswith("_") or (
+            name not in FUNCTIONS and not (self.session.rows and name in ROW_FUNCTIONS)
+        ):
+            raise UnknownMethod(
+                operation=f".{name}", instead=_supported(self.session), location=self.session.location()
+            )
 
         def method(*args: Any, **kwargs: Any) -> Any:
             return build(self.session, name, (self, *args), kwargs)
@@ -266,6 +271,8 @@ def lift_tensor(tensor: torch.Tensor, session: Session) -> Expr:
 def build(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The traced result of torch's function `name`."""
     session = _live(session, args)
+    if reduces_row(session, name, args):
+        return _reduced(session, name, args, kwargs)
     values = [None if a is None else lift(a, session) for a in args]
     options = {
         k: v if v is None or isinstance(v, str) else lift(v, session)
@@ -291,6 +298,20 @@ def build(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, An
     return Traced(expr, session)
 
 
+def _reduced(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A reduction of a row; max and min over a dimension give torch's pair."""
+    expr = reduced(session, name, lift(args[0], session), args[1:], kwargs)
+    session.remember(expr)
+    result = Traced(expr, session)
+    return Extremum(result) if name in ("max", "min") and (len(args) > 1 or kwargs) else result
+
+
+def _supported(session: Session) -> str:
+    """What may be called instead."""
+    rows = ", ".join(sorted(ROW_FUNCTIONS))
+    return f"A row is reduced with {rows}. {_SUPPORTED}" if session.rows else _SUPPORTED
+
+
 def _live(session: Session, args: Sequence[Any]) -> Session:
     """The session of a running trace among the operands; symbols made outside one have a session of their own."""
     if session.codes:
@@ -308,9 +329,11 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         from attn_engine.frontend.views import TensorView
 
         return TensorView(session, session.real_tensor(args[0]))[args[1]]
-    if name not in FUNCTIONS:
+    if name not in FUNCTIONS and not reduces_row(session, name, args):
         module = getattr(func, "__module__", None) or "torch.Tensor"
-        raise UnknownOperation(operation=f"{module}.{name}", instead=_SUPPORTED, location=session.location())
+        raise UnknownOperation(
+            operation=f"{module}.{name}", instead=_supported(session), location=session.location()
+        )
     return build(session, name, args, kwargs)
 
 

@@ -19,6 +19,7 @@ from attn_engine.ir.program import (
     Q_IDX,
     SCORE,
     Attention,
+    saved_var,
 )
 
 _INDICES = {BATCH, HEAD, Q_IDX, KV_IDX}
@@ -63,6 +64,15 @@ def dataflow(program: Attention) -> Dataflow:
     if program.mask is not None:
         graph.add("mask_mod", program.mask.result, program.mask.names)
         graph.result("visible", "mask_mod", program.mask.result)
+    for step in rule.earlier:
+        for state, new in zip(step.states, step.new_states, strict=True):
+            graph.add("online", new, rule.names)
+            graph.result(f"new {state.name}", "online", new)
+            graph.known[state.var] = f"new {state.name}"
+        for name, value in step.values:
+            graph.add("online", value, rule.names)
+            graph.result(name, "online", value)
+            graph.known[saved_var(name)] = name
     for name, value in (
         *((f"new {s.name}", e) for s, e in zip(rule.states, rule.new_states, strict=True)),
         ("rescale", rule.out_scale),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Op
-from attn_engine.ir.program import Attention, OnlineRule, ScalarFn
+from attn_engine.ir.program import Attention, OnlineRule, RowPass, ScalarFn
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
 
 # operator, precedence: higher binds tighter, as in Python
@@ -74,6 +74,8 @@ def format_function(fn: ScalarFn, returns: str) -> str:
 def format_rule(rule: OnlineRule) -> str:
     """The normaliser: states, online update, epilogue, recomputation and gradient."""
     lines = [f"{rule.name}:"]
+    for i, step in enumerate(rule.earlier):
+        lines += _format_pass(f"pass {i + 1}", step)
     lines += [f"    state {s.name}, at first {s.initial}" for s in rule.states]
     lines.append(f"    weights = {format_expr(rule.weights)}")
     lines += [
@@ -84,8 +86,20 @@ def format_rule(rule: OnlineRule) -> str:
     lines.append(f"    at the end: out = {format_expr(rule.output)}")
     lines += [f"    saved {name} = {format_expr(value)}" for name, value in rule.saved]
     lines.append(f"    backward: probs = {format_expr(rule.recompute)}")
+    for step in rule.adjoints:
+        lines += _format_pass("backward, a pass before", step)
     lines.append(f"    backward: d_logit = {format_expr(rule.gradient)}")
+    for p in rule.parameters:
+        name = f"d {format_expr(p.load)}"
+        lines += [] if p.per_pair is None else [f"    backward: {name} = sum of {format_expr(p.per_pair)}"]
+        lines += [] if p.per_row is None else [f"    backward: {name} += {format_expr(p.per_row)} per row"]
     return "\n".join(lines)
+
+
+def _format_pass(title: str, step: RowPass) -> list[str]:
+    states = zip(step.states, step.new_states, strict=True)
+    lines = [f"    {title}: {s.name} = {format_expr(new)}, at first {s.initial}" for s, new in states]
+    return lines + [f"    {title}: {name} = {format_expr(e)} at the end" for name, e in step.values]
 
 
 def format_program(program: Attention) -> str:

@@ -144,6 +144,7 @@ class OnlineRule:
     captures: tuple[Captured, ...] = ()
     scalars: tuple[Var, ...] = ()
     pooled: tuple[Pooled, ...] = ()
+    reasons: tuple[str, ...] = field(default=(), compare=False)  # why one pass is not enough
 
     @property
     def row_outputs(self) -> tuple[str, ...]:

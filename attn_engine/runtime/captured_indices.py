@@ -35,8 +35,9 @@ from attn_engine.ir.passes.bounds import (
     integer_bounds,
     proved_inside,
 )
+from attn_engine.ir.passes.try_rule import forward_roots
 from attn_engine.ir.printer import format_expr
-from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Captured, ScalarFn
+from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention, Captured, OnlineRule, ScalarFn
 from attn_engine.locations import Location
 from attn_engine.runtime.dense import evaluate_dense
 
@@ -82,14 +83,23 @@ def check_indices(program: Functions, values: CallValues) -> None:
     if values.empty:
         return
     mask = conjuncts(program.mask.result if program.mask is not None else None)
-    for fn in program.functions:
+    by_row = rule_reads(program.rule) if isinstance(program, Attention) else []
+    for fn in (*program.functions, *by_row):
         bounds = integer_bounds(fn.result, values.sizes, values.scalars, values.contents)
         _check_overflow(fn, bounds)
         for load in loads(fn.result):
             demands = mask
             if fn is program.mask:
                 demands = tuple(d for d in mask if load not in postorder(d))
+            elif fn in by_row:
+                demands = ()  # read once per row, whether or not it sees a key
             _check_load(fn, load, demands, bounds, values)
+
+
+def rule_reads(rule: OnlineRule) -> list[ScalarFn]:
+    """The normaliser's own functions that read captured tensors, one for each expression."""
+    roots = dict.fromkeys(x for root in forward_roots(rule) for x in loads(root))
+    return [ScalarFn(rule.name, x, sources=rule.sources) for x in roots]
 
 
 def _check_overflow(fn: ScalarFn, bounds: Mapping[Expr, Bounds | None]) -> None:

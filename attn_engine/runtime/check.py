@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_engine.ir.passes.check_rule import MethodReport
 from attn_engine.runtime.operator import Call, apply
 from attn_engine.runtime.reference import reference
 
@@ -43,11 +44,12 @@ class CheckReport:
     title: str
     tensors: tuple[TensorReport, ...]
     notes: tuple[str, ...] = ()
+    methods: tuple[MethodReport, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether every tensor is within its limit."""
-        return all(t.ok for t in self.tensors)
+        """Whether every tensor is within its limit, and the normaliser's methods agree with each other."""
+        return all(t.ok for t in self.tensors) and all(m.ok for m in self.methods)
 
     def raise_if_failed(self) -> None:
         """Raise CheckFailed, with the table as its message, unless everything is within its limit."""
@@ -65,6 +67,7 @@ class CheckReport:
             f"{'ok' if t.ok else 'WRONG'}"
             for t in self.tensors
         ]
+        lines += [f"normaliser, {m}" for m in self.methods]
         lines += self.notes
         lines.append("errors against float64; eager: plain PyTorch in the same dtype")
         return "\n".join(lines)

@@ -28,7 +28,9 @@ from attn_engine.ir.program import (
     SCORE,
     Attention,
     OnlineRule,
+    RowState,
     ScalarFn,
+    saved_var,
 )
 from attn_engine.runtime.block_lists import dense_lists
 from attn_engine.runtime.dense import evaluate_all, evaluate_dense
@@ -150,31 +152,39 @@ def _row_function(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The rule on whole rows, then its epilogue; dead rows give o = 0 and the epilogue of the initial states."""
     initial: Environment = {state.var: state.initial for state in rule.states}
-    weights, new_states = guarded(rule)
+    safe = guarded_values(rule.states, rule.new_states)
+    weights, new_states = substitute(rule.weights, dict(safe)), guarded(rule.new_states, safe)
     epilogue = (rule.output, *(expr for _, expr in rule.saved))
     value = value[:, :, None, :, None, :]
 
     def run(logit: Tensor, visible: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        rows = {**environment, **initial, LOGIT: logit}
+        before = _earlier_values(rule, environment, tensors, logit, visible)
+        rows = {**environment, **initial, **before, LOGIT: logit}
         w, *states = evaluate_all((weights, *new_states), rows, tensors, logit.dtype, visible)
         w = torch.where(visible, w, 0.0)[..., 0, 0]
         out = (w @ value[:, :, 0, :, 0, :])[:, :, :, None, None, :]
         final: Environment = {state.var: x for state, x in zip(rule.states, states, strict=True)}
-        return states, evaluate_all(epilogue, {**environment, **final, OUT: out}, tensors, logit.dtype)
+        known = {**environment, **before, **final, OUT: out}
+        return states, evaluate_all(epilogue, known, tensors, logit.dtype)
 
     dead = ~visible.any(3, keepdim=True)
     with torch.no_grad():
         states, results = run(_with_stand_in(logit, visible), visible)
         dead = dead | _dead_by_value(rule, states, results[0])
         at_start = evaluate_all(
-            epilogue, {**environment, **initial, OUT: torch.zeros_like(results[0])}, tensors, logit.dtype
+            epilogue,
+            _at_start(rule, environment, tensors, torch.zeros_like(results[0])),
+            tensors,
+            logit.dtype,
         )
     alive = visible & ~dead
     _, (output, *saved) = run(_with_stand_in(logit, alive), alive | dead)
     shape = (*logit.shape[:3], value.shape[-1])
     o = torch.where(dead, 0.0, output).reshape(shape)
     rows = {
-        name: torch.where(dead, start, x).expand(*logit.shape[:3], 1, 1, 1).reshape(logit.shape[:3])
+        name: torch.where(dead, start.nan_to_num(-math.inf, math.inf, -math.inf), x)
+        .expand(*logit.shape[:3], 1, 1, 1)
+        .reshape(logit.shape[:3])
         for (name, _), x, start in zip(rule.saved, saved, at_start[1:], strict=True)
     }
     return o, rows
@@ -198,17 +208,50 @@ def _dead_by_value(rule: OnlineRule, states: list[Tensor], output: Tensor) -> Te
     return unchanged & ~torch.isfinite(output).all(5, keepdim=True)
 
 
-def guarded(rule: OnlineRule) -> tuple[Expr, tuple[Expr, ...]]:
-    """The rule's weights and new states, reading a running extremum that has seen nothing yet as 0.
+def _earlier_values(
+    rule: OnlineRule, environment: Environment, tensors: Mapping[str, Tensor], logit: Tensor, visible: Tensor
+) -> Environment:
+    """The values of the passes before the online update, each over whole rows."""
+    known: Environment = {}
+    for step in rule.earlier:
+        new = guarded(step.new_states, guarded_values(step.states, step.new_states))
+        initial: Environment = {s.var: s.initial for s in step.states}
+        rows = {**environment, **known, **initial, LOGIT: logit}
+        states = evaluate_all(new, rows, tensors, logit.dtype, visible)
+        final: Environment = {s.var: x for s, x in zip(step.states, states, strict=True)}
+        values = evaluate_all(
+            tuple(e for _, e in step.values), {**environment, **known, **final}, tensors, logit.dtype
+        )
+        known |= {saved_var(name): x for (name, _), x in zip(step.values, values, strict=True)}
+    return known
+
+
+def _at_start(
+    rule: OnlineRule, environment: Environment, tensors: Mapping[str, Tensor], out: Tensor
+) -> Environment:
+    """What the epilogue reads in a row that has met no key."""
+    known: Environment = {**environment, **{s.var: s.initial for s in rule.states}, OUT: out}
+    for step in rule.earlier:
+        known |= {s.var: s.initial for s in step.states}
+        values = evaluate_all(tuple(e for _, e in step.values), known, tensors, out.dtype)
+        known |= {saved_var(name): x for (name, _), x in zip(step.values, values, strict=True)}
+    return known
+
+
+def guarded_values(states: tuple[RowState, ...], new_states: tuple[Expr, ...]) -> dict[Expr, Expr]:
+    """What to read in place of a running extremum that has seen nothing yet: 0.
 
     A max that is still -inf would give -inf - -inf; as 0 it gives exp(-inf - 0) = 0. The state itself keeps -inf.
     """
-    safe = {
+    return {
         new: where(new.equals(state.initial), 0.0, new)
-        for state, new in zip(rule.states, rule.new_states, strict=True)
+        for state, new in zip(states, new_states, strict=True)
         if math.isinf(state.initial)
     }
-    states = tuple(
-        substitute(new, {node: s for node, s in safe.items() if node is not new}) for new in rule.new_states
+
+
+def guarded(new_states: tuple[Expr, ...], safe: Mapping[Expr, Expr]) -> tuple[Expr, ...]:
+    """New states that read each other guarded."""
+    return tuple(
+        substitute(new, {node: s for node, s in safe.items() if node is not new}) for new in new_states
     )
-    return substitute(rule.weights, dict(safe)), states

@@ -15,8 +15,10 @@ from attn_engine.ir.evaluate import evaluate
 from attn_engine.ir.expr import Reduce, postorder, substitute
 from attn_engine.ir.expr import Var as IrVar
 from attn_engine.ir.ops import DType
-from attn_engine.ir.program import D_PROBS, DELTA, LOGIT, OUT, PROBS
+from attn_engine.ir.passes.try_rule import gradients_of
+from attn_engine.ir.program import LOGIT, OUT
 from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
+from tests.ir.user_rules import LogSum
 
 
 class UpstreamSoftmax(OnlineFunc):
@@ -164,25 +166,23 @@ def test_rule_against_autograd(name, spread):
     for parts in (1, 3, 7):
         weights, saved = row(rule, scores.tolist(), parts)
         assert torch.allclose(torch.tensor(weights, dtype=torch.float64), expected, rtol=1e-10)
-    delta = float((d_probs * expected.detach()).sum())
     known = {v: saved[v.name] for v in rule.saved_vars}
-    for s, dp, p, ds in zip(
-        scores.tolist(), d_probs.tolist(), expected.tolist(), d_scores.tolist(), strict=True
-    ):
-        env = {**known, LOGIT: s, D_PROBS: dp, DELTA: delta}
-        again = evaluate(rule.recompute, env)
+    for s, p in zip(scores.tolist(), expected.tolist(), strict=True):
+        again = evaluate(rule.recompute, {**known, LOGIT: s})
         assert math.isclose(again, p, rel_tol=1e-9, abs_tol=1e-12)
-        assert math.isclose(evaluate(rule.gradient, {**env, PROBS: again}), ds, rel_tol=1e-8, abs_tol=1e-10)
+    found, _ = gradients_of(rule, list(zip(scores.tolist(), d_probs.tolist(), strict=True)), {}, 1.0, {})
+    for got, ds in zip(found, d_scores.tolist(), strict=True):
+        assert math.isclose(got, ds, rel_tol=1e-8, abs_tol=1e-10)
 
 
 def test_derived_softmax_survives_large_scores():
     rule = trace_online(without_backward(OnlineSoftmax)).rule
-    weights, saved = row(rule, [1000.0, 999.0])
-    env = {**{v: saved[v.name] for v in rule.saved_vars}, LOGIT: 1000.0, D_PROBS: 1.0, DELTA: weights[0]}
-    assert math.isclose(evaluate(rule.gradient, env), weights[0] * (1 - weights[0]), rel_tol=1e-9)
+    weights, _ = row(rule, [1000.0, 999.0])
+    found, _ = gradients_of(rule, [(1000.0, 1.0), (999.0, 0.0)], {}, 1.0, {})
+    assert math.isclose(found[0], weights[0] * (1 - weights[0]), rel_tol=1e-9)
 
 
-def test_a_maximum_that_matters_is_refused():
+def test_a_maximum_that_matters_gets_its_gradient():
     class Relative(OnlineFunc):
         online_rowscales = MappingProxyType({"m": float("-inf")})
 
@@ -193,8 +193,13 @@ def test_a_maximum_that_matters_is_refused():
         def online_fwd_epilogue(self, o, online_rowscales, b, h, q_idx):
             return o / online_rowscales["m"], {}
 
-    with pytest.raises(errors.RuleNotDerivable, match="row maximum 'm'"):
-        trace_online(Relative)
+    rule = trace_online(Relative).rule
+    keys = [(0.5, 1.0), (2.0, -1.0), (-1.0, 0.25)]
+    scores, values = (torch.tensor(x, dtype=torch.float64) for x in zip(*keys, strict=True))
+    scores.requires_grad_()
+    (want,) = torch.autograd.grad((scores / scores.max()) @ values, scores)
+    found, _ = gradients_of(rule, keys, {}, 1.0, {})
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), want)
 
 
 def test_an_epilogue_that_adds_is_refused():
@@ -260,10 +265,39 @@ def test_broken_online_function(name):
     assert caught.value.location is not None and caught.value.location.path == __file__
 
 
-def test_one_of_forward_and_backward_alone():
-    cls = type("Half", (OnlineSoftmax,), {"backward": None})
-    with pytest.raises(errors.RuleNotDerivable, match="forward is defined and backward is not"):
-        trace_online(cls)
+@pytest.mark.parametrize("missing", ["forward", "backward"])
+@pytest.mark.parametrize("base", [OnlineSoftmax, OnlineRetention, OnlineSigmoid, UpstreamSoftmax])
+def test_one_of_forward_and_backward_alone(base, missing):
+    rule = trace_online(type("Half", (base,), {missing: None})).rule
+    keys = [(0.5, 1.0), (2.0, -1.0), (-1.0, 0.25)]
+    whole = trace_online(base).rule
+    want, _ = gradients_of(whole, keys, {}, 0.8, {})
+    found, _ = gradients_of(rule, keys, {}, 0.8, {})
+    assert found == pytest.approx(want, rel=1e-9)
+    assert [n for n, _ in rule.saved][: len(whole.saved)] == [n for n, _ in whole.saved]
+
+
+def test_states_that_do_not_tell_the_reductions():
+    """The logarithm of the sum is the state; the sum itself, which the gradient needs, is derived."""
+    rule = trace_online(type("Derived", (LogSum,), {"forward": None, "backward": None})).rule
+    keys = [(0.5, 1.0), (2.0, -1.0), (-1.0, 0.25)]
+    want, _ = gradients_of(trace_online(OnlineSoftmax).rule, keys, {}, 0.8, {})
+    found, _ = gradients_of(rule, keys, {}, 0.8, {})
+    assert found == pytest.approx(want, rel=1e-9)
+
+
+def test_an_update_that_depends_on_the_tiles_is_refused():
+    class Fading(OnlineFunc):
+        online_rowscales = MappingProxyType({"total": 0.0})
+
+        def online_fwd(self, scores, online_rowscales, b, h, q_idx):
+            return scores, {"total": online_rowscales["total"] * 0.5 + scores.get_reduce("abssum")}, 1.0
+
+        def online_fwd_epilogue(self, o, online_rowscales, b, h, q_idx):
+            return o / online_rowscales["total"], {}
+
+    with pytest.raises(errors.RuleNotDerivable, match="in 2 tiles"):
+        trace_online(Fading)
 
 
 def test_missing_methods():

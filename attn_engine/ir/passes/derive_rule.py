@@ -1,178 +1,81 @@
-"""The backward half of a row rule from its forward half, for rules whose weights factor.
-
-With the row's final states r, w = a(s; r) * h(r): `a` is what the last tile's step gives, `h` what the epilogue
-multiplies the output by. A state that is a maximum and that w does not depend on once the sums follow it (a stabiliser)
-has no gradient. A sum reaches w through h alone:
-
-    ds = dP * dw/ds + sum over sums k of  g_k * de_k/ds,      g_k = (d log h / d r_k) * <dO, o>
-"""
+"""What a user's OnlineFunc leaves out, derived from what it gives: its methods are a row function said tile by tile."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import Const, Expr, Load, Reduce, Var, postorder, substitute
-from attn_engine.ir.ops import DType
-from attn_engine.ir.passes.autodiff import gradients
-from attn_engine.ir.passes.rule_analysis import tile_extremum
+from attn_engine.ir.expr import REDUCE_IDENTITY, Expr, substitute
+from attn_engine.ir.passes.derive_backward import derive_backward
+from attn_engine.ir.passes.derive_forward import guarded
+from attn_engine.ir.passes.derive_row_function import (
+    Fresh,
+    RowDefinition,
+    derive_row_function,
+    form_of,
+    saved_rows,
+)
+from attn_engine.ir.passes.one_tile import one_tile, reductions_of
+from attn_engine.ir.passes.row_form import NotDerivable, RowForm
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.program import D_PROBS, DELTA, LOGIT, OUT, RowState, saved_var
-
-_POINTS = 12
-_TOLERANCE = 1e-9
-
-
-class NotDerivable(Exception):
-    """Why a rule's backward pass cannot be derived here."""
+from attn_engine.ir.passes.try_rule import problem_of
+from attn_engine.ir.program import OnlineRule, RowState
 
 
 @dataclass(frozen=True, slots=True)
-class Derived:
-    """saved row values, the weights again from LOGIT and them, and the gradient of LOGIT."""
+class Given:
+    """The methods that a user has written; None for those to derive."""
 
-    saved: tuple[tuple[str, Expr], ...]
-    recompute: Expr
-    gradient: Expr
-
-
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    """A state that adds up `term` over the keys, with what happens to the old value at a new tile (`rescale`)."""
-
-    state: RowState
-    term: Expr
-    rescale: Expr
+    recompute: Expr | None
+    gradient: Expr | None
 
 
-def derive_rule(
-    states: tuple[RowState, ...],
-    weights: Expr,
-    new_states: tuple[Expr, ...],
-    out_scale: Expr,
-    output: Expr,
-    saved: tuple[tuple[str, Expr], ...],
-) -> Derived:
-    """Derive what a user's OnlineFunc leaves out. Raises NotDerivable with the reason."""
-    final, aliases = _final_values(states, new_states)
-    numerator = substitute(substitute(weights, final), aliases)
-    if any(isinstance(n, Reduce) for n in postorder(numerator)):
-        raise NotDerivable("the weights of online_fwd use a reduction that is not a new row value")
-    factor = substitute(_epilogue_factor(output), aliases)
-    whole = simplify(numerator * factor)
-    own = [(s, n) for s, n in zip(states, new_states, strict=True) if s.var not in aliases]
-    sums = tuple(_sum_of(s, n, final) for s, n in own if tile_extremum(s, n) is None)
-    for state, new in own:
-        if tile_extremum(state, new) is not None:
-            _check_stabiliser(state, new, sums, numerator, factor, out_scale)
-    (gradient,) = gradients(whole, D_PROBS, (LOGIT,))
-    for item in sums:
-        gradient = gradient + _through_sum(item, numerator, factor)
-    rows = tuple((name, substitute(e, aliases)) for name, e in saved)
-    return _finish(states, rows, whole, simplify(gradient))
+def definition_of_rule(rule: OnlineRule, taken: frozenset[str]) -> tuple[RowDefinition, dict[RowState, Expr]]:
+    """The row function that a rule's online update and epilogue compute, and its final states. Raises NotDerivable."""
+    weights, rows, last = one_tile(rule.states, rule.weights, rule.new_states, rule.output, rule.saved)
+    states = {e: s.name for s, e in last.items()}
+    fresh = Fresh({*taken, *(s.name for s in rule.states), *(name for name, _ in rule.saved)})
+    roots = (weights, *(e for _, e in rows))
+    names = tuple((r, states.get(r) or fresh(f"row_{r.kind}")) for r in reductions_of(*roots))
+    return RowDefinition(
+        rule.name, weights, rows, names, taken, captures=rule.captures, scalars=rule.scalars
+    ), last
 
 
-def _final_values(
-    states: tuple[RowState, ...], new_states: tuple[Expr, ...]
-) -> tuple[dict[Expr, Expr], dict[Expr, Expr]]:
-    """New value -> the state's variable; and the variable -> its value, for states that follow from other states."""
-    final: dict[Expr, Expr] = {new: s.var for s, new in zip(states, new_states, strict=True) if new.axes}
-    aliases: dict[Expr, Expr] = {}
-    for state, new in zip(states, new_states, strict=True):
-        value = substitute(new, {n: v for n, v in final.items() if n is not new})
-        if not any(isinstance(n, Reduce) or n is state.var for n in postorder(value)):
-            aliases[state.var] = value
-    return final, aliases
+def complete_rule(rule: OnlineRule, given: Given, taken: frozenset[str]) -> OnlineRule:
+    """`rule` with the methods that were not given: its online update and epilogue stay what the user wrote.
 
-
-def _finish(
-    states: tuple[RowState, ...], saved: tuple[tuple[str, Expr], ...], whole: Expr, gradient: Expr
-) -> Derived:
-    """Save the states that the two expressions read, under their own names where those are free."""
-    taken = {name for name, _ in saved}
-    rows, renamed = list(saved), dict[Expr, Expr]()
-    for state in states:
-        if any(_depends_on(e, state.var) for e in (whole, gradient)):
-            name = state.name if state.name not in taken else f"final_{state.name}"
-            known = next((n for n, e in saved if e is state.var), None)
-            if known is None:
-                rows.append((name, state.var))
-            renamed[state.var] = saved_var(known or name)
-    return Derived(tuple(rows), substitute(whole, renamed), substitute(gradient, renamed))
-
-
-def _depends_on(e: Expr, node: Expr) -> bool:
-    return any(n is node for n in postorder(e))
-
-
-def _epilogue_factor(output: Expr) -> Expr:
-    """h in output = OUT * h. Raises NotDerivable where the epilogue is anything else."""
-    (slope,) = gradients(output, Const(1.0), (OUT,))
-    free_of_out = not _depends_on(slope, OUT) and "kv" not in slope.axes
-    if not free_of_out or not _agree(output, OUT * slope):
-        raise NotDerivable("the epilogue is not the output times a row value")
-    return slope
-
-
-def _sum_of(state: RowState, new: Expr, final: dict[Expr, Expr]) -> _Sum:
-    """Read new = state * rescale + sum(term), with the other states at their new values."""
-    others: dict[Expr, Expr] = {n: v for n, v in final.items() if n is not new}
-    value = substitute(new, others)
-    totals = [n for n in postorder(value) if isinstance(n, Reduce)]
-    problem = f"row value {state.name!r} is neither a maximum nor a rescaled running sum over the keys"
-    if len(totals) != 1 or totals[0].kind != "sum":
+    Where the final states do not tell the reductions that the backward pass needs, everything is derived. Raises
+    NotDerivable.
+    """
+    definition, last = definition_of_rule(rule, taken)
+    form = form_of(definition)
+    if not _states_tell(form, last):
+        return derive_row_function(definition)
+    found = _with_backward(rule, form, given, definition)
+    problem = problem_of(found)
+    if problem is not None:
         raise NotDerivable(problem)
-    (total,) = totals
-    (rescale,) = gradients(value, Const(1.0), (state.var,))
-    linear = state.var * rescale + Var("total", DType.FLOAT)
-    if _depends_on(rescale, state.var) or not _agree(
-        substitute(value, {total: Var("total", DType.FLOAT)}), linear
-    ):
-        raise NotDerivable(problem)
-    # In the rescaling factor the variables of other states stood for their old values: keep it as the user wrote it.
-    (written,) = gradients(new, Const(1.0), (state.var,))
-    return _Sum(state, total.x, written)
+    return found
 
 
-def _through_sum(item: _Sum, numerator: Expr, factor: Expr) -> Expr:
-    """The gradient that reaches the score through a row sum: the weights' relative slope in it must not depend on s."""
-    scaled = numerator * factor if _depends_on(numerator, item.state.var) else factor
-    (slope,) = gradients(scaled, Const(1.0), (item.state.var,))
-    relative = slope / scaled
-    at_one = substitute(relative, {LOGIT: Const(1.0)})
-    if not _agree(relative, at_one):
-        raise NotDerivable(f"the row sum {item.state.name!r} does not only scale the weights of a row")
-    (step,) = gradients(item.term, Const(1.0), (LOGIT,))
-    return simplify(at_one) * DELTA * step
+def _states_tell(form: RowForm, last: dict[RowState, Expr]) -> bool:
+    """Whether each reduction is one of the states."""
+    finals = {substitute(e, form.known) for e in last.values()}
+    return all(r.var in finals and any(s.name == r.name for s in last) for r in form.reductions)
 
 
-def _check_stabiliser(
-    state: RowState, new: Expr, sums: tuple[_Sum, ...], numerator: Expr, factor: Expr, out_scale: Expr
-) -> None:
-    """The maximum may be any number: moving it, with sums and output rescaled, leaves the weights as they are."""
-    old, moved = Var("before", DType.FLOAT, ("q",)), Var("after", DType.FLOAT, ("q",))
-    step: dict[Expr, Expr] = {new: moved, state.var: old}
-    sums_moved: dict[Expr, Expr] = {s.state.var: s.state.var * substitute(s.rescale, step) for s in sums}
-    whole = numerator * factor
-    before, after = substitute(whole, {state.var: old}), substitute(whole, {state.var: moved, **sums_moved})
-    scaled = substitute(numerator, {state.var: old}) * substitute(out_scale, step)
-    if not _agree(scaled, substitute(numerator, {state.var: moved})) or not _agree(before, after):
-        raise NotDerivable(
-            f"the weights depend on the row maximum {state.name!r} itself, not only as a stabiliser"
-        )
-
-
-def _agree(a: Expr, b: Expr) -> bool:
-    """Whether two expressions have equal values at random points."""
-    source = random.Random(20)
-    for _ in range(_POINTS):
-        inputs: dict[Expr, bool | int | float] = {
-            n: source.randrange(1, 9) if n.dtype is DType.INT else source.uniform(0.2, 2.5)
-            for n in postorder(a, b)
-            if isinstance(n, Var | Load)
-        }
-        x, y = evaluate(a, inputs), evaluate(b, inputs)
-        if not abs(x - y) <= _TOLERANCE * (1 + abs(x) + abs(y)):
-            return False
-    return True
+def _with_backward(rule: OnlineRule, form: RowForm, given: Given, definition: RowDefinition) -> OnlineRule:
+    fresh = Fresh({*definition.taken, *(s.name for s in rule.states), *(name for name, _ in rule.saved)})
+    initial: dict[Expr, float] = {r.var: REDUCE_IDENTITY[r.kind] for r in form.reductions}
+    scale = simplify(guarded(form.factor, initial))
+    backward = derive_backward(form, scale, form.outputs, fresh)
+    saved, backward = saved_rows(form, form.outputs, {}, scale, backward, fresh)
+    written = dict(rule.saved)
+    return replace(
+        rule,
+        saved=tuple((name, written.get(name, e)) for name, e in saved),
+        recompute=backward.recompute if given.recompute is None else given.recompute,
+        gradient=backward.gradient if given.gradient is None else given.gradient,
+        adjoints=backward.adjoints if given.gradient is None else (),
+        parameters=backward.parameters,
+    )

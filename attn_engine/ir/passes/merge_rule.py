@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import Const, Expr, Reduce, Var, call, postorder, substitute, variables, where
+from attn_engine.ir.expr import Const, Expr, Reduce, Var, call, postorder, substitute, where
 from attn_engine.ir.ops import DType, Number, Op
 from attn_engine.ir.passes.rule_analysis import in_dependency_order, tile_extremum
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.program import LOGIT, OUT, OnlineRule, RowState
+from attn_engine.ir.passes.try_rule import Row, fold, placeholders
+from attn_engine.ir.program import OUT, OnlineRule, RowState
 
 _TRIALS = 8
 _TOLERANCE = 1e-9
@@ -60,6 +61,10 @@ def derive_merge(rule: OnlineRule) -> MergeRule | NotMergeable:
 
     Softmax: new_row_max = max(row_max, part_row_max), and row_sum * exp(row_max - new_row_max) + the same of the part.
     """
+    if rule.earlier:
+        return NotMergeable(
+            f"{rule.name} needs {len(rule.earlier) + 1} passes over the keys, each with all keys of the row"
+        )
     merge = _Derivation(rule).merge()
     try:
         problem = _problem(rule, merge)
@@ -128,28 +133,15 @@ class _Derivation:
 # -- trying it
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The states and the un-normalised output of some keys of one row; values have one dimension."""
-
-    states: dict[Expr, Number]
-    out: Number
-
-
 def _problem(rule: OnlineRule, merge: MergeRule) -> str | None:
     """What goes wrong when random rows are cut and merged; None where nothing does."""
     source = random.Random(7)
     roots = (rule.weights, rule.out_scale, *rule.new_states)
-    inputs = [
-        v for r in roots for v in variables(r) if v is not LOGIT and v not in {s.var for s in rule.states}
-    ]
     for _ in range(_TRIALS):
-        others: dict[Expr, Number] = {
-            v: source.randrange(1, 9) if v.dtype is DType.INT else source.uniform(0.2, 2.5) for v in inputs
-        }
+        others = placeholders(source, roots, [s.var for s in rule.states])
         left, right = _random_tiles(source), _random_tiles(source)
-        whole = _fold(rule, left + right, others)
-        a, b, empty = (_fold(rule, tiles, others) for tiles in (left, right, []))
+        whole = fold(rule, left + right, others)
+        a, b, empty = (fold(rule, tiles, others) for tiles in (left, right, []))
         for x, y, expected, what in (
             (a, b, whole, "two parts of a row"),
             (b, a, whole, "the same two parts in the other order"),
@@ -157,7 +149,7 @@ def _problem(rule: OnlineRule, merge: MergeRule) -> str | None:
             (empty, a, a, "no key and a part"),
             (empty, empty, empty, "no key twice"),
         ):
-            difference = _difference(rule, _merged(rule, merge, x, y), expected)
+            difference = _difference(rule, merged(rule, merge, x, y), expected)
             if difference is not None:
                 return f"merging {what} does not give the row: {difference}"
     return None
@@ -171,38 +163,17 @@ def _random_tiles(source: random.Random) -> list[list[tuple[float, float]]]:
     ]
 
 
-def _fold(
-    rule: OnlineRule, tiles: Sequence[Sequence[tuple[float, float]]], others: Mapping[Expr, Number]
-) -> _Part:
-    """The row rule's own update, tile after tile."""
-    part = _Part({s.var: s.initial for s in rule.states}, 0.0)
-    roots = (rule.weights, rule.out_scale, *rule.new_states)
-    for tile in tiles:
-        known: dict[Expr, Number] = {**others, **part.states, LOGIT: tile[0][0]}
-        for node in postorder(*roots):
-            if isinstance(node, Reduce):
-                known[node] = _REDUCTION[node.kind]([evaluate(node.x, {**known, LOGIT: s}) for s, _ in tile])
-        out = part.out * evaluate(rule.out_scale, known) if part.out else 0.0
-        out += sum(evaluate(rule.weights, {**known, LOGIT: s}) * v for s, v in tile)
-        states = zip(rule.states, rule.new_states, strict=True)
-        part = _Part({s.var: evaluate(new, known) for s, new in states}, out)
-    return part
-
-
-_REDUCTION = {"max": max, "min": min, "sum": sum}
-
-
-def _merged(rule: OnlineRule, merge: MergeRule, a: _Part, b: _Part) -> _Part:
-    known: dict[Expr, Number] = {**a.states, **{part_var(s): b.states[s.var] for s in rule.states}}
+def merged(rule: OnlineRule, merge: MergeRule, a: Row, b: Row) -> Row:
+    """Two parts of a row as one, in numbers."""
+    known = {**a.known, **a.states, **{part_var(s): b.states[s.var] for s in rule.states}}
     states: dict[Expr, Number] = {
         s.var: evaluate(e, known) for s, e in zip(rule.states, merge.states, strict=True)
     }
-    return _Part(
-        states, a.out * evaluate(merge.left_scale, known) + b.out * evaluate(merge.right_scale, known)
-    )
+    out = a.out * evaluate(merge.left_scale, known) + b.out * evaluate(merge.right_scale, known)
+    return Row(states, out, a.known)
 
 
-def _difference(rule: OnlineRule, got: _Part, want: _Part) -> str | None:
+def _difference(rule: OnlineRule, got: Row, want: Row) -> str | None:
     pairs = [(f"row value {s.name!r}", got.states[s.var], want.states[s.var]) for s in rule.states]
     for name, x, y in [*pairs, (OUT.name, got.out, want.out)]:
         if x != y and not abs(x - y) <= _TOLERANCE * (1 + abs(x) + abs(y)):

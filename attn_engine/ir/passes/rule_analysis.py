@@ -55,6 +55,8 @@ def tile_extremum(state: RowState, new: Expr) -> Reduce | None:
 
 def vanishes_when_masked(rule: OnlineRule) -> bool:
     """Whether LOGIT = -inf gives weight 0 and leaves every reduction as it was, so that masking the score is enough."""
+    if rule.earlier:
+        return False  # their values may be anything in a row without keys
     roots = (rule.weights, *rule.new_states, rule.out_scale)
     reductions = [e for e in postorder(*roots) if isinstance(e, Reduce)]
     for point in _POINTS:
