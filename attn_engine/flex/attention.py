@@ -21,9 +21,10 @@ from attn_engine.errors import (
 )
 from attn_engine.flex.auxiliary import AuxOutput, AuxRequest
 from attn_engine.flex.block_masks import mask_of
+from attn_engine.flex.graph import everything, flex_in_graph, identity, known_to_dynamo
 from attn_engine.flex.kernel_options import chosen_backend
 from attn_engine.flex.mistakes import GroupsNotEnabled, WrongAuxRequest
-from attn_engine.flex.programs import Kind, bind_call
+from attn_engine.flex.programs import SAVED_ROWS, Kind, bind_call
 from attn_engine.options import checked_scale
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.operator import apply
@@ -83,6 +84,8 @@ class Attention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The output and the row values by name."""
+        if torch.compiler.is_compiling():
+            return self._in_graph(query, key, value)
         refuse_transforms((query, key, value))
         functions = self.score_mod, self.mask_mod
         kind = Kind.of(query, value, self.backend)
@@ -92,6 +95,19 @@ class Attention:
             return o.to(query.dtype), rows
         o, *rows = apply(bound.call, bound.key, query, key, value, bound.captured, bound.numbers)
         return o, bound.rows(rows)
+
+    def _in_graph(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same while torch.compile traces the call."""
+        known_to_dynamo()
+        given = {
+            "backend": self.backend,
+            "score": "none" if self.score_mod is None else "",
+            "mask": "none" if self.mask_mod is None else "",
+        }
+        score_mod = identity if self.score_mod is None else self.score_mod
+        mask_mod = everything if self.mask_mod is None else self.mask_mod
+        o, *rows = flex_in_graph(query, key, value, score_mod, (mask_mod,), self.scale, given)
+        return o, dict(zip(SAVED_ROWS, rows, strict=True))
 
 
 def _wanted(return_lse: bool, return_aux: AuxRequest | None) -> AuxRequest:

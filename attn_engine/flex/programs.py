@@ -25,6 +25,7 @@ from attn_engine.runtime.operator import Call, register
 from attn_engine.traced_program import Description, TracedProgram
 
 Function = Callable[..., Any]
+SAVED_ROWS = tuple(OnlineSoftmax().final_rowscales)  # what the kernels return besides the output
 MOST_PROGRAMS = 512  # how many makes of functions are remembered; kernels are kept by program, beyond that
 
 
