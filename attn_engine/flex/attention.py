@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from attn_engine.flex.graph import everything, flex_in_graph, identity, known_to
 from attn_engine.flex.kernel_options import chosen_backend
 from attn_engine.flex.mistakes import GroupsNotEnabled, WrongAuxRequest
 from attn_engine.flex.programs import SAVED_ROWS, Kind, bind_call
+from attn_engine.flex.transforms import is_mapped, mapped, within_batch
 from attn_engine.options import checked_scale
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.operator import apply
@@ -86,6 +87,8 @@ class Attention:
         """The output and the row values by name."""
         if torch.compiler.is_compiling():
             return self._in_graph(query, key, value)
+        if is_mapped(query, key, value):
+            return self._mapped(query, key, value)
         refuse_transforms((query, key, value))
         functions = self.score_mod, self.mask_mod
         kind = Kind.of(query, value, self.backend)
@@ -93,8 +96,21 @@ class Attention:
         if self.backend == "reference":
             o, rows = reference(bound.program, query, key, value, bound.captured, bound.numbers)
             return o.to(query.dtype), rows
+        refuse_transforms(bound.captured.values())
         o, *rows = apply(bound.call, bound.key, query, key, value, bound.captured, bound.numbers)
         return o, bound.rows(rows)
+
+    def _mapped(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same under torch.func.vmap."""
+
+        def run(query: Tensor, key: Tensor, value: Tensor, batches: int) -> tuple[Tensor, ...]:
+            score_mod = within_batch(self.score_mod, batches, score=True)
+            mask_mod = within_batch(self.mask_mod, batches, score=False)
+            o, rows = replace(self, score_mod=score_mod, mask_mod=mask_mod)(query, key, value)
+            return o, *(rows[name] for name in SAVED_ROWS)
+
+        o, *rows = mapped(run, query, key, value)
+        return o, dict(zip(SAVED_ROWS, rows, strict=True))
 
     def _in_graph(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The same while torch.compile traces the call."""

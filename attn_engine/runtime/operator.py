@@ -22,6 +22,7 @@ from attn_engine.ir.ops import Number
 from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.storage import compute_dtype
+from attn_engine.runtime.strides import empty_ordered_like
 
 
 class Checks(Protocol):
@@ -77,7 +78,7 @@ class Call:
         return {n: kind(x) for (n, kind), x in zip(self.kinds.items(), scalars, strict=True)}
 
     def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
-        return q.new_empty((*q.shape[:3], v.shape[3]))
+        return empty_ordered_like(q, v.shape[3])
 
     def learned(self, captured: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Captured tensors that want a gradient and can have one: those that score_mod reads."""
@@ -119,9 +120,9 @@ def run_backward(
     numbers: Mapping[str, Number],
     learned: tuple[str, ...],
 ) -> list[Tensor]:
-    """[dq, dk, dv, gradients of `learned`...], contiguous; `tensors` is q, k, v, o and the saved rows."""
+    """[dq, dk, dv, gradients of `learned`...], lying as q, k, v do; `tensors` is q, k, v, o and the saved rows."""
     q, k, v, out, *saved = tensors
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = (empty_ordered_like(x) for x in (q, k, v))
     found = call.compiled.backward(
         call.logical(d_out),
         (call.logical(q), call.logical(k), call.logical(v)),
@@ -273,7 +274,7 @@ def _(d_out, tensors, captured, scalars, learned, key):
     call = _found(key)
     named = call.named(captured)
     wanted = learned.split() if learned else []
-    same = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[:3]]
+    same = [empty_ordered_like(x) for x in tensors[:3]]
     return [*same, *(torch.empty(named[n].shape, dtype=named[n].dtype, device=d_out.device) for n in wanted)]
 
 
