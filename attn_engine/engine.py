@@ -191,7 +191,8 @@ class AttentionEngine:
         """o, of q's shape with v's head dimension; with return_final_rowscales also {"lse": (B, H, Sq), ...}.
 
         custom_inputs: the tensors of custom_fwd_inputs in its order, or by name. Row values are float32 (float64 for
-        float64 inputs), lse is a natural logarithm and -inf in a row that sees no key; they carry no gradient.
+        float64 inputs), lse is a natural logarithm and -inf in a row that sees no key. A loss may use them where they
+        require a gradient: lse does, a row maximum does not.
         """
         if self.backend == "reference":
             o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64)
@@ -203,7 +204,7 @@ class AttentionEngine:
             traced, captured, numbers = self._bind(q, k, v, custom_inputs, named)
             refuse_transforms(captured.values())
             call, key = self._call(traced, q.device.type)
-            o, *rows = apply(call, key, q, k, v, captured, numbers)
+            o, *rows = apply(call, key, q, k, v, captured, numbers, return_final_rowscales)
         if return_final_rowscales:
             return o, dict(zip((name for name, _ in self.program.rule.saved), rows, strict=True))
         return o

@@ -25,6 +25,7 @@ from attn_engine.frontend import (
 from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
+from attn_engine.ir.passes.row_gradients import with_row_gradients
 from attn_engine.ir.program import Attention, OnlineRule
 from attn_engine.runtime.operator import Call
 from attn_engine.runtime.storage import STORAGES
@@ -59,7 +60,8 @@ class Description:
         if self.mask_mod is not None:
             mask = trace_mask_mod(self.mask_mod, self.custom_io, storages, names)
         rule = trace_online(self.online_func, names)
-        return TracedProgram(self.program(score, mask, rule.rule), score, mask, rule, dict(storages))
+        program = self.program(score, mask, with_row_gradients(rule.rule))
+        return TracedProgram(program, score, mask, rule, dict(storages))
 
     def program(self, score: Trace | None, mask: Trace | None, rule: OnlineRule) -> Attention:
         names = [t.fn.name for t in (score, mask) if t is not None and not t.fn.name.startswith("lambda")]

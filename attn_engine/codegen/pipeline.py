@@ -12,6 +12,7 @@ from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
+from attn_engine.ir.passes.row_gradients import only_row_gradients
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, Lanes, Module
 from attn_engine.ir.verify import verify_kernel
@@ -19,8 +20,15 @@ from attn_engine.ir.verify import verify_kernel
 DIRECTIONS = ("forward", "decode", "backward")
 
 
-def lower(program: Attention, schedule: Schedule, direction: str, learned: tuple[str, ...] = ()) -> Module:
-    """The kernels of one direction; `learned` names the captured tensors that need a gradient.
+def lower(
+    program: Attention,
+    schedule: Schedule,
+    direction: str,
+    learned: tuple[str, ...] = (),
+    rows: tuple[str, ...] = (),
+) -> Module:
+    """The kernels of one direction; `learned` names the captured tensors that need a gradient, `rows` the saved row
+    values that have one.
 
     "decode" is the forward pass with the keys split, for rules that have a merge.
     """
@@ -32,7 +40,8 @@ def lower(program: Attention, schedule: Schedule, direction: str, learned: tuple
         assert isinstance(merge, MergeRule), "keys are split where the parts can be merged"
         module = lower_decode(program, schedule, merge)
     else:
-        module = lower_backward(program, schedule, learned)
+        rule = only_row_gradients(program.rule, rows)
+        module = lower_backward(replace(program, rule=rule), schedule, learned)
     for kernel in module.kernels:
         verify_kernel(kernel)
     return module

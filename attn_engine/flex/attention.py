@@ -65,7 +65,7 @@ def flex_attention(
     query, key, value = _inputs(query, key, value, enable_gqa, block_mask is not None)
     mask_mod = None if block_mask is None else mask_of(block_mask, query, key)
     scale = checked_scale(scale, 1.0 / math.sqrt(max(query.shape[3], 1)))
-    attention = Attention(score_mod, mask_mod, scale, backend)
+    attention = Attention(score_mod, mask_mod, scale, backend, wanted.lse or wanted.max_scores)
     out, rows = attention(query, key, value)
     if return_aux is not None:
         return out, AuxOutput(
@@ -82,6 +82,7 @@ class Attention:
     mask_mod: Callable[..., Any] | None
     scale: float
     backend: str
+    with_rows: bool
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The output and the row values by name."""
@@ -97,7 +98,7 @@ class Attention:
             o, rows = reference(bound.program, query, key, value, bound.captured, bound.numbers)
             return o.to(query.dtype), rows
         refuse_transforms(bound.captured.values())
-        o, *rows = apply(bound.call, bound.key, query, key, value, bound.captured, bound.numbers)
+        o, *rows = apply(bound.call, bound.key, query, key, value, bound.captured, bound.numbers, self.with_rows)
         return o, bound.rows(rows)
 
     def _mapped(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -85,7 +85,7 @@ def compare(
     learned = call.compiled.supported(floating)
 
     def compiled(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
-        o, *rows = apply(call, key, q, k, v, tensors, numbers)
+        o, *rows = apply(call, key, q, k, v, tensors, numbers, True)
         return call.logical(o), dict(zip((name for name, _ in program.rule.saved), rows, strict=True))
 
     def dense(dtype: torch.dtype) -> Run:

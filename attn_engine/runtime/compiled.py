@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attn_engine.codegen.lower.capture import CaptureGradient, Route, capture_gradients
 from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
+from attn_engine.codegen.lower.row_values import row_gradient_param
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import Gradients, Schedule, few_rows_schedule, tile_of_few_rows
@@ -30,6 +31,8 @@ from attn_engine.runtime.tile_tables import tile_tables
 
 Tensors = Mapping[str, Tensor]
 Scalars = Mapping[str, Number]
+
+_NO_TENSORS: Tensors = {}
 
 # Work items wanted per backward pass: enough to keep the threads of a desktop busy, and few enough that the parts of
 # dQ stay small. It does not depend on the number of threads, so neither do the results.
@@ -76,11 +79,11 @@ class CompiledAttention:
     program: Attention
     backend: Backend
     schedule: Schedule
-    _directions: dict[tuple[str, tuple[str, ...]], Direction] = field(default_factory=dict)
+    _directions: dict[tuple[str, tuple[str, ...], tuple[str, ...]], Direction] = field(default_factory=dict)
     _variants: dict[tuple[Packing, int], CompiledAttention] = field(default_factory=dict)
 
-    def module(self, direction: str, learned: tuple[str, ...] = ()) -> Module:
-        return lower(self.program, self.schedule, direction, learned)
+    def module(self, direction: str, learned: tuple[str, ...] = (), rows: tuple[str, ...] = ()) -> Module:
+        return lower(self.program, self.schedule, direction, learned, rows)
 
     def supported(self, learned: tuple[str, ...]) -> tuple[str, ...]:
         """Those of the captured tensors whose gradients the backend can compute."""
@@ -93,16 +96,16 @@ class CompiledAttention:
             return False
         return True
 
-    def kernels(self, direction: str, learned: tuple[str, ...] = ()) -> Direction:
-        """Lowered and compiled kernels of a direction, from this object's cache."""
-        found = self._directions.get((direction, learned))
+    def kernels(self, direction: str, learned: tuple[str, ...] = (), rows: tuple[str, ...] = ()) -> Direction:
+        """Lowered and compiled kernels of a direction, from this object's cache; `rows` have gradients of their own."""
+        found = self._directions.get((direction, learned, rows))
         if found is None:
             captures = capture_gradients(self.program, learned)
             self.backend.refuse(self.program, captures)
-            kernels = self.module(direction, learned).kernels
+            kernels = self.module(direction, learned, rows).kernels
             compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
             found = Direction(compiled, tuple(k.tables for k in kernels), captures)
-            self._directions[direction, learned] = found
+            self._directions[direction, learned, rows] = found
         return found
 
     def forward(
@@ -175,11 +178,15 @@ class CompiledAttention:
         scalars: Scalars,
         gradients: tuple[Tensor, Tensor, Tensor],
         learned: tuple[str, ...],
+        d_rows: Tensors = _NO_TENSORS,
     ) -> dict[str, Tensor]:
-        """Fill dq, dk, dv; returns the gradients of the tensors in `learned`, in their own shapes and dtypes."""
+        """Fill dq, dk, dv; returns the gradients of the tensors in `learned`, in their own shapes and dtypes.
+
+        d_rows: gradients (B, H, Sq) of saved row values by name, of those that have one.
+        """
         q, k, v = inputs
         dq, dk, dv = gradients
-        direction = self.kernels("backward", learned)
+        direction = self.kernels("backward", learned, tuple(d_rows))
         sizes = sizes_of(q, k)
         numbers = dict(scalars)
         tensors: dict[str, Tensor] = {
@@ -192,6 +199,7 @@ class CompiledAttention:
             "dV": dv,
             **captured,
             **dict(zip(self._saved, saved, strict=True)),
+            **{row_gradient_param(name): x for name, x in d_rows.items()},
             "Delta": q.new_empty(q.shape[:3], dtype=self._compute),
         }
         splits = 1

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attn_engine.errors import StaleGraph, TransformNotSupported
 from attn_engine.ir.ops import Number
+from attn_engine.ir.passes.row_gradients import differentiable_rows
 from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.storage import compute_dtype
@@ -61,6 +62,16 @@ class Call:
         return tuple(c.name for c in self.compiled.program.captures)
 
     @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """The saved row values by name."""
+        return tuple(name for name, _ in self.compiled.program.rule.saved)
+
+    @cached_property
+    def moving(self) -> frozenset[str]:
+        """Those of them that carry gradients."""
+        return frozenset(differentiable_rows(self.compiled.program.rule))
+
+    @cached_property
     def floating(self) -> frozenset[str]:
         return frozenset(c.name for c in self.compiled.program.differentiable_captures)
 
@@ -76,6 +87,10 @@ class Call:
     def numbers(self, scalars: Sequence[Number]) -> dict[str, Number]:
         """By name, of the type that the kernels take."""
         return {n: kind(x) for (n, kind), x in zip(self.kinds.items(), scalars, strict=True)}
+
+    def fixed(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """The saved rows that carry no gradient."""
+        return [x for name, x in zip(self.rows, saved, strict=True) if name not in self.moving]
 
     def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
         return empty_ordered_like(q, v.shape[3])
@@ -114,14 +129,19 @@ def run_forward(
 
 def run_backward(
     call: Call,
-    d_out: Tensor,
+    d_out: Tensor | None,
     tensors: Sequence[Tensor],
     captured: Mapping[str, Tensor],
     numbers: Mapping[str, Number],
     learned: tuple[str, ...],
+    d_rows: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """[dq, dk, dv, gradients of `learned`...], lying as q, k, v do; `tensors` is q, k, v, o and the saved rows."""
+    """[dq, dk, dv, gradients of `learned`...], lying as q, k, v do; `tensors` is q, k, v, o and the saved rows.
+
+    d_out and each of d_rows (one per saved row value): None where no loss depends on it.
+    """
     q, k, v, out, *saved = tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
     dq, dk, dv = (empty_ordered_like(x) for x in (q, k, v))
     found = call.compiled.backward(
         call.logical(d_out),
@@ -132,19 +152,24 @@ def run_backward(
         numbers,
         (call.logical(dq), call.logical(dk), call.logical(dv)),
         learned,
+        {
+            name: x
+            for name, x in zip(call.rows, d_rows, strict=False)
+            if x is not None and name in call.moving
+        },
     )
     return [dq, dk, dv, *(found[name] for name in learned)]
 
 
 class _Function(torch.autograd.Function):
-    """`rows` receives the saved rows: handed out beside the outputs, they cost nothing in the backward pass."""
+    """with_rows: the saved rows are outputs beside o."""
 
     @staticmethod
     def forward(
         ctx: Any,
         call: Call,
         numbers: Mapping[str, Number],
-        rows: list[Tensor],
+        with_rows: bool,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -152,16 +177,19 @@ class _Function(torch.autograd.Function):
     ):
         by_name = call.named(captured)
         out, *saved = run_forward(call, q, k, v, by_name, numbers)
-        rows += saved
         ctx.save_for_backward(q, k, v, out, *saved, *captured)
         ctx.call, ctx.numbers, ctx.learned, ctx.rows = call, numbers, call.learned(by_name), len(saved)
-        return out
+        if not with_rows:
+            return out
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*call.fixed(saved))
+        return out, *saved
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor):
+    def backward(ctx: Any, d_out: Tensor | None, *d_rows: Tensor | None):
         # Gradients are recorded only on the way to second derivatives.
         gradients = _Gradients.apply if torch.is_grad_enabled() else _gradients
-        found = gradients(ctx.call, ctx.numbers, ctx.learned, ctx.rows, d_out, *ctx.saved_tensors)
+        found = gradients(ctx.call, ctx.numbers, ctx.learned, ctx.rows, d_out, *ctx.saved_tensors, *d_rows)
         by_name = dict(zip(ctx.learned, found[3:], strict=True))
         return (None, None, None, *found[:3], *(by_name.get(n) for n in ctx.call.captures))
 
@@ -171,12 +199,14 @@ def _gradients(
     numbers: Mapping[str, Number],
     learned: tuple[str, ...],
     rows: int,
-    d_out: Tensor,
-    *stored: Tensor,
+    d_out: Tensor | None,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv and those of `learned`; `stored` is q, k, v, o, `rows` saved rows and the captured tensors."""
+    """dq, dk, dv and those of `learned`; `given` is q, k, v, o, `rows` saved rows, the captured tensors and the
+    gradients of the rows, where they were outputs."""
+    stored, d_rows = given[: (end := 4 + rows + len(call.captures))], given[end:]
     captured = call.named(stored[4 + rows :])
-    return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, numbers, learned))
+    return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, numbers, learned, d_rows))
 
 
 class _Gradients(torch.autograd.Function):
@@ -206,15 +236,16 @@ def apply(
     v: Tensor,
     captured: Mapping[str, Tensor],
     numbers: Mapping[str, Number],
+    with_rows: bool = False,
 ) -> Sequence[Tensor]:
-    """[o, saved rows...], recorded for autograd where an input requires it."""
+    """[o] and, with_rows, the saved rows; recorded for autograd where an input requires it."""
     tensors = (q, k, v, *captured.values())
     if torch.compiler.is_compiling() or not (type(q) is Tensor or isinstance(q, torch.nn.Parameter)):
         scalars = [float(x) for x in numbers.values()]
         return torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        rows: list[Tensor] = []
-        return [_Function.apply(call, numbers, rows, *tensors), *rows]
+        found = _Function.apply(call, numbers, with_rows, *tensors)
+        return found if with_rows else (found,)
     return run_forward(call, q, k, v, captured, numbers)
 
 
@@ -251,31 +282,45 @@ def _(q, k, v, captured, scalars, key):
 
 @torch.library.custom_op("attn_engine::backward", mutates_args=())
 def _backward_op(
-    d_out: torch.Tensor,
+    d_out: torch.Tensor | None,
     tensors: list[torch.Tensor],
     captured: list[torch.Tensor],
     scalars: list[float],
     learned: str,
+    d_rows: list[torch.Tensor],
+    used: list[int],
     key: int,
 ) -> list[torch.Tensor]:
     names = tuple(learned.split()) if learned else ()
     call = _found(key)
-    q, k, v, out, *_ = tensors
+    q, k, v, out, *saved = tensors
     call.checks.shapes(q, k, v)
-    if d_out.shape != out.shape or d_out.dtype is not out.dtype or d_out.device != out.device:
-        d_out = d_out.expand(out.shape).to(out)
+    if d_out is not None:
+        d_out = _like(d_out, out)
+    arriving: list[Tensor | None] = [None] * len(saved)
+    for i, x in zip(used, d_rows, strict=True):
+        arriving[i] = _like(x, saved[i])
     for described, x in zip(call.compiled.program.captures, captured, strict=False):
         check_kind(described, x)
-    return run_backward(call, d_out, tensors, call.named(captured), call.numbers(scalars), names)
+    return run_backward(call, d_out, tensors, call.named(captured), call.numbers(scalars), names, arriving)
+
+
+def _like(x: Tensor, wanted: Tensor) -> Tensor:
+    """x in the shape, dtype and place of the tensor whose gradient it is."""
+    same = x.shape == wanted.shape and x.dtype is wanted.dtype and x.device == wanted.device
+    return x if same else x.expand(wanted.shape).to(wanted)
 
 
 @_backward_op.register_fake
-def _(d_out, tensors, captured, scalars, learned, key):
+def _(d_out, tensors, captured, scalars, learned, d_rows, used, key):
     call = _found(key)
     named = call.named(captured)
     wanted = learned.split() if learned else []
     same = [empty_ordered_like(x) for x in tensors[:3]]
-    return [*same, *(torch.empty(named[n].shape, dtype=named[n].dtype, device=d_out.device) for n in wanted)]
+    return [
+        *same,
+        *(torch.empty(named[n].shape, dtype=named[n].dtype, device=tensors[0].device) for n in wanted),
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -284,13 +329,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.call = _found(key)
     ctx.learned = ctx.call.learned(ctx.call.named(captured))
     ctx.save_for_backward(q, k, v, *output, *captured)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*ctx.call.fixed(output[1:]))
 
 
-def _backward(ctx: Any, d_outputs: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Any, ...]:
     stored = ctx.saved_tensors
     tensors, captured = list(stored[: 4 + ctx.rows]), list(stored[4 + ctx.rows :])
+    d_out, *d_rows = d_outputs
+    used = [i for i, x in enumerate(d_rows) if x is not None]
     dq, dk, dv, *found = torch.ops.attn_engine.backward(
-        d_outputs[0], tensors, captured, ctx.scalars, " ".join(ctx.learned), ctx.key
+        d_out,
+        tensors,
+        captured,
+        ctx.scalars,
+        " ".join(ctx.learned),
+        [d_rows[i] for i in used],
+        used,
+        ctx.key,
     )
     by_name = dict(zip(ctx.learned, found, strict=True))
     names = ctx.call.captures

@@ -21,6 +21,7 @@ from attn_engine.codegen.lower.capture import (
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
 from attn_engine.codegen.lower.ranges import masking, phases, split_bounds
+from attn_engine.codegen.lower.row_values import row_loads, row_params, uses_delta
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
 from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
@@ -42,16 +43,14 @@ from attn_engine.codegen.lower.values import (
     captured_params,
     compute_storage,
     indices,
-    load_rows,
     load_tile,
     rows,
-    saved_param,
     scalar,
     tile,
     wide,
 )
 from attn_engine.codegen.schedule import Gradients, Schedule
-from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, postorder, where
+from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, where
 from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
 from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
@@ -80,10 +79,6 @@ def lower_backward(program: Attention, schedule: Schedule, learned: tuple[str, .
         kernels.append(lower_d_key_value(program, schedule, captures, name="dkdv", with_query=False))
     kernels += [lower_pair_gradient(program, schedule, c) for c in captures if c.route is Route.PAIR]
     return Module("backward", tuple(kernels))
-
-
-def uses_delta(program: Attention) -> bool:
-    return DELTA in postorder(program.rule.gradient)
 
 
 def lower_delta(program: Attention, schedule: Schedule) -> Kernel:
@@ -117,7 +112,7 @@ def lower_d_query(program: Attention, schedule: Schedule, captures: tuple[Captur
     body: list[Stmt] = [
         Section("query tile of this program"),
         Let("kv_head", HEAD // GROUP_OF_HEADS),
-        *query_loads(program, names),
+        *query_loads(program),
         *sweep.before,
         Let("d_query", Full(0.0, ("q", "d"))),
         *(Let(c.total.name, Full(0.0, ("q",))) for c in sums),
@@ -186,7 +181,7 @@ def kv_tile(
     per_head = (
         *sweep.before,
         *(Let(c.total.name, Full(0.0, ("kv",))) for c in columns),
-        *sweep.loops([*columns, *row_sums], query_loads(program, sweep.names), update, in_loop=True),
+        *sweep.loops([*columns, *row_sums], query_loads(program), update, in_loop=True),
         *(StoreTile(c.buffer, (BATCH, HEAD, KV_IDX), c.total) for c in columns),
     )
     first, group = scalar("first_head"), scalar("group")
@@ -212,8 +207,8 @@ def lower_pair_gradient(program: Attention, schedule: Schedule, capture: Capture
     tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
     sweep = Sweep(program, schedule, names, loop, tiles, sums_own_axis=True)
     update: list[Stmt] = [Accumulate(capture.buffer, capture.load.indices, capture.value)]
-    own_loads = key_loads() if owned == "kv" else query_loads(program, names)
-    swept_loads = query_loads(program, names) if owned == "kv" else key_loads()
+    own_loads = key_loads() if owned == "kv" else query_loads(program)
+    swept_loads = query_loads(program) if owned == "kv" else key_loads()
     inner: tuple[Stmt, ...] = (
         Let("kv_head", HEAD // GROUP_OF_HEADS),
         *own_loads,
@@ -328,29 +323,13 @@ def hide_gradients(
         emitter.lets += masking(masked, [*seen.lets, *hidden])
 
 
-def read_rows(program: Attention) -> list[str]:
-    """The saved row values that the backward pass reads; others are for the user."""
-    rule = program.rule
-    read = set(postorder(rule.recompute, rule.gradient))
-    return [name for name, _ in rule.saved if saved_var(name) in read]
-
-
 def key_loads() -> list[Stmt]:
     return [Let("key", load_tile("K")), Let("value", load_tile("V"))]
 
 
-def query_loads(program: Attention, names: Names) -> list[Stmt]:
-    """Q, dO and the row values of a q tile; -inf in an empty row reads as 0, so that it cannot make a NaN."""
-    lets: list[Stmt] = [Let("query", load_tile("Q")), Let("d_out", load_tile("dO"))]
-    for name, empty in saved_of_empty_row(program.rule).items():
-        if name not in read_rows(program):
-            continue
-        lets.append(Let(name, load_rows(saved_param(name))))
-        if empty == -math.inf:
-            lets.append(Let(f"safe_{name}", where(saved_var(name).equals(-math.inf), 0.0, saved_var(name))))
-    if uses_delta(program):
-        lets.append(Let("delta", load_rows("Delta")))
-    return lets
+def query_loads(program: Attention) -> list[Stmt]:
+    """Q, dO and the row values of a q tile."""
+    return [Let("query", load_tile("Q")), Let("d_out", load_tile("dO")), *row_loads(program)]
 
 
 def backward_kernel(
@@ -364,11 +343,9 @@ def backward_kernel(
     more_scalars: tuple[Var, ...] = (),
     tests: TileTests | None = None,
 ) -> Kernel:
-    row_values = [rows(program, saved_param(name)) for name in read_rows(program)]
-    row_values += [rows(program, "Delta")] if uses_delta(program) else []
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
-    inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_values, *captured_params(program))
-    inputs = (*inputs, *tests.params) if tests else inputs
+    inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_params(program))
+    inputs = (*inputs, *captured_params(program), *(tests.params if tests else ()))
     return Kernel(
         name=name,
         params=(*inputs, *outputs),

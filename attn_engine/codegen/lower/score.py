@@ -10,7 +10,7 @@ from attn_engine.codegen.lower.values import INSIDE, KEY, QUERY, SCALE
 from attn_engine.ir.expr import Call, Const, Dot, Expr, Load, Var, loads, postorder, substitute
 from attn_engine.ir.ops import Op
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.program import LOGIT, SCORE, Attention, ScalarFn
+from attn_engine.ir.program import LOGIT, SCORE, Attention, ScalarFn, d_saved_var
 from attn_engine.ir.tile import Let, Stmt
 
 # Names of kernel variables that a user's local variable must not take.
@@ -30,7 +30,8 @@ def reserved_names(program: Attention) -> Names:
     taken = set(RESERVED) | {c.name for c in program.captures} | {s.name for s in program.scalars}
     for state in program.rule.states:
         taken |= {state.name, f"part_{state.name}", f"partial_{state.name}"}
-    taken |= {name for name, _ in program.rule.saved}
+    for name, _ in program.rule.saved:
+        taken |= {name, d_saved_var(name).name}
     return Names(taken)
 
 
