@@ -74,6 +74,7 @@ def _at(visible: Tensor, score_mod: Callable[..., Any], scores: Tensor) -> Tenso
     b, h, q, kv = (i.to(torch.int32) for i in visible.nonzero(as_tuple=True))
     if b.numel() == 0:
         return torch.zeros_like(scores)
+    pairs = scores[visible]
     with IndexWithTensors():
-        seen = torch.vmap(score_mod)(scores[visible], b, h, q, kv)
+        seen = torch.vmap(score_mod)(pairs, b, h, q, kv)
     return torch.zeros_like(scores).masked_scatter(visible, seen.to(scores.dtype))

@@ -107,7 +107,8 @@ class Attention:
         def run(query: Tensor, key: Tensor, value: Tensor, batches: int) -> tuple[Tensor, ...]:
             score_mod = within_batch(self.score_mod, batches, score=True)
             mask_mod = within_batch(self.mask_mod, batches, score=False)
-            o, rows = replace(self, score_mod=score_mod, mask_mod=mask_mod)(query, key, value)
+            attention = replace(self, score_mod=score_mod, mask_mod=mask_mod, with_rows=True)
+            o, rows = attention(query, key, value)
             return o, *(rows[name] for name in SAVED_ROWS)
 
         o, *rows = mapped(run, query, key, value)

@@ -43,8 +43,8 @@ class Bound:
         return self.call.compiled.program
 
     def rows(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Row values by their names in the rule."""
-        return dict(zip((name for name, _ in self.program.rule.saved), values, strict=True))
+        """Row values by their names in the rule; none where none were asked for."""
+        return dict(zip(self.call.rows, values, strict=bool(values)))
 
 
 @dataclass(frozen=True, eq=False)
