@@ -23,11 +23,14 @@ from attn_engine.frontend import (
     Var,
     meta_tensor,
 )
+from attn_engine.library import and_masks, not_mask, or_masks
+from attn_engine.masks import BlockMask, create_block_mask
 from attn_engine.version import VERSION as __version__
 
 __all__ = [
     "AttentionEngine",
     "AttnEngineError",
+    "BlockMask",
     "CustomIO",
     "MetaTensor",
     "OnlineFunc",
@@ -38,5 +41,9 @@ __all__ = [
     "SymbolicTensor",
     "Var",
     "__version__",
+    "and_masks",
+    "create_block_mask",
     "meta_tensor",
+    "not_mask",
+    "or_masks",
 ]

@@ -91,7 +91,7 @@ def _few_rows_text(compiled: CompiledAttention) -> str:
     merge = derive_merge(rule)
     if isinstance(merge, NotMergeable):
         return f"{heads}\nthe keys of a row are never split, because {merge.reason}"
-    if not compiled.schedule.most_tasks:
+    if not compiled.schedule.split_tasks:
         return f"{heads}\nthe keys of a row are not split on this backend"
     return "\n".join([heads, "the keys of few rows are split among tasks and merged:", *_merge_lines(merge)])
 

@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "library": {"frontend"},
     "codegen": {"ir"},
     "runtime": {"codegen", "ir"},
+    "masks": {"frontend", "ir", "runtime"},  # plans made from user functions and the tensors that they read
     "integrations": {"top"},  # through the public package, as a user would
-    "top": {"frontend", "library", "ir", "codegen", "runtime", "integrations"},
+    "top": {"frontend", "library", "ir", "codegen", "runtime", "masks", "integrations"},
 }
 # The packages beyond the standard library that a layer may name.
 PACKAGES = {
@@ -30,6 +31,7 @@ PACKAGES = {
     "frontend": {"torch"},
     "library": {"torch"},
     "runtime": {"torch", "numpy", "networkx", "triton", "tilelang"},
+    "masks": {"torch", "matplotlib"},
     "integrations": {"torch", "transformers"},
     "top": {"torch"},
 }
@@ -43,7 +45,14 @@ ONLY_BOTH_BRANCHES = {
     "__init__.py",
 }
 STANDALONE = {"errors.py", "locations.py", "version.py"}  # imported by everybody, so they import nobody
-LAZY = {"triton", "tilelang", "sympy", "networkx", "transformers"}  # imported where they are used
+LAZY = {
+    "triton",
+    "tilelang",
+    "sympy",
+    "networkx",
+    "transformers",
+    "matplotlib",
+}  # imported where they are used
 # Files that need such a package from their first line on: nobody imports them but where they are used.
 LAZY_FILES = {"runtime/triton_interpreter.py": "attn_engine.runtime.triton_interpreter"}
 

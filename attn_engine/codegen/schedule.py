@@ -29,7 +29,8 @@ class Schedule:
     """Tile sizes and loop structure.
 
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
-    most_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
+    few_row_kernels: heads of few query rows get forward kernels of their own, with keys in lanes.
+    split_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
     lanes: what lies across a CPU's vectors in the forward kernel; backward_lanes: in the one-kernel backward pass.
     """
@@ -46,7 +47,8 @@ class Schedule:
     backward_stages: int = 2
     lanes: Lanes = Lanes.QUERIES
     backward_lanes: Lanes = Lanes.QUERIES
-    most_tasks: int = 0
+    few_row_kernels: bool = False
+    split_tasks: int = 0
 
     def __str__(self) -> str:
         kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
@@ -73,7 +75,8 @@ def cpu_schedule(lanes: int, *, masked: bool = True) -> Schedule:
         Edges.SPLIT,
         one,
         backward_lanes=backward_lanes,
-        most_tasks=64,
+        few_row_kernels=True,
+        split_tasks=64,
     )
 
 
@@ -90,7 +93,7 @@ def few_rows_schedule(rows: int, lanes: int = 32) -> Schedule:
 
 def tile_of_few_rows(schedule: Schedule, rows: int) -> int:
     """The rows of a tile of `few_rows_schedule` where that suits heads of this many query rows, else 0."""
-    if schedule.most_tasks == 0 or not 0 < rows <= MOST_FEW_ROWS:
+    if not schedule.few_row_kernels or not 0 < rows <= MOST_FEW_ROWS:
         return 0
     return next(n for n in FEW_ROWS if rows <= n)
 

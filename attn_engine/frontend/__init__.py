@@ -13,7 +13,14 @@ from attn_engine.frontend.symbols import (
     SymbolScalar,
     Var,
 )
-from attn_engine.frontend.trace import MaskMod, ScoreMod, Trace, trace_mask_mod, trace_score_mod
+from attn_engine.frontend.trace import (
+    MaskMod,
+    ScoreMod,
+    Trace,
+    trace_mask_mod,
+    trace_plain_mask,
+    trace_score_mod,
+)
 from attn_engine.frontend.traced import Traced
 
 __all__ = [
@@ -38,5 +45,6 @@ __all__ = [
     "meta_tensor",
     "trace_mask_mod",
     "trace_online",
+    "trace_plain_mask",
     "trace_score_mod",
 ]

@@ -122,6 +122,14 @@ def trace_mask_mod(
     return run.trace((BATCH, HEAD, Q_IDX, KV_IDX), 4 if takes_custom else None, _mask_result)
 
 
+def trace_plain_mask(fn: MaskMod) -> Trace:
+    """Trace the mask_mod(b, h, q_idx, kv_idx) of a block mask, which is made without any custom inputs."""
+    what, expected = "The mask_mod of a block mask", "(b, h, q_idx, kv_idx)"
+    if _takes_custom(fn, 4, what, expected):
+        raise WrongParameters(what=what, expected=expected, got="five parameters", location=_definition(fn))
+    return trace_mask_mod(fn)
+
+
 class _Run:
     """One trace of one function."""
 
@@ -331,4 +339,4 @@ def _definition(fn: Any) -> Location | None:
     return definition_of(code) if isinstance(code, CodeType) else None
 
 
-__all__ = ["MaskMod", "ScoreMod", "Trace", "trace_mask_mod", "trace_score_mod"]
+__all__ = ["MaskMod", "ScoreMod", "Trace", "trace_mask_mod", "trace_plain_mask", "trace_score_mod"]

@@ -189,6 +189,8 @@ INFO: dict[Op, OpInfo] = {
     Op.MOD: _binary(_S.INTEGER, lambda a, b: a % b),  # takes the sign of the divisor, as Python
     Op.NEG: _unary(_A, lambda a: -a),
     Op.ABS: _unary(_A, abs),
+    # A NaN: the reference and the torch backend spread it as torch does. Generated C++ and Triton may drop it, because
+    # the machines' own instructions return one operand and telling them otherwise costs every row maximum more.
     Op.MAX: _binary(_A, _larger),
     Op.MIN: _binary(_A, _smaller),
     Op.LE: _binary(_S.COMPARISON, lambda a, b: a <= b),

@@ -29,8 +29,8 @@ from attn_engine.errors import (
     WrongRank,
 )
 from attn_engine.ir.ops import Number, Storage
-from attn_engine.ir.program import Attention, Captured
-from attn_engine.runtime.captured_indices import CallValues, check_indices
+from attn_engine.ir.program import Captured
+from attn_engine.runtime.captured_indices import CallValues, Functions, check_indices
 from attn_engine.runtime.storage import STORAGES
 
 LAYOUTS = {"bshd": "(batch, length, heads, dim)", "bhsd": "(batch, heads, length, dim)"}
@@ -164,7 +164,7 @@ def check_custom_input(name: str, x: Tensor, declared: Sequence[str | int], size
 
 
 def check_captured(
-    program: Attention,
+    program: Functions,
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Number],
     sizes: Mapping[str, int],

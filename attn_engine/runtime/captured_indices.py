@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from attn_engine.ir.passes.bounds import (
     proved_inside,
 )
 from attn_engine.ir.printer import format_expr
-from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention, ScalarFn
+from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Captured, ScalarFn
 from attn_engine.locations import Location
 from attn_engine.runtime.dense import evaluate_dense
 
@@ -65,7 +66,18 @@ class CallValues:
         return int(low), int(high)
 
 
-def check_indices(program: Attention, values: CallValues) -> None:
+class Functions(Protocol):
+    """What is checked: a program, or a mask by itself."""
+
+    @property
+    def mask(self) -> ScalarFn | None: ...
+    @property
+    def functions(self) -> tuple[ScalarFn, ...]: ...
+    @property
+    def captures(self) -> tuple[Captured, ...]: ...
+
+
+def check_indices(program: Functions, values: CallValues) -> None:
     """Raise IndexOutOfRange or IntegerOverflow for the first index or integer that leaves its range."""
     if values.empty:
         return

@@ -30,10 +30,10 @@ def choose_splits(program: Attention, schedule: Schedule, q: Tensor, k: Tensor) 
     """Splits of the keys: 1 where the query tiles are work enough for every thread that there may be."""
     batches, heads, q_len, _ = q.shape
     tiles = batches * heads * -(-q_len // schedule.block_q)
-    if tiles == 0 or tiles >= schedule.most_tasks:
+    if tiles == 0 or tiles >= schedule.split_tasks:
         return 1
     longest = k.shape[2] * (program.dim_qk + program.dim_v) // LEAST_NUMBERS_PER_SPLIT
-    splits = min(-(-schedule.most_tasks // tiles), longest)
+    splits = min(-(-schedule.split_tasks // tiles), longest)
     return splits if splits > 1 and isinstance(derive_merge(program.rule), MergeRule) else 1
 
 

@@ -36,7 +36,7 @@ struct Scratch {  // of one thread
   alignas(64) Real rescale_tile[BLOCK_Q];
   alignas(64) Real tile_sum_tile[BLOCK_Q];
   alignas(64) Real logit_tile[BLOCK_Q][round_up(BLOCK_KV, LANES)];
-  alignas(64) Real inverse_sum_2_tile[BLOCK_Q];
+  alignas(64) Real inverse_sum_tile[BLOCK_Q];
 };
 
 static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start, int head, int batch) {
@@ -62,7 +62,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   auto& rescale_tile = scratch.rescale_tile;
   auto& tile_sum_tile = scratch.tile_sum_tile;
   auto& logit_tile = scratch.logit_tile;
-  auto& inverse_sum_2_tile = scratch.inverse_sum_2_tile;
+  auto& inverse_sum_tile = scratch.inverse_sum_tile;
   const int q_rows = min(BLOCK_Q, q_len - q_start);
 
   // -- query tile of this program
@@ -203,16 +203,16 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   for (int row = 0; row < q_rows; ++row) {
     const int q_idx = q_start + row;
     // normalisers.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
-    const auto inverse_sum_2 = where(0.0f < row_sum_tile[row], 1.0f / row_sum_tile[row], 0.0f);
-    inverse_sum_2_tile[row] = inverse_sum_2;
+    const auto inverse_sum = where(0.0f < row_sum_tile[row], 1.0f / row_sum_tile[row], 0.0f);
+    inverse_sum_tile[row] = inverse_sum;
     write(saved_lse, 1, row_max_tile[row] + log(row_sum_tile[row]), batch, head, q_idx);
     write(saved_row_max, 1, row_max_tile[row], batch, head, q_idx);
-    write(saved_inverse_sum, 1, inverse_sum_2, batch, head, q_idx);
+    write(saved_inverse_sum, 1, inverse_sum, batch, head, q_idx);
   }
   const auto O_matrix = matrix(O, batch, head);
   for (int row = 0; row < q_rows; ++row) {
     for (int column = 0; column < DV; column += LANES)
-      write_row<DV>(O_matrix, q_start + row, column, load(out_tile[row] + column) * inverse_sum_2_tile[row]);
+      write_row<DV>(O_matrix, q_start + row, column, load(out_tile[row] + column) * inverse_sum_tile[row]);
   }
 }
 

@@ -128,11 +128,11 @@ def forward(
 
     # -- normalise and store
     # normalisers.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
-    inverse_sum_2 = tl.where(0.0 < row_sum, 1.0 / row_sum, 0.0)
+    inverse_sum = tl.where(0.0 < row_sum, 1.0 / row_sum, 0.0)
     O_base = O + batch * O_batch_stride + head * O_head_stride + q_row * O_row_stride
     tl.store(
         O_base + (q_tile[:, None] * O_row_stride + dv_idx[None, :] * O_d_stride),
-        out * inverse_sum_2[:, None],
+        out * inverse_sum[:, None],
         mask=q_idx[:, None] < q_len,
     )
     saved_lse_base = (
@@ -161,6 +161,6 @@ def forward(
     )
     tl.store(
         saved_inverse_sum_base + q_tile * saved_inverse_sum_row_stride,
-        inverse_sum_2,
+        inverse_sum,
         mask=q_idx < q_len,
     )

@@ -158,11 +158,11 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
 
   // -- normalise and store
   // normalisers.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
-  const auto inverse_sum_2 = where(0.0f < row_sum, 1.0f / row_sum, 0.0f);
+  const auto inverse_sum = where(0.0f < row_sum, 1.0f / row_sum, 0.0f);
   write(saved_lse, q_rows, row_max + log(row_sum), batch, head, q_idx);
   write(saved_row_max, q_rows, row_max, batch, head, q_idx);
-  write(saved_inverse_sum, q_rows, inverse_sum_2, batch, head, q_idx);
-  for (int row = 0; row < DV; ++row) store(result_tile[row], load(out_tile[row]) * inverse_sum_2);
+  write(saved_inverse_sum, q_rows, inverse_sum, batch, head, q_idx);
+  for (int row = 0; row < DV; ++row) store(result_tile[row], load(out_tile[row]) * inverse_sum);
   unpack_lanes<DV>(matrix(O, batch, head), q_start, q_rows, result_tile);
 }
 

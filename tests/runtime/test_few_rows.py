@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_engine import AttentionEngine, meta_tensor
-from attn_engine.codegen.schedule import Schedule, cpu_schedule
+from attn_engine.codegen.schedule import Schedule, cpu_schedule, tile_of_few_rows
 from attn_engine.frontend import OnlineFunc
 from attn_engine.ir.passes.pack_heads import Packing
 from attn_engine.ir.program import Attention
@@ -165,7 +165,7 @@ def test_other_dtypes_on_cpu(variant: str, dtype: torch.dtype) -> None:
 def test_the_lowering_on_other_machines(machine: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They do not split the keys by themselves; told to, they run the same kernels."""
     kind = TorchBackend if machine == "torch" else TritonBackend
-    monkeypatch.setattr(kind, "schedule", lambda *_: replace(cpu_schedule(32), most_tasks=64))
+    monkeypatch.setattr(kind, "schedule", lambda *_: replace(cpu_schedule(32), split_tasks=64))
     for lengths in ((1, 517), (3, 261)):
         assert_within(run_case(machine, "softmax", VARIANTS[variant], torch.float32, HEADS["gqa_4"], lengths))
 
@@ -308,11 +308,21 @@ def test_the_choice_depends_on_shapes() -> None:
     assert splits(1, 1, 2**20, of=engine_of(online_func=LogSum()).program) == 1
 
 
+def test_few_row_kernels_and_splits_are_chosen_apart() -> None:
+    program, inputs = engine_of().program, [torch.empty(1, 8, n, 64, device="meta") for n in (1, 2**20)]
+    never_split = replace(cpu_schedule(32), split_tasks=0)
+    assert tile_of_few_rows(never_split, 3) == 4
+    assert choose_splits(program, never_split, *inputs) == 1
+    same_kernels = replace(cpu_schedule(32), few_row_kernels=False)
+    assert tile_of_few_rows(same_kernels, 3) == 0
+    assert choose_splits(program, same_kernels, *inputs) == 8
+
+
 @pytest.mark.usefixtures("short_splits")
 def test_nothing_is_compiled_for_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     original = TorchBackend.compile
-    monkeypatch.setattr(TorchBackend, "schedule", lambda *_: replace(cpu_schedule(32), most_tasks=64))
+    monkeypatch.setattr(TorchBackend, "schedule", lambda *_: replace(cpu_schedule(32), split_tasks=64))
 
     def compile_once(self: TorchBackend, kernel: Kernel, schedule: Schedule) -> Launchable:
         compiled.append(kernel.name)

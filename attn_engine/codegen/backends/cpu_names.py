@@ -28,6 +28,16 @@ LOCALS = frozenset(
     BLOCK_Q BLOCK_KV partial_step full_step step next_task floor_div floor_mod int64_t int32_t int16_t int8_t uint8_t
     aligned_alloc free""".split()
 )
+# Names that the printed file spells by itself. No name of a user or of a header may be one of them (both are tested).
+FIXED = frozenset(
+    """split batch head kv_head q_start kv_start q_idx kv_idx d_idx dv_idx
+    batches heads kv_heads q_len kv_len""".split()
+)
+# What the printed file calls the arrays, rows and pairs of a value, and the rows of a tensor.
+AROUND_VALUES = (
+    "{}_tile", "{}_packed", "{}_packed_pairs", "{}_spare", "{}_numbers", "{}_rows", "{}_pairs", "even_{}",
+)  # fmt: skip
+AROUND_TENSORS = ("{}_matrix",)
 
 
 @cache
@@ -43,9 +53,9 @@ def header_names() -> frozenset[str]:
 
 
 def with_legal_names(kernel: Kernel) -> Kernel:
-    """The kernel with an underscore after every name that C++ or the headers have taken."""
+    """The kernel with an underscore after every name that C++, the headers or the printed file have taken."""
     names = used_names(kernel)
-    taken = KEYWORDS | LOCALS | header_names()
+    taken = (KEYWORDS | LOCALS | header_names() | names_around(kernel)) - FIXED
     new: dict[str, str] = {}
     for name in sorted(names & taken):
         legal = name + "_"
@@ -70,6 +80,13 @@ def with_legal_names(kernel: Kernel) -> Kernel:
         scalars=tuple(replace(v, name=new.get(v.name, v.name)) for v in kernel.scalars),
         body=_renamed(kernel.body, new, lambda e: transform(e, change)),
     )
+
+
+def names_around(kernel: Kernel) -> set[str]:
+    """Names that the printed file makes from those of the kernel's values and tensors."""
+    values = {s.name for s in walk(kernel.body) if isinstance(s, Let)}
+    around = {form.format(name) for name in values for form in AROUND_VALUES}
+    return around | {form.format(p.name) for p in kernel.params for form in AROUND_TENSORS}
 
 
 def used_names(kernel: Kernel) -> set[str]:

@@ -33,6 +33,10 @@ class Names:
     def copy(self) -> Names:
         return Names(self._taken)
 
+    def without(self, names: set[str]) -> Names:
+        """A copy that may hand out these names again."""
+        return Names(self._taken - names)
+
 
 class Emitter:
     """Collects the Lets of one straight-line block."""

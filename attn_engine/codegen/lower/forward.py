@@ -209,7 +209,7 @@ def adjuster(visible: Expr | None) -> Callable[[Expr], Expr]:
 def epilogue(program: Attention, names: Names) -> list[Stmt]:
     """Normalise, and store the output and the row values the backward pass needs."""
     rule = program.rule
-    emitter = Emitter(names)
+    emitter = Emitter(names.without(saved_under_own_name(rule)))
     output = emitter.value(rule.output, rule.names, rule.sources)
     empty = row_is_empty(rule)
     needs_guard = not math.isfinite(output_of_empty_row(rule))
@@ -226,6 +226,12 @@ def epilogue(program: Attention, names: Names) -> list[Stmt]:
         )
         stores.append(StoreTile(saved_param(name), Q_ROW, saved))
     return [Section("normalise and store"), *emitter.lets, *stores]
+
+
+def saved_under_own_name(rule: OnlineRule) -> set[str]:
+    """Names of row values that the user's epilogue calls so too: kept for them, and free once they are made."""
+    states = {s.name for s in rule.states}
+    return {name for name, value in rule.saved if rule.names.get(value) == name} - states
 
 
 def row_is_empty(rule: OnlineRule) -> Expr:

@@ -63,6 +63,12 @@ def classify_tiles(mask: Expr | None, loop: str) -> TileClass | None:
     return TileClass(may, must)
 
 
+def tile_truth(mask: Expr) -> TileClass:
+    """The class of a pair of tiles as far as intervals tell, linear bounds included: no part is left out."""
+    truth = _Analysis("kv").truth(simplify(mask))
+    return TileClass(truth.may, truth.must)
+
+
 @dataclass(frozen=True, slots=True)
 class _Truth:
     """may: False means that no pair holds; must: True means that all do."""

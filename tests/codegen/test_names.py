@@ -1,0 +1,76 @@
+"""A user's own names in generated kernels: whatever local variables are called, a kernel computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_engine import AttentionEngine, meta_tensor
+from attn_engine.codegen.backends.cpu_names import FIXED, header_names
+from attn_engine.runtime import few_rows
+from attn_engine.runtime.cpu_compile import find_compiler
+
+GRID = ("split", "batch", "head", "kv_head", "q_start", "kv_start", "row", "column", "q_rows")
+ARRAYS = (
+    "score_packed", "query_packed", "key_spare", "value_rows", "probs_tile", "d_probs_tile", "score_tile", "out_tile",
+    "masked_score_tile", "query_pairs", "even_probs", "probs_pairs", "O_matrix", "saved_lse_matrix",
+)  # fmt: skip
+DIM = 16
+
+
+def function_with_locals(names: tuple[str, ...]) -> Callable[..., Any]:
+    """A score_mod with these local variables, each made from the one before and read again by the result."""
+    lines = ["def score_mod(score, b, h, q_idx, kv_idx):"]
+    for name, previous in zip(names, ("score", *names), strict=False):
+        lines.append(f"    {name} = {previous} * 0.5 - score * score * 0.125")
+    lines.append(f"    return ({' + '.join(names)}) * {1 / len(names)}")
+    scope: dict[str, Any] = {}
+    exec("\n".join(lines), scope)
+    return scope["score_mod"]
+
+
+def inputs_of(q_len: int, kv_len: int, dtype: torch.dtype) -> list[Tensor]:
+    shapes = ((1, q_len, 4, DIM), (1, kv_len, 2, DIM), (1, kv_len, 2, DIM))
+    return [torch.randn(s, dtype=dtype).mul_(0.5).requires_grad_() for s in shapes]
+
+
+def engine_with_locals(names: tuple[str, ...], dtype: torch.dtype) -> AttentionEngine:
+    return AttentionEngine(
+        [meta_tensor(None, None, None, DIM, dtype=dtype)] * 3,
+        score_mod=function_with_locals(names),
+        mask_mod=lambda b, h, q_idx, kv_idx: (q_idx + kv_idx) % 7 != 3,
+        backend="cpu",
+    )
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_local_variables_named_like_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One query over 300 keys: the kernels for few rows, in splits."""
+    monkeypatch.setattr(few_rows, "LEAST_NUMBERS_PER_SPLIT", 2**10)
+    engine = engine_with_locals(GRID, torch.float32)
+    q, k, v = inputs_of(1, 300, torch.float32)
+    torch.testing.assert_close(engine(q, k, v).double(), engine.reference(q, k, v), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_local_variables_named_like_arrays() -> None:
+    """bfloat16: the kernels with the most arrays; their backward pass too."""
+    engine = engine_with_locals(ARRAYS, torch.bfloat16)
+    q, k, v = inputs_of(70, 150, torch.bfloat16)
+    o, wanted = engine(q, k, v), engine.reference(q, k, v)
+    torch.testing.assert_close(o.double(), wanted, rtol=3e-2, atol=3e-2)
+    weights = torch.randn_like(o)
+    got = torch.autograd.grad(o, (q, k, v), weights)
+    want = torch.autograd.grad(wanted, (q, k, v), weights.double())
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w.double(), rtol=3e-2, atol=3e-2 * w.abs().max().item())
+
+
+def test_headers_leave_the_names_that_kernels_spell_by_themselves() -> None:
+    assert not FIXED & header_names(), (
+        "a kernel's parameter hides this function of a header: rename the function"
+    )
