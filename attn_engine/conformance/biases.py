@@ -18,7 +18,11 @@ def add(name: str, score: Make, **what: Any) -> None:
     BIASES.add(name, "4g learned bias", score=score, **{"shape": SMALL, "learned": ("bias",), **what})
 
 
-add("relative, one dimension", lambda bias: lambda s, b, h, q, kv: s + bias[q - kv + S - 1], tensors=normal(2 * S - 1))
+add(
+    "relative, one dimension",
+    lambda bias: lambda s, b, h, q, kv: s + bias[q - kv + S - 1],
+    tensors=normal(2 * S - 1),
+)
 add("absolute, two dimensions", lambda bias: lambda s, b, h, q, kv: s + bias[q, kv], tensors=normal(S, S))
 add("per head", lambda bias: lambda s, b, h, q, kv: s + bias[h, q, kv], tensors=normal("heads", S, S))
 add(
@@ -42,15 +46,29 @@ add(
     lambda bias: lambda s, b, h, q, kv: s + torch.where(kv < 4, bias[torch.clamp(kv, 0, 3)], 0.0),
     tensors=normal(4),
 )
-add("by batch, head and a fixed key", lambda bias: lambda s, b, h, q, kv: s + bias[b, h, 4] * kv, tensors=normal("batches", "heads", S))
+add(
+    "by batch, head and a fixed key",
+    lambda bias: lambda s, b, h, q, kv: s + bias[b, h, 4] * kv,
+    tensors=normal("batches", "heads", S),
+)
 add(
     "by a computed index",
     lambda bias, offset: lambda s, b, h, q, kv: s + bias[offset[q]] * kv,
     tensors=both(normal(S), integers(offset=lambda s: (torch.arange(S) * 7) % S)),
 )
-add("symmetric bias[q] + bias[kv]", lambda bias: lambda s, b, h, q, kv: s + bias[q] + bias[kv], tensors=normal(S))
-add("flipped bias[S - 1 - q]", lambda bias: lambda s, b, h, q, kv: s + bias[S - 1 - q] * kv, tensors=normal(S))
-add("sigmoid gate per head", lambda bias: lambda s, b, h, q, kv: s * torch.sigmoid(bias[h]), tensors=normal("heads"))
+add(
+    "symmetric bias[q] + bias[kv]",
+    lambda bias: lambda s, b, h, q, kv: s + bias[q] + bias[kv],
+    tensors=normal(S),
+)
+add(
+    "flipped bias[S - 1 - q]", lambda bias: lambda s, b, h, q, kv: s + bias[S - 1 - q] * kv, tensors=normal(S)
+)
+add(
+    "sigmoid gate per head",
+    lambda bias: lambda s, b, h, q, kv: s * torch.sigmoid(bias[h]),
+    tensors=normal("heads"),
+)
 add(
     "double index bias[b][q, kv]",
     lambda bias: lambda s, b, h, q, kv: s + bias[b][q, kv],

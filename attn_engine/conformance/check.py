@@ -69,7 +69,12 @@ Run = Callable[[list[Tensor], dict[str, Tensor]], Tensor]
 
 
 def results(
-    run: Run, entry: Entry, inputs: list[Tensor], tensors: dict[str, Tensor], dtype: torch.dtype, backward: bool
+    run: Run,
+    entry: Entry,
+    inputs: list[Tensor],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    backward: bool,
 ) -> dict[str, Tensor]:
     """o, and with `backward` dq, dk, dv and the gradients of the learned tensors, computed in `dtype`."""
     inputs = [x.to(dtype) for x in inputs]
@@ -79,7 +84,9 @@ def results(
         return {"o": run(inputs, tensors).detach()}
     inputs = [x.requires_grad_(not entry.only_learned) for x in inputs]
     tensors = {n: t.clone().requires_grad_() if n in entry.learned else t for n, t in tensors.items()}
-    leaves = {} if entry.only_learned else dict(zip(("dq", "dk", "dv"), inputs, strict=True))
+    leaves: dict[str, Tensor] = {}
+    if not entry.only_learned:
+        leaves.update(zip(("dq", "dk", "dv"), inputs, strict=True))
     leaves.update({f"d{n}": tensors[n] for n in entry.learned})
     o = run(inputs, tensors)
     weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(7)).to(o.dtype)
@@ -109,9 +116,7 @@ def check(
         _compare(name, got[name], eager[name], truth, dtype, factor)
 
 
-def _compare(
-    name: str, got: Tensor, eager: Tensor, want: Tensor, dtype: torch.dtype, factor: float
-) -> None:
+def _compare(name: str, got: Tensor, eager: Tensor, want: Tensor, dtype: torch.dtype, factor: float) -> None:
     if got.shape != want.shape:
         raise Wrong(f"{name} has shape {tuple(got.shape)} instead of {tuple(want.shape)}")
     if not want.numel():
@@ -119,7 +124,9 @@ def _compare(
     rms = name not in ("o", "dq", "dk", "dv")
     error, allowed = _distance(got, want, rms), _distance(eager, want, rms)
     largest = want.abs().max().item()
-    floor = {torch.float64: 1e-12, torch.float32: 3e-6}.get(dtype, 4 * torch.finfo(dtype).eps) * max(largest, 1e-3)
+    floor = {torch.float64: 1e-12, torch.float32: 3e-6}.get(dtype, 4 * torch.finfo(dtype).eps) * max(
+        largest, 1e-3
+    )
     if not error <= max(allowed * (1.35 if rms and factor < 2 else factor), floor):
         raise Wrong(f"{name} is off by {error:.2e}; the definition in {dtype} by {allowed:.2e}")
 

@@ -32,7 +32,9 @@ class Shape:
 
 BASE = Shape()
 
-Make = Callable[..., Callable[..., Any]]  # called with an entry's tensors by name: returns the user's function
+Make = Callable[
+    ..., Callable[..., Any]
+]  # called with an entry's tensors by name: returns the user's function
 Tensors = Callable[[Shape, torch.Generator], dict[str, Tensor]]
 
 

@@ -59,7 +59,9 @@ def dense_attention(
     if score_mod is not None:
         scores = _at(visible, score_mod, scores)
     scores = scores.to(precise).masked_fill(~visible, -math.inf)
-    largest = scores.detach().amax(-1, keepdim=True) if k.shape[2] else scores.new_full((*shape[:3], 1), -math.inf)
+    largest = (
+        scores.detach().amax(-1, keepdim=True) if k.shape[2] else scores.new_full((*shape[:3], 1), -math.inf)
+    )
     safe = torch.where(torch.isfinite(largest), largest, 0.0)
     weights = torch.exp(scores - safe)
     total = weights.sum(-1, keepdim=True)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_engine.conformance.entries import BASE, Make, Shape, Table
+from attn_engine.conformance.entries import Make, Shape, Table
 
 SCORES = Table()
 HIDDEN = -float("inf")
 WIDTH = 10  # of the pictures whose pixels some functions take positions for
+# Functions that view a captured tensor count on the sizes of `entries.BASE`: 2 batches, 4 heads, length 70.
 
 
 def add(name: str, score: Make, **what: Any) -> None:
@@ -51,8 +52,14 @@ add(
     lambda: lambda score, b, h, q, kv: torch.where(q >= kv, score + (q - kv), HIDDEN),
 )
 add("ALiBi", lambda: lambda score, b, h, q, kv: score + (kv - q) * torch.exp2(-((h + 1) * 8.0 / 4)))
-add("trigonometry", lambda: lambda score, b, h, q, kv: torch.sin(score) + torch.cos(q * 0.1) * torch.sin(kv * 0.1))
-add("trigonometry, product", lambda: lambda score, b, h, q, kv: torch.cos(score) * torch.sin(score) + torch.tan(b * 0.3))
+add(
+    "trigonometry",
+    lambda: lambda score, b, h, q, kv: torch.sin(score) + torch.cos(q * 0.1) * torch.sin(kv * 0.1),
+)
+add(
+    "trigonometry, product",
+    lambda: lambda score, b, h, q, kv: torch.cos(score) * torch.sin(score) + torch.tan(b * 0.3),
+)
 add("skip odd keys", lambda: lambda score, b, h, q, kv: torch.where(kv % 2 == 0, score, HIDDEN))
 add("SiLU of the score", lambda: lambda score, b, h, q, kv: torch.nn.functional.silu(score))
 add("soft cap", lambda: lambda score, b, h, q, kv: 5 * torch.tanh(score / 5))
@@ -117,8 +124,12 @@ add(
 )  # fmt: skip
 add(
     "decomposed relative positions through a view",
-    lambda rows, columns: lambda score, b, h, q, kv: (
-        score + rows.view(8, 70, 7)[b * 4 + h, q, kv // 10] + columns.view(8, 70, 10)[b * 4 + h, q, kv % 10]
+    lambda rows, columns: (
+        lambda score, b, h, q, kv: (
+            score
+            + rows.view(8, 70, 7)[b * 4 + h, q, kv // 10]
+            + columns.view(8, 70, 10)[b * 4 + h, q, kv % 10]
+        )
     ),
     tensors=both(normal(8, 70, 7, 1, name="rows"), normal(8, 70, 1, 10, name="columns")),
 )
@@ -150,8 +161,10 @@ add(
 )
 add(
     "padded dense causal",
-    lambda lengths: lambda score, b, h, q, kv: torch.where(
-        (q >= kv) & (kv < lengths[b]) & (q < lengths[b]), score, HIDDEN
+    lambda lengths: (
+        lambda score, b, h, q, kv: torch.where(
+            (q >= kv) & (kv < lengths[b]) & (q < lengths[b]), score, HIDDEN
+        )
     ),
     tensors=integers(lengths=lambda s: torch.arange(s.batches) * 13 + 50),
 )
@@ -241,4 +254,3 @@ add(
     learned=("bias",),
     **_visible,
 )
-assert BASE.q_len == BASE.kv_len == 70 and (BASE.batches, BASE.heads) == (2, 4)  # views above count on it

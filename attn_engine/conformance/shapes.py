@@ -36,7 +36,11 @@ for batches in (3, 4, 5):
     add(f"keys of one batch for {batches}", shape=sized(batches=batches), mask_batches=True)
 for heads, kv_heads in ((4, 2), (4, 1), (8, 2), (16, 4), (6, 2)):
     add(f"grouped queries {heads}:{kv_heads}", shape=sized(heads=heads, kv_heads=kv_heads))
-add("grouped queries with one query", shape=sized(heads=6, kv_heads=2, q_len=1), mask=lambda: lambda b, h, q, kv: kv >= h)
+add(
+    "grouped queries with one query",
+    shape=sized(heads=6, kv_heads=2, q_len=1),
+    mask=lambda: lambda b, h, q, kv: kv >= h,
+)
 add("values narrower than keys", shape=sized(dim=32, dim_v=16))
 add("values wider than keys", shape=sized(dim=16, dim_v=48))
 for dim in (17, 24, 94, 121):

@@ -21,9 +21,10 @@ from attn_engine.errors import (
 )
 from attn_engine.flex.auxiliary import AuxOutput, AuxRequest
 from attn_engine.flex.block_masks import mask_of
-from attn_engine.flex.graph import everything, flex_in_graph, identity, known_to_dynamo
+from attn_engine.flex.graph import flex_in_graph, identity, known_to_dynamo
 from attn_engine.flex.kernel_options import chosen_backend
 from attn_engine.flex.mistakes import GroupsNotEnabled, WrongAuxRequest
+from attn_engine.flex.noop import noop_mask
 from attn_engine.flex.programs import SAVED_ROWS, Kind, bind_call
 from attn_engine.flex.transforms import is_mapped, mapped, within_batch
 from attn_engine.options import checked_scale
@@ -98,7 +99,9 @@ class Attention:
             o, rows = reference(bound.program, query, key, value, bound.captured, bound.numbers)
             return o.to(query.dtype), rows
         refuse_transforms(bound.captured.values())
-        o, *rows = apply(bound.call, bound.key, query, key, value, bound.captured, bound.numbers, self.with_rows)
+        o, *rows = apply(
+            bound.call, bound.key, query, key, value, bound.captured, bound.numbers, self.with_rows
+        )
         return o, bound.rows(rows)
 
     def _mapped(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -123,7 +126,7 @@ class Attention:
             "mask": "none" if self.mask_mod is None else "",
         }
         score_mod = identity if self.score_mod is None else self.score_mod
-        mask_mod = everything if self.mask_mod is None else self.mask_mod
+        mask_mod = noop_mask if self.mask_mod is None else self.mask_mod
         o, *rows = flex_in_graph(query, key, value, score_mod, (mask_mod,), self.scale, given)
         return o, dict(zip(SAVED_ROWS, rows, strict=True))
 
@@ -184,4 +187,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype.is_floating_point and x.dtype is not torch.float64 else x for x in tensors)
+    return tuple(
+        x.to(dtype) if x.dtype.is_floating_point and x.dtype is not torch.float64 else x for x in tensors
+    )

@@ -1,4 +1,9 @@
-"""Any BlockMask, read by the names of its fields, as one mask_mod that says the same."""
+"""Any BlockMask, this package's or torch's, as one mask_mod that says the same.
+
+A BlockMask is block lists and a mask_mod. Where the lists are those of the mask_mod, it alone says everything, and
+kernels take their ranges from it. Where they say more (made by hand, cut, sliced), each pair also asks its block, in a
+small table of block classes.
+"""
 
 from __future__ import annotations
 
@@ -9,60 +14,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_engine.errors import DeviceMismatch
-from attn_engine.flex.mistakes import WrongBlockMask
+from attn_engine.errors import AttnEngineError, DeviceMismatch
+from attn_engine.masks import BlockLists, BlockMask
+from attn_engine.masks.mistakes import BlockMaskMismatch, NotABlockMask, WrongBlockMask
+from attn_engine.masks.plan import BlockPlan, MaskSource
 
 Mask = Callable[..., Any]
-WHOLE = 1 << 30  # torch's block size of a mask that is one block: it fits every length
+WHOLE = (1 << 30, 1 << 30)  # torch's block size of a mask that is one block: it fits every length
 PARTIAL, FULL = 1, 2
-_MADE_ANEW = "Make one for these lengths: create_block_mask(mask_mod, B, H, Q_LEN, KV_LEN)."
+_FIELDS = ("mask_mod", "BLOCK_SIZE", "kv_num_blocks", "kv_indices", "seq_lengths")
+_LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 
 
 def mask_of(block_mask: Any, query: Tensor, key: Tensor) -> Mask | None:
-    """The mask of a BlockMask for these tensors; raises WrongBlockMask where it does not fit them."""
-    mask_mod = checked(block_mask, query, key)
-    q_block, kv_block = block_mask.BLOCK_SIZE
-    if q_block == kv_block == WHOLE:
+    """The mask of a BlockMask for these tensors; None where it keeps every pair.
+
+    Raises NotABlockMask, BlockMaskMismatch and DeviceMismatch where it is none or does not fit them.
+    """
+    own = isinstance(block_mask, BlockMask)
+    if not own:
+        for name in _FIELDS:
+            if not hasattr(block_mask, name):
+                got = type(block_mask).__name__
+                raise NotABlockMask(argument="block_mask", got=f"a {got}", missing=name)
+        if tuple(block_mask.BLOCK_SIZE) == WHOLE:
+            return _mask_mod(block_mask)
+    _check_sizes(block_mask, query, key)
+    device = block_mask.device if own else block_mask.kv_num_blocks.device
+    if device != query.device:
+        raise DeviceMismatch(argument="block_mask", got=device, expected=query.device)
+    mask_mod = _mask_mod(block_mask)
+    if _says_all(block_mask):
         return mask_mod
+    q_block, kv_block = block_mask.BLOCK_SIZE
     blocks = table_of(block_mask).expand(query.shape[0], query.shape[1], -1, -1)
     return listed(mask_mod, blocks, q_block, kv_block)
 
 
-def checked(block_mask: Any, query: Tensor, key: Tensor) -> Mask | None:
-    """The mask_mod of a BlockMask once it fits: None where it keeps every pair."""
-    for name in ("mask_mod", "BLOCK_SIZE", "kv_num_blocks", "kv_indices", "seq_lengths"):
-        if not hasattr(block_mask, name):
-            got = type(block_mask).__name__
-            instead = "Make it with create_block_mask or BlockMask.from_kv_blocks."
-            raise WrongBlockMask(problem=f"a {got} without {name} is no BlockMask", instead=instead)
+def _check_sizes(block_mask: Any, query: Tensor, key: Tensor) -> None:
     lengths = tuple(block_mask.seq_lengths)
-    given = query.shape[2], key.shape[2]
-    whole = tuple(block_mask.BLOCK_SIZE) == (WHOLE, WHOLE)
-    if lengths != given and not whole:
-        problem = f"it was made for lengths {lengths}, and query and key have {given}"
-        raise WrongBlockMask(problem=problem, instead=_MADE_ANEW)
-    counts = block_mask.kv_num_blocks
-    if counts.ndim != 3:
-        problem = f"kv_num_blocks has shape {tuple(counts.shape)} instead of (batches, heads, query blocks)"
-        raise WrongBlockMask(problem=problem, instead="Add leading dimensions of 1.")
-    for what, made_for, got in zip(("batches", "heads"), counts.shape, query.shape, strict=False):
-        if made_for not in (1, got):
-            raise WrongBlockMask(problem=f"it has {made_for} {what}, and query {got}", instead=_MADE_ANEW)
-    if counts.device != query.device:
-        raise DeviceMismatch(argument="block_mask", got=counts.device, expected=query.device)
-    return _mask_mod(block_mask)
+    for what, got, expected in zip(("Q_LEN", "KV_LEN"), lengths, (query.shape[2], key.shape[2]), strict=True):
+        if got != expected:
+            raise BlockMaskMismatch(what=what, got=got, expected=expected)
+    sizes = block_mask.shape[:-2]
+    if len(sizes) != 2:
+        instead = "Add leading dimensions of 1 to its lists."
+        expected = "a mask with a batch and a head dimension"
+        raise WrongBlockMask(
+            argument="block_mask.shape", got=tuple(block_mask.shape), expected=expected, instead=instead
+        )
+    for what, got, expected in zip("BH", sizes, query.shape, strict=False):
+        if got not in (1, expected):
+            raise BlockMaskMismatch(what=what, got=got, expected=expected)
 
 
 def _mask_mod(block_mask: Any) -> Mask | None:
     mask_mod = block_mask.mask_mod
+    if mask_mod is None:
+        return None
     name, module = getattr(mask_mod, "__name__", ""), getattr(mask_mod, "__module__", "") or ""
     if name == "_sliced_mask_mod_error" and module.startswith("torch."):
         raise WrongBlockMask(
-            problem="it is a slice of another one, and slicing leaves it without a mask_mod",
-            instead="Set its mask_mod from the mask that was sliced, with positions counted from the slice's start.",
+            argument="block_mask.mask_mod",
+            got=name,
+            expected="a mask: slicing a BlockMask of torch leaves it without one",
+            instead="Set it from the mask that was sliced, with positions counted from the slice's start.",
         )
-    keeps_all = name == "noop_mask" and module.startswith(("torch.", "attn_engine."))
-    return None if keeps_all else mask_mod
+    return None if name == "noop_mask" and module.startswith(("torch.", "attn_engine.")) else mask_mod
 
 
 def listed(mask_mod: Mask | None, blocks: Tensor, q_block: int, kv_block: int) -> Mask:
@@ -77,23 +95,104 @@ def listed(mask_mod: Mask | None, blocks: Tensor, q_block: int, kv_block: int) -
     return listed_mask
 
 
-# Tables by BlockMask, with the versions of the lists that they were made from.
-_tables: weakref.WeakKeyDictionary[Any, tuple[tuple[int, ...], Tensor]] = weakref.WeakKeyDictionary()
+# -- whether the lists are those of the mask_mod
+
+
+class _Verdict:
+    """What is known of one BlockMask of torch: its lists at one state, whether its mask_mod says them all."""
+
+    def __init__(self, block_mask: Any, state: tuple[int, ...]) -> None:
+        self.state = state
+        self.table = _table(block_mask)
+        self.source: MaskSource | None = None
+        self.plan: BlockPlan | None = None
+        mask_mod = _mask_mod(block_mask)
+        if mask_mod is None:
+            self.says_all = bool((self.table > 0).all())
+        else:
+            self.says_all = False
+            counts = block_mask.kv_num_blocks
+            batch, heads = counts.shape[:2]
+            size, lengths = tuple(block_mask.BLOCK_SIZE), tuple(block_mask.seq_lengths)
+            self.source = MaskSource(mask_mod, batch, heads, lengths, counts.device, size)
+
+    def now(self) -> bool:
+        """Looked at again where what the mask_mod reads has changed."""
+        if self.source is None:
+            return self.says_all
+        try:
+            plan = self.source.plan()
+            if plan is not self.plan:
+                self.plan = plan
+                self.says_all = bool(_covers(table_of_lists(plan.lists), self.table))
+        except AttnEngineError:
+            self.says_all = (
+                False  # the table is exact for every mask; what is wrong shows when the mask is traced
+            )
+        return self.says_all
+
+
+def _covers(of_mask: Tensor, given: Tensor) -> Tensor:
+    """Whether lists leave a mask as it is: nothing visible is left out, nothing hidden is called full."""
+    return (((given > 0) | (of_mask == 0)) & ((given < FULL) | (of_mask == FULL))).all()
+
+
+_verdicts: weakref.WeakKeyDictionary[Any, _Verdict] = weakref.WeakKeyDictionary()
+
+
+def _verdict(block_mask: Any) -> _Verdict:
+    lists = [x for name in _LISTS if (x := getattr(block_mask, name, None)) is not None]
+    state = (
+        id(block_mask.mask_mod),
+        *(n for x in lists for n in (id(x), 0 if x.is_inference() else x._version)),
+    )
+    found = _verdicts.get(block_mask)
+    if found is None or found.state != state:
+        found = _verdicts[block_mask] = _Verdict(block_mask, state)
+    return found
+
+
+def _says_all(block_mask: Any) -> bool:
+    """Whether the mask_mod alone is the mask. In a compiled graph this is a constant, guarded by the object."""
+    if isinstance(block_mask, BlockMask):
+        return block_mask._source is not None
+    return _verdict(block_mask).now()
+
+
+_says_all._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+# -- the table
 
 
 def table_of(block_mask: Any) -> Tensor:
     """(Bm, Hm, query blocks, key blocks) int32: 0 for blocks in no list, PARTIAL, FULL."""
-    if torch.compiler.is_compiling():
-        return _table(block_mask)
-    lists = [x for name in _LISTS if (x := getattr(block_mask, name, None)) is not None]
-    state = tuple(n for x in lists for n in (id(x), 0 if x.is_inference() else x._version))
-    found = _tables.get(block_mask)
-    if found is None or found[0] != state:
-        found = _tables[block_mask] = state, _table(block_mask)
+    if isinstance(block_mask, BlockMask):
+        return _own_table(block_mask)
+    return _table(block_mask) if torch.compiler.is_compiling() else _verdict(block_mask).table
+
+
+_own_tables: weakref.WeakKeyDictionary[BlockMask, tuple[BlockLists, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _own_table(block_mask: BlockMask) -> Tensor:
+    lists, found = block_mask.lists(), _own_tables.get(block_mask)
+    if found is None or found[0] is not lists:
+        found = _own_tables[block_mask] = lists, table_of_lists(lists)
     return found[1]
 
 
-_LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+_own_table._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def table_of_lists(lists: BlockLists) -> Tensor:
+    """The table of this package's lists."""
+    table = torch.zeros((*lists.shape, lists.q_blocks, lists.kv_blocks), dtype=torch.int32)
+    flat = table.view(-1, lists.kv_blocks)
+    for csr, value in ((lists.by_q.partial, PARTIAL), (lists.by_q.full, FULL)):
+        rows = torch.arange(flat.shape[0]).repeat_interleave(csr.counts().flatten().cpu().long())
+        flat[rows, csr.indices.cpu().long()] = value
+    return table.to(lists.by_q.full.starts.device)
 
 
 def _table(block_mask: Any) -> Tensor:

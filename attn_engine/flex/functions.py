@@ -195,4 +195,5 @@ def _set_defaults(fn: FunctionType, value: Any) -> None:
 
 def _set_arguments(copy: functools.partial[Any], inner: Any, value: Any) -> None:
     args, keywords = ((), {}) if value is _FORGOTTEN else value
-    copy.__setstate__((inner, args, dict(keywords), None))
+    state: Any = copy
+    state.__setstate__((inner, args, dict(keywords), None))

@@ -68,11 +68,6 @@ def identity(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
     return score
 
 
-def everything(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """What stands for no mask_mod in a graph."""
-    return b.new_ones(size=(), dtype=torch.bool)
-
-
 def _function(graph: Any, captures: Sequence[Any], body: Callable[..., Any]) -> Callable[..., Any]:
     """A graph as the function that it came from, with what it captures bound by name."""
     if not isinstance(graph, GraphModule):

@@ -13,8 +13,3 @@ class GroupsNotEnabled(AttnEngineError, ValueError):
 class WrongAuxRequest(AttnEngineError, ValueError):
     template = "{got}."
     advice = "Ask with return_aux=AuxRequest(lse=True, max_scores=True) alone."
-
-
-class WrongBlockMask(AttnEngineError, ValueError):
-    template = "block_mask: {problem}."
-    advice = "{instead}"

@@ -124,9 +124,7 @@ def _backend_of(device: str) -> str:
 
 def describe(score_mod: Function | None, mask_mod: Function | None, kind: Kind) -> Description:
     """Softmax attention with these functions."""
-    return Description(
-        score_mod, mask_mod, CustomIO(), OnlineSoftmax(), kind.dtype, kind.dim_qk, kind.dim_v
-    )
+    return Description(score_mod, mask_mod, CustomIO(), OnlineSoftmax(), kind.dtype, kind.dim_qk, kind.dim_v)
 
 
 @dataclass(eq=False)
@@ -187,3 +185,8 @@ def bind_call(
             if len(_programs) > MOST_PROGRAMS:
                 _programs.popitem(last=False)
     return found.bind(made.values, q, k, v, scale)
+
+
+def kernels_made() -> int:
+    """How many programs have got kernels in this process."""
+    return len(_calls)
