@@ -37,12 +37,14 @@ def causal(b: Any, h: Any, q: Any, kv: Any) -> Any:
     return q >= kv
 
 
-def raises(run: Callable[[], Any], *kinds: type[BaseException]) -> BaseException:
-    """The error that run() raises, which must be of one of the kinds (any Exception where none is given)."""
+def raises(run: Callable[[], Any], *kinds: type[BaseException]) -> None:
+    """Nothing, if run() raises one of the kinds (any Exception where none is given)."""
     try:
         run()
-    except (kinds or (Exception,)) as error:
-        return error
+    except Exception as error:
+        if kinds and not isinstance(error, kinds):
+            raise AssertionError(f"{type(error).__name__} instead of {kinds[0].__name__}") from error
+        return
     raise AssertionError("nothing was raised")
 
 
@@ -96,6 +98,8 @@ def number_sweep(subject: Subject) -> None:
 
 @prop("output and gradients lie as the inputs", "4c shapes", backward=True)
 def strides(subject: Subject) -> None:
+    if subject.name.endswith("reference"):
+        raise NotApplicable("the dense definition does not say how a result lies")
     for order in itertools.permutations(range(3)):
         dims = (*order, 3)
         back = tuple(dims.index(i) for i in range(4))

@@ -97,7 +97,8 @@ class Attention:
         bound = bind_call(functions, kind, query, key, value, self.scale)
         if self.backend == "reference":
             o, rows = reference(bound.program, query, key, value, bound.captured, bound.numbers)
-            return o.to(query.dtype), rows
+            kept = torch.float64 if query.dtype is torch.float64 else torch.float32
+            return o.to(query.dtype), {name: x.to(kept) for name, x in rows.items()}
         refuse_transforms(bound.captured.values())
         o, *rows = apply(
             bound.call, bound.key, query, key, value, bound.captured, bound.numbers, self.with_rows

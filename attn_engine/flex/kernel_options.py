@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attn_engine.errors import UnknownOption, UnsupportedOnBackend, WrongArgument
-from attn_engine.runtime.backends import NAMES, backend_named
+from attn_engine.runtime.backends import NAMES
 
 # Advice about tiles and pipelines of torch's Triton kernels. Ours choose their own; results do not depend on it.
 ADVICE = frozenset(
@@ -46,6 +46,4 @@ def _backend(name: Any) -> str:
     if name not in NAMES:
         known = ", ".join([*sorted(TORCH_BACKENDS), *NAMES])
         raise UnknownOption(option="BACKEND", value=name, where="kernel_options", known=known)
-    if name != "auto":
-        backend_named(name)
     return name
