@@ -33,6 +33,7 @@ from attn_engine.runtime.backends import DEVICES, backend_named
 from attn_engine.runtime.bind import Expected, custom_by_name, storage_of
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
 from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.operator import Call, apply, register
 from attn_engine.runtime.reference import reference
 from attn_engine.traced_program import Description, TracedProgram
@@ -201,10 +202,10 @@ class AttentionEngine:
             o, *rows = self._in_graph(q, k, v, custom_inputs, named)
         else:
             refuse_transforms((q, k, v, *custom_inputs, *named.values()))
-            traced, captured, numbers = self._bind(q, k, v, custom_inputs, named)
+            traced, captured, numbers, kind = self._bind(q, k, v, custom_inputs, named)
             refuse_transforms(captured.values())
             call, key = self._call(traced, q.device.type)
-            o, *rows = apply(call, key, q, k, v, captured, numbers, return_final_rowscales)
+            o, rows = apply(call, key, q, k, v, captured, numbers, kind, return_final_rowscales)
         if return_final_rowscales:
             return o, dict(zip((name for name, _ in self.program.rule.saved), rows, strict=True))
         return o
@@ -233,7 +234,7 @@ class AttentionEngine:
         dtype: torch.dtype,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values, evaluated densely."""
-        traced, captured, numbers = self._bind(q, k, v, custom_inputs, named)
+        traced, captured, numbers, _ = self._bind(q, k, v, custom_inputs, named)
         q, k, v = (self._logical(x) for x in (q, k, v))
         o, rows = reference(traced.program, q, k, v, captured, numbers, dtype)
         return self._logical(o), rows
@@ -298,13 +299,14 @@ class AttentionEngine:
 
     def _bind(
         self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
-    ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number]]:
-        """The program of this call, its captured tensors and its numbers ("scale" first), all checked."""
+    ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number], CallKind]:
+        """The program of this call, its captured tensors and its numbers ("scale" first), all checked; and what is
+        remembered of such calls."""
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
-        self._checks(traced.program, q, k, v, custom, tensors, numbers)
-        return traced, tensors, {"scale": self.scale, **numbers}
+        kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)
+        return traced, tensors, {"scale": self.scale, **numbers}, kind
 
     def _in_graph(
         self, q: Tensor, k: Tensor, v: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]

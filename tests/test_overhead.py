@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attn_engine import AttentionEngine, CustomIO, errors, meta_tensor
 from attn_engine.frontend import trace as frontend_trace
-from attn_engine.runtime import call_checks, compiled, operator
+from attn_engine.runtime import call_checks, compiled, dq_parts, operator
 
 D = 16
 
@@ -221,11 +221,11 @@ def test_several_threads_share_an_engine() -> None:
 def test_the_backward_pass_keeps_no_copy_of_dq(dtype: torch.dtype, limit: int) -> None:
     """limit: memory for the sum of dQ, in units of dQ, where the kernels cannot add to dQ itself."""
     dq = torch.full((1, 8, 40, D), torch.nan, dtype=dtype)
-    parts = compiled._parts_of(dq, 1, torch.float32)
+    parts = dq_parts.parts_of(dq, 1, torch.float32)
     own = 0 if parts.data_ptr() == dq.data_ptr() else parts.numel() * parts.element_size()
     assert own == limit * dq.numel() * dq.element_size()
     assert parts.shape == (1, *dq.shape) and not parts.any()
     part = torch.randn(parts.shape)
     parts += part
-    compiled._sum_parts(dq, parts, 0.5)
+    dq_parts.sum_parts(dq, parts, 0.5)
     torch.testing.assert_close(dq, (part[0] * 0.5).to(dtype))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from attn_engine.codegen.lower.adjoints import lower_adjoints
 from attn_engine.codegen.lower.backward import lower_backward
 from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
@@ -41,7 +42,12 @@ def lower(
         module = lower_decode(program, schedule, merge)
     else:
         rule = only_row_gradients(program.rule, rows)
-        module = lower_backward(replace(program, rule=rule), schedule, learned)
+        program = replace(program, rule=rule)
+        module = lower_backward(program, schedule, learned)
+        if rule.adjoints:  # they read delta, and the kernels of the gradients read them
+            first = [k for k in module.kernels if k.name == "delta"]
+            kernels = (*first, lower_adjoints(program, schedule), *module.kernels[len(first) :])
+            module = replace(module, kernels=kernels)
     for kernel in module.kernels:
         verify_kernel(kernel)
     return module

@@ -100,9 +100,8 @@ class Attention:
             kept = torch.float64 if query.dtype is torch.float64 else torch.float32
             return o.to(query.dtype), {name: x.to(kept) for name, x in rows.items()}
         refuse_transforms(bound.captured.values())
-        o, *rows = apply(
-            bound.call, bound.key, query, key, value, bound.captured, bound.numbers, self.with_rows
-        )
+        tensors = query, key, value, bound.captured
+        o, rows = apply(bound.call, bound.key, *tensors, bound.numbers, bound.plans, self.with_rows)
         return o, bound.rows(rows)
 
     def _mapped(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from attn_engine.runtime.backends import DEVICES, backend_named
 from attn_engine.runtime.bind import Expected, check_kind
 from attn_engine.runtime.call_checks import CallChecks
 from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.operator import Call, register
 from attn_engine.traced_program import Description, TracedProgram
 
@@ -31,20 +32,22 @@ MOST_PROGRAMS = 512  # how many makes of functions are remembered; kernels are k
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A call, bound: its kernels and their operator key, the captured tensors by name, the numbers ("scale" first)."""
+    """A call, bound: its kernels and their operator key, the captured tensors by name, the numbers ("scale" first),
+    and the plans of calls of its shapes."""
 
     call: Call
     key: int
     captured: dict[str, Tensor]
     numbers: dict[str, Number]
+    plans: CallKind
 
     @property
     def program(self) -> Attention:
         return self.call.compiled.program
 
-    def rows(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    def rows(self, values: Iterable[Tensor]) -> dict[str, Tensor]:
         """Row values by their names in the rule; none where none were asked for."""
-        return dict(zip(self.call.rows, values, strict=bool(values)))
+        return dict(zip(self.call.rows, values, strict=False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +150,12 @@ class FlexProgram:
                 captured, numbers = traced.tensors({}), traced.scalars()
             finally:
                 self.stand_ins.forget()
-        checks_of(self.kind)(traced.program, q, k, v, {}, captured, numbers)
+        plans = checks_of(self.kind)(traced.program, q, k, v, {}, captured, numbers)
         device = q.device.type
         found = traced.calls.get(device)
         if found is None:
             found = traced.calls[device] = call_of(traced.program, self.kind, device)
-        return Bound(*found, captured, {"scale": scale, **numbers})
+        return Bound(*found, captured, {"scale": scale, **numbers}, plans)
 
     def _current(self) -> TracedProgram:
         if self.traced is None or self.traced.stale({}):

@@ -168,14 +168,15 @@ class Attention:
 
     @property
     def captures(self) -> tuple[Captured, ...]:
-        """Captured tensors of all functions, each once, in order of first use."""
-        return tuple(dict.fromkeys(c for f in self.functions for c in f.captures))
+        """Captured tensors of all functions and of the rule, each once, in order of first use."""
+        return tuple(dict.fromkeys(c for f in (*self.functions, self.rule) for c in f.captures))
 
     @property
     def scalars(self) -> tuple[Var, ...]:
-        return tuple(dict.fromkeys(s for f in self.functions for s in f.scalars))
+        return tuple(dict.fromkeys(s for f in (*self.functions, self.rule) for s in f.scalars))
 
     @property
     def differentiable_captures(self) -> tuple[Captured, ...]:
-        """Floating tensors that score_mod reads: a mask has no gradient."""
-        return tuple(c for c in (self.score.captures if self.score else ()) if c.storage.floating)
+        """Floating tensors that score_mod or the rule reads: a mask has no gradient."""
+        read = (*(self.score.captures if self.score else ()), *self.rule.captures)
+        return tuple(dict.fromkeys(c for c in read if c.storage.floating))

@@ -124,7 +124,7 @@ class TritonBackend:
             )
 
     def options(self, kernel: Kernel, schedule: Schedule) -> TritonOptions:
-        if kernel.name in ("forward", "decode", "merge", "dq", "delta"):
+        if kernel.name in ("forward", "decode", "merge", "dq", "delta", "adjoints"):
             return TritonOptions(schedule.num_warps, schedule.num_stages)
         return TritonOptions(schedule.backward_warps, schedule.backward_stages)
 

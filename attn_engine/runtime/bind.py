@@ -204,17 +204,18 @@ def check_int64(name: str, x: Tensor) -> None:
 
 
 def shape_signature(x: Tensor) -> tuple[object, ...]:
-    """What the checks of q, k and v depend on."""
-    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+    """What the checks of q, k and v depend on, and the plan of a call."""
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:  # pyright: ignore[reportUnnecessaryIsInstance]
         return (type(x),)
-    return x.shape, x.dtype, x.device
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 def call_signature(x: Tensor, contents: bool = False) -> tuple[object, ...]:
-    """What the checks of a captured tensor depend on; with `contents`, and for integers, also what is in it."""
+    """What the checks of a captured tensor and the plan of a call depend on; with `contents`, and for integers, also
+    what is in it."""
     if contents or not (x.dtype.is_floating_point or x.dtype is torch.bool):
-        return x.shape, x.dtype, x.device, _fingerprint(x)
-    return x.shape, x.dtype, x.device
+        return x.shape, x.stride(), x.dtype, x.device, _fingerprint(x)
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 # By identity: a version counter tells about changes of one tensor, not that another one took its place in memory.

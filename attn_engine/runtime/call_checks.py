@@ -22,17 +22,22 @@ from attn_engine.runtime.bind import (
 )
 from attn_engine.runtime.captured_indices import POSITIONS
 from attn_engine.runtime.compiled import sizes_of
+from attn_engine.runtime.launch_plan import CallKind
 
 MOST_REMEMBERED = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """What is known of a program's calls: the kinds of call that were checked, and the tensors to look into."""
+    """What is known of a program's calls: those that were checked, and the tensors to look into.
+
+    signatures: all that the checks depend on; kinds: the same without captured numbers.
+    """
 
     program: Attention
     contents: frozenset[str]
-    signatures: dict[object, None] = field(default_factory=dict[object, None])
+    signatures: dict[object, CallKind] = field(default_factory=dict[object, CallKind])
+    kinds: dict[object, CallKind] = field(default_factory=dict[object, CallKind])
 
 
 @dataclass(eq=False)
@@ -58,19 +63,20 @@ class CallChecks:
         custom: Mapping[str, Tensor],
         tensors: Mapping[str, Tensor],
         numbers: Mapping[str, Number],
-    ) -> None:
+    ) -> CallKind:
         """Raise a typed error for the first thing that is wrong; `custom` may lack inputs that nothing reads."""
         passed = self._latest
         if passed is None or passed.program is not program:
             passed = self._latest = self._passed_of(program)
-        signature: tuple[object, ...] = (*shape_signature(q), *shape_signature(k), *shape_signature(v))
+        kind: tuple[object, ...] = (*shape_signature(q), *shape_signature(k), *shape_signature(v))
         for name, x in custom.items():
-            signature += (name, *call_signature(x, name in passed.contents))
+            kind += (name, *call_signature(x, name in passed.contents))
         for name, x in tensors.items():
-            signature += (name, *call_signature(x, name in passed.contents))
-        signature += (*numbers.values(),)
-        if signature in passed.signatures:
-            return
+            kind += (name, *call_signature(x, name in passed.contents))
+        signature = (kind, *numbers.values()) if numbers else kind
+        found = passed.signatures.get(signature)
+        if found is not None:
+            return found
         self.check_shapes(q, k, v)
         sizes = sizes_of(self._logical(q), self._logical(k))
         for name, x in custom.items():
@@ -78,7 +84,9 @@ class CallChecks:
         check_captured(program, tensors, numbers, sizes, q.device)
         if len(passed.signatures) >= MOST_REMEMBERED:
             passed.signatures.clear()
-        passed.signatures[signature] = None
+            passed.kinds.clear()
+        found = passed.signatures[signature] = passed.kinds.setdefault(kind, CallKind())
+        return found
 
     def check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """The part that needs no contents: dtypes, devices and shapes of q, k and v."""

@@ -78,14 +78,14 @@ def compare(
     The gradients are those of sum(o * r) for a fixed random r, with respect to q, k, v and each floating tensor that
     score_mod reads, custom or captured. The caller's tensors and their .grad are left alone.
     """
-    traced, tensors, numbers = engine._bind(q, k, v, custom_inputs, named)
+    traced, tensors, numbers, _ = engine._bind(q, k, v, custom_inputs, named)
     call, key = engine._call(traced, q.device.type)
     program = traced.program
     floating = tuple(c.name for c in program.differentiable_captures)
     learned = call.compiled.supported(floating)
 
     def compiled(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
-        o, *rows = apply(call, key, q, k, v, tensors, numbers, True)
+        o, rows = apply(call, key, q, k, v, tensors, numbers, with_rows=True)
         return call.logical(o), dict(zip((name for name, _ in program.rule.saved), rows, strict=True))
 
     def dense(dtype: torch.dtype) -> Run:

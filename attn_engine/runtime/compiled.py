@@ -6,7 +6,7 @@ All tensors here are in logical order, (batch, head, row, dimension), with any s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -22,10 +22,13 @@ from attn_engine.codegen.schedule import Gradients, Schedule, few_rows_schedule,
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
+from attn_engine.ir.passes.row_gradients import only_row_gradients
 from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
+from attn_engine.runtime.dq_parts import parts_of, sum_parts
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
+from attn_engine.runtime.parameter_sums import row_sums
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -70,6 +73,7 @@ class Direction:
     kernels: tuple[Launchable, ...]
     tables: tuple[tuple[TileTable, ...], ...]
     captures: tuple[CaptureGradient, ...]
+    adjoints: tuple[str, ...] = ()  # rows that the first of them leave for the others
 
 
 @dataclass(eq=False)
@@ -100,11 +104,15 @@ class CompiledAttention:
         """Lowered and compiled kernels of a direction, from this object's cache; `rows` have gradients of their own."""
         found = self._directions.get((direction, learned, rows))
         if found is None:
-            captures = capture_gradients(self.program, learned)
+            rule = only_row_gradients(self.program.rule, rows)
+            captures = capture_gradients(replace(self.program, rule=rule), learned)
             self.backend.refuse(self.program, captures)
             kernels = self.module(direction, learned, rows).kernels
             compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
-            found = Direction(compiled, tuple(k.tables for k in kernels), captures)
+            rows_between = tuple(
+                p.name for k in kernels if k.name == "adjoints" for p in k.params if p.output
+            )
+            found = Direction(compiled, tuple(k.tables for k in kernels), captures, rows_between)
             self._directions[direction, learned, rows] = found
         return found
 
@@ -137,7 +145,7 @@ class CompiledAttention:
     ) -> list[Tensor]:
         """The forward pass as this object's schedule says, in one piece or with the keys split."""
         rows, sizes = q.shape[:3], sizes_of(q, k)
-        saved = {name: q.new_empty(rows, dtype=self._compute) for name in self._saved}
+        saved = {name: q.new_empty(rows, dtype=self.compute) for name in self.saved_names}
         tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
         splits = choose_splits(self.program, self.schedule, q, k)
         if splits > 1:
@@ -158,15 +166,19 @@ class CompiledAttention:
         """The kernels in order, each with its tables."""
         for kernel, tables in zip(direction.kernels, direction.tables, strict=True):
             if tables:
-                tensors.update(tile_tables(tables, captured, scalars, sizes, self._compute))
+                tensors.update(tile_tables(tables, captured, scalars, sizes, self.compute))
             kernel.launch(tensors, scalars, sizes)
 
     def _partials(self, q: Tensor, splits: int) -> dict[str, Tensor]:
         """Where the splits leave their outputs and row states."""
+        shapes = self.partial_shapes(q, splits)
+        return {n: torch.empty(x, dtype=self.compute, device=q.device) for n, x in shapes.items()}
+
+    def partial_shapes(self, q: Tensor, splits: int) -> dict[str, tuple[int, ...]]:
+        """Of the outputs and row states that splits leave, by the kernels' names."""
         shape = (splits, *q.shape[:3])
-        parts = {partial_state(s.name): shape for s in self.program.rule.states}
-        parts[PARTIAL_OUT] = (*shape, self.program.dim_v)
-        return {n: torch.empty(x, dtype=self._compute, device=q.device) for n, x in parts.items()}
+        states = {partial_state(s.name): shape for s in self.program.rule.states}
+        return {**states, PARTIAL_OUT: (*shape, self.program.dim_v)}
 
     def backward(
         self,
@@ -198,34 +210,37 @@ class CompiledAttention:
             "dK": dk,
             "dV": dv,
             **captured,
-            **dict(zip(self._saved, saved, strict=True)),
+            **dict(zip(self.saved_names, saved, strict=True)),
             **{row_gradient_param(name): x for name, x in d_rows.items()},
-            "Delta": q.new_empty(q.shape[:3], dtype=self._compute),
+            **{n: q.new_empty(q.shape[:3], dtype=self.compute) for n in ("Delta", *direction.adjoints)},
         }
         splits = 1
         if self.schedule.gradients is Gradients.ONE_KERNEL:
-            splits = self._splits(k)
+            splits = self.backward_splits(k)
             numbers["splits"] = sizes["splits"] = splits
-            tensors["dQ_parts"] = _parts_of(dq, splits, self._compute)
+            tensors["dQ_parts"] = parts_of(dq, splits, self.compute)
         else:
             tensors["dQ"] = dq
         tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in direction.captures})
         self._launch(direction, tensors, captured, numbers, sizes)
         if "dQ_parts" in tensors:
-            _sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
+            sum_parts(dq, tensors["dQ_parts"], scalars["scale"])
         numbers.update(sizes)
-        return {name: _captured_gradient(name, direction.captures, tensors, numbers) for name in learned}
+        per_row = row_sums(self.program.rule, learned, tensors, numbers)
+        return {
+            name: _captured_gradient(name, direction.captures, tensors, numbers, per_row) for name in learned
+        }
 
     @cached_property
-    def _compute(self) -> torch.dtype:
+    def compute(self) -> torch.dtype:
         return compute_dtype(self.program.element)
 
     @cached_property
-    def _saved(self) -> tuple[str, ...]:
+    def saved_names(self) -> tuple[str, ...]:
         """The kernels' names of the saved row values."""
         return tuple(saved_param(name) for name, _ in self.program.rule.saved)
 
-    def _splits(self, k: Tensor) -> int:
+    def backward_splits(self, k: Tensor) -> int:
         """Shares of the kv axis: from the shapes alone, so that the same call always adds in the same order."""
         tiles = -(-k.shape[2] // self.schedule.backward_kv)
         return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, k.shape[0] * k.shape[1])))
@@ -239,11 +254,15 @@ class CompiledAttention:
             Route.COLUMN: (batches, heads, k.shape[2]),
             Route.PAIR: tuple(captured[c.load.tensor].shape),
         }[c.route]
-        return torch.zeros(shape, dtype=self._compute, device=q.device)
+        return torch.zeros(shape, dtype=self.compute, device=q.device)
 
 
 def _captured_gradient(
-    name: str, captures: Sequence[CaptureGradient], tensors: Tensors, numbers: Scalars
+    name: str,
+    captures: Sequence[CaptureGradient],
+    tensors: Tensors,
+    numbers: Scalars,
+    per_row: Sequence[tuple[CaptureGradient, Tensor]] = (),
 ) -> Tensor:
     """Everything that was collected for one captured tensor, summed in a fixed order, in its shape and dtype."""
     tensor = tensors[name]
@@ -251,12 +270,15 @@ def _captured_gradient(
     # Several reads by pairs share one buffer: count it once.
     pairs = [tensors[buffer] for buffer in {c.buffer: None for c in reads if c.route is Route.PAIR}]
     sums = [c for c in reads if c.route is not Route.PAIR]
-    if len(pairs) == 1 and not sums:
+    once = [(c, x) for c, x in per_row if c.load.tensor == name]
+    if len(pairs) == 1 and not sums and not once:
         return pairs[0].to(tensor.dtype)
     total = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
     for c in sums:
         buffer = tensors[c.buffer]
         scatter_sums(total, c, buffer.sum(0) if buffer.ndim == 4 else buffer, tensors, numbers)
+    for c, x in once:
+        scatter_sums(total, c, x, tensors, numbers)
     for buffer in pairs:
         total += buffer
     return total.to(tensor.dtype)
@@ -266,25 +288,3 @@ def sizes_of(q: Tensor, k: Tensor) -> dict[str, int]:
     batches, heads, q_len, _ = q.shape
     _, kv_heads, kv_len, _ = k.shape
     return {"batches": batches, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len}
-
-
-def _sum_parts(dq: Tensor, parts: Tensor, scale: Number) -> None:
-    """dq = scale times the sum of `parts`, added one after the other and without further memory."""
-    splits = parts.shape[0]
-    if splits == 1 and parts.dtype is dq.dtype:  # the kernel added to dq itself
-        dq.mul_(scale)
-        return
-    total = parts[0]
-    for i in range(1, splits):
-        total += parts[i]
-    dq.copy_(total.mul_(scale))
-
-
-def _parts_of(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
-    """(splits, B, H, Sq, D) zeros: dq itself where it can hold the sum, else slices in dq's order of dimensions."""
-    if splits == 1 and dq.dtype is dtype:
-        return dq.zero_().unsqueeze(0)
-    order = sorted(range(4), key=lambda i: (-dq.stride(i), i))
-    base = torch.zeros((splits, *(dq.shape[i] for i in order)), dtype=dtype, device=dq.device)
-    back = [order.index(i) + 1 for i in range(4)]
-    return base.permute(0, *back)

@@ -10,6 +10,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -19,6 +20,7 @@ import torch
 from attn_engine.codegen.backends.cpu import COUNTS, LENGTHS, SIZES, symbol
 from attn_engine.ir.ops import DType, Number
 from attn_engine.ir.tile import Kernel
+from attn_engine.runtime.launch_plan import Layout
 
 ABI_VERSION = "1"
 # Below this many multiply-adds, waking another thread costs more than it saves.
@@ -56,25 +58,42 @@ class CpuKernel:
         slots = "".join("q" * (1 + 2 * max(len(p.shape), 1)) for p in kernel.params)
         numbers = "".join("d" if v.dtype is DType.FLOAT else "q" for v in kernel.scalars)
         self._slots = Struct(f"=q{slots}{'q' * len(SIZES)}{numbers}")
-        self._memory = ctypes.c_char * self._slots.size
+        self._scalar_slots = Struct(f"={numbers}")
+        self._memory = ctypes.c_int64 * (self._slots.size // 8)
 
     def launch(
         self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Number], sizes: Mapping[str, int]
     ) -> None:
         """Run the kernel to its end. `tensors` in logical order with any strides; `sizes` holds the five of SIZES, and
         "splits" where the kernel's grid has them."""
-        values: list[Number] = [0]
-        for name in self._tensors:
-            tensor = tensors[name]
-            values.append(tensor.data_ptr())
-            values += tensor.shape or (1,)
-            values += tensor.stride() or (0,)
-        values += [sizes[name] for name in SIZES]
-        values += [scalars[name] for name in self._scalars]
-        arguments = self._memory.from_buffer_copy(self._slots.pack(*values))
-        run_on_threads(self._function, ctypes.addressof(arguments), self._threads(sizes))
+        layouts = {name: Layout.of(tensors[name]) for name in self._tensors}
+        addresses = {name: tensors[name].data_ptr() for name in self._tensors}
+        self.prepare(layouts, sizes).launch(addresses, scalars)
 
-    def _threads(self, sizes: Mapping[str, int]) -> int:
+    def prepare(self, layouts: Mapping[str, Layout], sizes: Mapping[str, int]) -> PreparedKernel:
+        """The kernel with everything in place but addresses and numbers."""
+        slots: list[Number] = [0]
+        places = dict[str, int]()
+        for name in self._tensors:
+            layout = layouts[name]
+            places[name] = len(slots)
+            slots += [0, *(layout.shape or (1,)), *(layout.stride or (0,))]
+        slots += [sizes[name] for name in SIZES]
+        first_scalar = len(slots)
+        slots += [0] * len(self._scalars)
+        return PreparedKernel(
+            function=self._function,
+            slots=self._slots.pack(*slots),
+            memory=self._memory,
+            addresses=tuple(places.items()),
+            scalars=tuple(self._scalars),
+            pack_scalars=self._scalar_slots.pack_into,
+            first_scalar=8 * first_scalar,
+            tasks=self._tasks(sizes),
+        )
+
+    def _tasks(self, sizes: Mapping[str, int]) -> int:
+        """As many threads as could share the work; 1 where waking another costs more than it saves."""
         tasks, work = 1, self._width
         for size, block in self._grid:
             blocks = -(-sizes[size] // block)
@@ -83,7 +102,31 @@ class CpuKernel:
                 work *= blocks * block
         for size in self._loops:
             work *= sizes[size]
-        return 1 if work < SMALL_WORK else min(tasks, torch.get_num_threads())
+        return 1 if work < SMALL_WORK else tasks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedKernel:
+    """A kernel and its array of slots, filled in but for addresses and scalars. Every launch has a copy of its own, so
+    several Python threads may use it at once."""
+
+    function: Callable[[object], None]
+    slots: bytes
+    memory: type[ctypes.Array[ctypes.c_int64]]
+    addresses: tuple[tuple[str, int], ...]
+    scalars: tuple[str, ...]
+    pack_scalars: Callable[..., None]
+    first_scalar: int
+    tasks: int
+
+    def launch(self, addresses: Mapping[str, int], numbers: Mapping[str, Number]) -> None:
+        """Run the kernel to its end."""
+        slots = self.memory.from_buffer_copy(self.slots)
+        for name, place in self.addresses:
+            slots[place] = addresses[name]
+        self.pack_scalars(slots, self.first_scalar, *[numbers[name] for name in self.scalars])
+        threads = 1 if self.tasks <= 1 else min(self.tasks, torch.get_num_threads())
+        run_on_threads(self.function, ctypes.addressof(slots), threads)
 
 
 def run_on_threads(function: Callable[[int], None], address: int, count: int) -> None:

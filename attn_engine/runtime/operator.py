@@ -8,7 +8,7 @@ Both run the same two functions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.row_gradients import differentiable_rows
 from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.launch_plan import CallKind
+from attn_engine.runtime.make_plan import planned_backward, planned_forward
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.strides import empty_ordered_like
 
@@ -119,9 +121,17 @@ def _found(key: int) -> Call:
 
 
 def run_forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, captured: Mapping[str, Tensor], numbers: Mapping[str, Number]
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Mapping[str, Tensor],
+    numbers: Mapping[str, Number],
+    kind: CallKind | None = None,
 ) -> list[Tensor]:
-    """[o, saved rows...]"""
+    """[o, saved rows...], or [o, all saved rows in one tensor (their number, B, H, Sq)] where `kind` has a plan."""
+    if kind is not None and (plan := planned_forward(call, kind, q, k, v, captured)) is not None:
+        return plan.run(q, k, v, captured, numbers)
     out = call.empty_output(q, v)
     views = (call.logical(q), call.logical(k), call.logical(v))
     return [out, *call.compiled.forward(*views, captured, numbers, call.logical(out))]
@@ -134,14 +144,26 @@ def run_backward(
     captured: Mapping[str, Tensor],
     numbers: Mapping[str, Number],
     learned: tuple[str, ...],
-    d_rows: Sequence[Tensor | None],
+    d_rows: Sequence[Tensor | None] = (),
+    kind: CallKind | None = None,
 ) -> list[Tensor]:
-    """[dq, dk, dv, gradients of `learned`...], lying as q, k, v do; `tensors` is q, k, v, o and the saved rows.
+    """[dq, dk, dv, gradients of `learned`...], lying as q, k, v do; `tensors` is q, k, v, o and the saved rows, each or
+    all in one tensor.
 
-    d_out and each of d_rows (one per saved row value): None where no loss depends on it.
+    d_out, and each of d_rows (one per saved row value): None where no loss depends on it.
     """
     q, k, v, out, *saved = tensors
+    moved = {n: x for n, x in zip(call.rows, d_rows, strict=False) if x is not None and n in call.moving}
     d_out = torch.zeros_like(out) if d_out is None else d_out
+    if len(saved) == 1 and saved[0].ndim == 4:
+        plan = (
+            None
+            if kind is None or learned or moved
+            else planned_backward(call, kind, d_out, tensors, captured)
+        )
+        if plan is not None:
+            return plan.run(d_out, tensors, captured, numbers)
+        saved = list(saved[0])
     dq, dk, dv = (empty_ordered_like(x) for x in (q, k, v))
     found = call.compiled.backward(
         call.logical(d_out),
@@ -152,23 +174,20 @@ def run_backward(
         numbers,
         (call.logical(dq), call.logical(dk), call.logical(dv)),
         learned,
-        {
-            name: x
-            for name, x in zip(call.rows, d_rows, strict=False)
-            if x is not None and name in call.moving
-        },
+        moved,
     )
     return [dq, dk, dv, *(found[name] for name in learned)]
 
 
 class _Function(torch.autograd.Function):
-    """with_rows: the saved rows are outputs beside o."""
+    """with_rows: the saved row values are outputs beside o, one by one, and may have gradients of their own."""
 
     @staticmethod
     def forward(
         ctx: Any,
         call: Call,
         numbers: Mapping[str, Number],
+        kind: CallKind | None,
         with_rows: bool,
         q: Tensor,
         k: Tensor,
@@ -176,9 +195,10 @@ class _Function(torch.autograd.Function):
         *captured: Tensor,
     ):
         by_name = call.named(captured)
-        out, *saved = run_forward(call, q, k, v, by_name, numbers)
+        out, *saved = run_forward(call, q, k, v, by_name, numbers, kind)
         ctx.save_for_backward(q, k, v, out, *saved, *captured)
-        ctx.call, ctx.numbers, ctx.learned, ctx.rows = call, numbers, call.learned(by_name), len(saved)
+        ctx.call, ctx.numbers, ctx.kind, ctx.rows = call, numbers, kind, len(saved)
+        ctx.learned = call.learned(by_name)
         if not with_rows:
             return out
         ctx.set_materialize_grads(False)
@@ -189,24 +209,26 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, *d_rows: Tensor | None):
         # Gradients are recorded only on the way to second derivatives.
         gradients = _Gradients.apply if torch.is_grad_enabled() else _gradients
-        found = gradients(ctx.call, ctx.numbers, ctx.learned, ctx.rows, d_out, *ctx.saved_tensors, *d_rows)
+        stored = ctx.saved_tensors
+        found = gradients(ctx.call, ctx.numbers, ctx.kind, ctx.learned, ctx.rows, d_out, *stored, *d_rows)
         by_name = dict(zip(ctx.learned, found[3:], strict=True))
-        return (None, None, None, *found[:3], *(by_name.get(n) for n in ctx.call.captures))
+        return (None, None, None, None, *found[:3], *(by_name.get(n) for n in ctx.call.captures))
 
 
 def _gradients(
     call: Call,
     numbers: Mapping[str, Number],
+    kind: CallKind | None,
     learned: tuple[str, ...],
     rows: int,
     d_out: Tensor | None,
     *given: Any,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv and those of `learned`; `given` is q, k, v, o, `rows` saved rows, the captured tensors and the
-    gradients of the rows, where they were outputs."""
+    """dq, dk, dv and those of `learned`; `given` is q, k, v, o, `rows` tensors of saved rows, what is captured, and the
+    gradients of the rows where they were outputs."""
     stored, d_rows = given[: (end := 4 + rows + len(call.captures))], given[end:]
     captured = call.named(stored[4 + rows :])
-    return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, numbers, learned, d_rows))
+    return tuple(run_backward(call, d_out, stored[: 4 + rows], captured, numbers, learned, d_rows, kind))
 
 
 class _Gradients(torch.autograd.Function):
@@ -236,17 +258,26 @@ def apply(
     v: Tensor,
     captured: Mapping[str, Tensor],
     numbers: Mapping[str, Number],
+    kind: CallKind | None = None,
     with_rows: bool = False,
-) -> Sequence[Tensor]:
-    """[o] and, with_rows, the saved rows; recorded for autograd where an input requires it."""
+) -> tuple[Tensor, Iterable[Tensor]]:
+    """o, and with_rows the saved rows one by one; recorded for autograd where an input requires it.
+
+    kind: what is remembered of calls with exactly these shapes and strides; None: nothing.
+    """
     tensors = (q, k, v, *captured.values())
     if torch.compiler.is_compiling() or not (type(q) is Tensor or isinstance(q, torch.nn.Parameter)):
         scalars = [float(x) for x in numbers.values()]
-        return torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
+        out, *rows = torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
+        return out, rows
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        found = _Function.apply(call, numbers, with_rows, *tensors)
-        return found if with_rows else (found,)
-    return run_forward(call, q, k, v, captured, numbers)
+        if with_rows:  # each an output of its own, so not in one tensor
+            out, *rows = _Function.apply(call, numbers, None, True, *tensors)
+            return out, rows
+        return _Function.apply(call, numbers, kind, False, *tensors), ()
+    out, *rows = run_forward(call, q, k, v, captured, numbers, kind)
+    # In one tensor, which is as good as a list of them but is cut apart only where somebody looks.
+    return out, rows[0] if len(rows) == 1 and rows[0].ndim == 4 else rows
 
 
 # -- the registered operators; the decorators read the annotations, so these must be real types

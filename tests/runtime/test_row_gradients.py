@@ -106,7 +106,7 @@ def test_inside_a_compiled_function(generator: torch.Generator) -> None:
 def test_the_operators_pass_torch_s_own_tests(generator: torch.Generator) -> None:
     built = engine(dtype=torch.float32)
     q, k, v = tensors(generator, torch.float32)
-    traced, captured, numbers = built._bind(q, k, v, (), {})
+    traced, captured, numbers, _ = built._bind(q, k, v, (), {})
     _, key = built._call(traced, "cpu")
     arguments = (q, k, v, list(captured.values()), list(numbers.values()), key)
     torch.library.opcheck(torch.ops.attn_engine.forward.default, arguments)

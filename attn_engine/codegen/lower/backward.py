@@ -7,7 +7,6 @@ that owns q tiles. All of them share `recompute`: weights and score gradients of
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from attn_engine.codegen.lower.capture import (
@@ -21,7 +20,7 @@ from attn_engine.codegen.lower.capture import (
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
 from attn_engine.codegen.lower.ranges import masking, phases, split_bounds
-from attn_engine.codegen.lower.row_values import row_loads, row_params, uses_delta
+from attn_engine.codegen.lower.row_values import RowReads, main_rows, row_bindings, uses_delta
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
 from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
@@ -53,8 +52,8 @@ from attn_engine.codegen.schedule import Gradients, Schedule
 from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, where
 from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
-from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
-from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, PROBS, SCORE, Attention, saved_var
+from attn_engine.ir.passes.row_gradients import backward_roots
+from attn_engine.ir.program import BATCH, D_PROBS, DELTA, HEAD, KV_IDX, PROBS, SCORE, Attention
 from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
 
 ORDER_KV = (
@@ -252,7 +251,7 @@ class Sweep:
         plan = plan_mask(program.mask.result if program.mask else None, loop)
         self.tests = tile_tests(program, names, loop, tiles, own_rows_count=sums_own_axis)
         self.phases = phases(plan, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis)
-        self.before, self.known = hoisted(program, names, loop)
+        self.before, self.known = hoisted(program, names, loop, backward_roots(program.rule))
 
     def loops(
         self, wanted: list[CaptureGradient], loads: list[Stmt], update: list[Stmt], *, in_loop: bool = False
@@ -270,9 +269,8 @@ class Sweep:
         program, rule = self.program, self.program.rule
         emitter = Emitter(self.names.copy(), self.known, base_two)
         score_lets(program, emitter)
-        for name, empty in saved_of_empty_row(rule).items():
-            safe = tile(f"safe_{name}", "q") if empty == -math.inf else tile(name, "q")
-            emitter.bind(saved_var(name), safe)
+        for value, loaded in row_bindings(rule).items():
+            emitter.bind(value, loaded)
         probs = emitter.value(rule.recompute, rule.names, rule.sources)
         seen = None
         if masked is not False:
@@ -289,14 +287,18 @@ class Sweep:
         """(name, value) of d_score and of each wanted read, before the mask."""
         program, rule = self.program, self.program.rule
         d_logit = emitter.value(rule.gradient, rule.names, rule.sources)
+        in_rule = {c: c.per_pair for c in wanted if c.per_pair is not None}
+        own = [(c.value.name, emitter.value(e, rule.names, rule.sources)) for c, e in in_rule.items()]
         if program.score is None:
-            return [(D_SCORE.name, d_logit)]
+            return [(D_SCORE.name, d_logit), *own]
         emitter.let(D_LOGIT.name, d_logit)
-        targets = [SCORE, *(c.load for c in wanted)]
+        in_score = [c for c in wanted if c not in in_rule]
+        targets = [SCORE, *(c.load for c in in_score)]
         through = gradients(program.score.result, D_LOGIT, targets)
-        names = [D_SCORE.name, *(c.value.name for c in wanted)]
+        names = [D_SCORE.name, *(c.value.name for c in in_score)]
         fn = program.score
-        return [(n, emitter.value(g, fn.names, fn.sources)) for n, g in zip(names, through, strict=True)]
+        found = [(n, emitter.value(g, fn.names, fn.sources)) for n, g in zip(names, through, strict=True)]
+        return [*found, *own]
 
 
 def hide_weights(emitter: Emitter, probs: Expr, seen: Visibility | None, masked: bool | Expr) -> None:
@@ -327,9 +329,10 @@ def key_loads() -> list[Stmt]:
     return [Let("key", load_tile("K")), Let("value", load_tile("V"))]
 
 
-def query_loads(program: Attention) -> list[Stmt]:
-    """Q, dO and the row values of a q tile."""
-    return [Let("query", load_tile("Q")), Let("d_out", load_tile("dO")), *row_loads(program)]
+def query_loads(program: Attention, read: RowReads | None = None) -> list[Stmt]:
+    """Q, dO and the row values of a q tile, those in `read` or all that the gradients read."""
+    read = read or main_rows(program)
+    return [Let("query", load_tile("Q")), Let("d_out", load_tile("dO")), *read.loads()]
 
 
 def backward_kernel(
@@ -342,9 +345,13 @@ def backward_kernel(
     body: list[Stmt],
     more_scalars: tuple[Var, ...] = (),
     tests: TileTests | None = None,
+    read: RowReads | None = None,
 ) -> Kernel:
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
-    inputs = (*(wide(program, t) for t in ("Q", "K", "V", "dO")), *row_params(program))
+    inputs = (
+        *(wide(program, t) for t in ("Q", "K", "V", "dO")),
+        *(read or main_rows(program)).params(program),
+    )
     inputs = (*inputs, *captured_params(program), *(tests.params if tests else ()))
     return Kernel(
         name=name,

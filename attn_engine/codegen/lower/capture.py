@@ -28,11 +28,15 @@ class Route(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CaptureGradient:
-    """One read of a captured tensor: `buffer` receives its gradient in the shape that the route says."""
+    """One read of a captured tensor: `buffer` receives its gradient in the shape that the route says.
+
+    per_pair: what is summed, for a read by the row rule; None: what score_mod's derivative says.
+    """
 
     load: Load
     route: Route
     buffer: str
+    per_pair: Expr | None = None
 
     @property
     def total(self) -> Var:
@@ -53,6 +57,11 @@ def capture_gradients(program: Attention, learned: tuple[str, ...]) -> tuple[Cap
             route = route_of(load)
             ending = "" if route is Route.PAIR else f"_{route.value}s" + (f"_{i + 1}" if i else "")
             found.append(CaptureGradient(load, route, f"d_{name}{ending}"))
+    for i, p in enumerate(program.rule.parameters):
+        if p.load.tensor in learned and p.per_pair is not None:
+            route = route_of(p.load)
+            buffer = f"d_{p.load.tensor}_rule_{route.value}s" + (f"_{i + 1}" if i else "")
+            found.append(CaptureGradient(p.load, route, buffer, per_pair=p.per_pair))
     return tuple(found)
 
 

@@ -25,12 +25,13 @@ from attn_engine.codegen.lower.values import (
     ROW_SHAPE,
     SPLIT,
     SPLITS,
+    captured_params,
     compute_storage,
     tile,
     wide,
 )
 from attn_engine.codegen.schedule import Schedule
-from attn_engine.ir.expr import Const, Expr, Load
+from attn_engine.ir.expr import Const, Expr, Load, Var, postorder
 from attn_engine.ir.passes.merge_rule import MergeRule, part_var
 from attn_engine.ir.program import OUT, Attention
 from attn_engine.ir.tile import Kernel, Let, Loop, Module, Param, Section, Stmt, StoreTile
@@ -64,6 +65,11 @@ def lower_split(program: Attention, schedule: Schedule) -> Kernel:
 def lower_merge(program: Attention, schedule: Schedule, merge: MergeRule) -> Kernel:
     """O and the saved row values of one q tile from its splits."""
     names = reserved_names(program)
+    rule = program.rule
+    roots = (rule.output, *(e for _, e in rule.saved), *merge.states, merge.left_scale, merge.right_scale)
+    read = {
+        n.tensor if isinstance(n, Load) else n.name for n in postorder(*roots) if isinstance(n, Load | Var)
+    }
     body = [
         *empty_row_state(program.rule),
         Section("splits, in order"),
@@ -74,10 +80,11 @@ def lower_merge(program: Attention, schedule: Schedule, merge: MergeRule) -> Ker
         name="merge",
         params=(
             *_partials(program, output=False),
+            *(p for p in captured_params(program) if p.name in read),
             wide(program, "O", output=True),
             *saved_outputs(program),
         ),
-        scalars=(SPLITS,),
+        scalars=(SPLITS, *(s for s in program.scalars if s.name in read)),
         grid=("q", "head", "batch"),
         order=ORDER_Q,
         tile=tuple_of_tiles(

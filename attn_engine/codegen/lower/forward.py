@@ -1,13 +1,14 @@
-"""Forward: one q tile per program, one pass over the kv tiles in sight, the row rule's online update."""
+"""Forward: one q tile per program, passes over the kv tiles in sight, the row rule's online update in the last."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
-from attn_engine.codegen.lower.ranges import masking, phases
+from attn_engine.codegen.lower.ranges import Phases, masking, phases
 from attn_engine.codegen.lower.score import Visibility, hoisted, reserved_names, score_lets, visibility
 from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
@@ -25,15 +26,18 @@ from attn_engine.codegen.lower.values import (
 )
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import REDUCE_IDENTITY, Const, Dot, Expr, Full, Reduce, Var, postorder, where
+from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.mask_range import MaskPlan, plan_mask
 from attn_engine.ir.passes.rule_analysis import (
     in_dependency_order,
     output_of_empty_row,
+    pass_as_rule,
     saved_of_empty_row,
+    values_of_empty_row,
     vanishes_when_masked,
 )
-from attn_engine.ir.program import HEAD, LOGIT, OUT, Attention, OnlineRule
-from attn_engine.ir.tile import Kernel, Let, Param, Section, Stmt, StoreTile
+from attn_engine.ir.program import HEAD, LOGIT, OUT, Attention, OnlineRule, RowPass, RowState, saved_var
+from attn_engine.ir.tile import If, Kernel, Let, Loop, Param, Section, Stmt, StoreTile
 
 ORDER_Q = ("q", "kv", "d", "dv")  # tiles are [q, kv] here
 
@@ -86,20 +90,27 @@ def pass_over_keys(program: Attention, schedule: Schedule, names: Names, *, one_
     tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
     tests = tile_tests(program, names, "kv", tiles)
     seen = phases(mask_plan(program), tiles, schedule.edges, tests, one_split=one_split)
-    before, known = hoisted(program, names, "kv")
+    before, known = hoisted(program, names, "kv", forward_roots(program.rule))
     body: list[Stmt] = [
         Section("query tile of this program"),
         Let("kv_head", HEAD // GROUP_OF_HEADS),
         Let("query", load_tile("Q")),
         *before,
-        *empty_row_state(program.rule),
-        Section("kv tiles this tile can see"),
-        *seen.bounds,
     ]
+    bounds = [Section("kv tiles this tile can see"), *seen.bounds]
+    for i, p in enumerate(program.rule.earlier):
+        body += [*row_pass(program, p, names, known, seen, f"pass_{i + 1}", bounds)]
+        bounds = []
+    body += [*empty_row_state(program.rule), *bounds]
     for run in seen.runs:
         loop = run.loop("kv", lambda masked: kv_step(program, names.copy(), known, masked))
         body += [Section(run.title), loop]
     return Pass(tuple(body), tests)
+
+
+def forward_roots(rule: OnlineRule) -> list[Expr]:
+    """What the loops of the forward pass compute of a rule."""
+    return [e for p in (*rule.earlier, rule) for e in p.new_states] + [rule.weights, rule.out_scale]
 
 
 def empty_row_state(rule: OnlineRule) -> list[Stmt]:
@@ -109,6 +120,60 @@ def empty_row_state(rule: OnlineRule) -> list[Stmt]:
         *(Let(s.name, Full(s.initial, ("q",))) for s in rule.states),
         Let(OUT.name, Full(0.0, OUT.axes)),
     ]
+
+
+def row_pass(
+    program: Attention,
+    p: RowPass,
+    names: Names,
+    known: dict[Expr, Expr],
+    seen: Phases,
+    title: str,
+    bounds: list[Stmt],
+) -> list[Stmt]:
+    """A pass over the keys before the one that makes the output, and the row values that it leaves."""
+    rule = program.rule
+    one = replace(program, rule=pass_as_rule(rule, p))
+    body: list[Stmt] = [
+        Section(f"{title.replace('_', ' ')}: {', '.join(name for name, _ in p.values)}"),
+        *(Let(s.name, Full(s.initial, ("q",))) for s in p.states),
+        *bounds,
+    ]
+    for run in seen.runs:
+        loop = run.loop("kv", lambda masked: kv_step(one, names.copy(), known, masked, output=False))
+        body += [Section(run.title), *titled([loop], title)]
+    return [*body, *pass_values(rule, p, names, known, values_of_empty_row(rule))]
+
+
+def pass_values(
+    rule: OnlineRule,
+    p: RowPass,
+    names: Names,
+    known: dict[Expr, Expr],
+    empty: Mapping[Expr, Number] | None = None,
+) -> list[Stmt]:
+    """The row values after a pass; what has no value in a row without keys (a mean) reads as 0 there.
+
+    empty: the values in such a row; None where it does not matter.
+    """
+    emitter = Emitter(names, known, base_two)
+    for name, e in p.values:
+        value = emitter.value(e, rule.names, rule.sources)
+        if empty is not None and not math.isfinite(empty[saved_var(name)]):
+            value = where(has_seen_nothing(p.states), 0.0, value)
+        emitter.bind(e, emitter.let(name, value, rule.sources.get(e, "")))
+    return emitter.lets
+
+
+def titled(body: list[Stmt], prefix: str) -> list[Stmt]:
+    """The same statements, the names of loop bodies starting with `prefix`."""
+    done: list[Stmt] = []
+    for s in body:
+        if isinstance(s, Loop | If):
+            title = f"{prefix}_{s.title}" if s.title else ""
+            s = replace(s, body=tuple(titled([*s.body], prefix)), title=title)
+        done.append(s)
+    return done
 
 
 def saved_outputs(program: Attention) -> tuple[Param, ...]:
@@ -127,19 +192,22 @@ def later_rows_see_more(plan: MaskPlan) -> bool:
     return plan.hull.hi is not None and plan.hull.lo is None
 
 
-def kv_step(program: Attention, names: Names, known: dict[Expr, Expr], masked: bool | Expr) -> list[Stmt]:
-    """One kv tile: scores, the user's functions, the online update."""
+def kv_step(
+    program: Attention, names: Names, known: dict[Expr, Expr], masked: bool | Expr, *, output: bool = True
+) -> list[Stmt]:
+    """One kv tile: scores, the user's functions, the online update; `output`: it adds to the output."""
     emitter = Emitter(names, known, base_two)
-    emitter.lets += [Let("key", load_tile("K")), Let("value", load_tile("V"))]
+    emitter.lets += [Let("key", load_tile("K")), *([Let("value", load_tile("V"))] if output else [])]
     logit = score_lets(program, emitter)
+    update = partial(online_update, program.rule, names, known, output=output)
     seen = None if masked is False else visibility(program, names, known, ("kv",))
     if seen is None:
-        return [*emitter.lets, *online_update(program.rule, names, known, logit, None)]
+        return [*emitter.lets, *update(logit, None)]
     if vanishes_when_masked(program.rule):
         hidden = hide_scores(emitter, logit, seen, masked)
-        return [*emitter.lets, *online_update(program.rule, names, known, hidden, None)]
+        return [*emitter.lets, *update(hidden, None)]
     # A branch cannot leave `visible` behind it: this rule needs the mask in every tile.
-    return [*emitter.lets, *seen.lets, *online_update(program.rule, names, known, logit, seen.var)]
+    return [*emitter.lets, *seen.lets, *update(logit, seen.var)]
 
 
 def hide_scores(emitter: Emitter, logit: Expr, seen: Visibility, masked: bool | Expr) -> Var:
@@ -152,7 +220,13 @@ def hide_scores(emitter: Emitter, logit: Expr, seen: Visibility, masked: bool | 
 
 
 def online_update(
-    rule: OnlineRule, names: Names, known: dict[Expr, Expr], logit: Expr, visible: Expr | None
+    rule: OnlineRule,
+    names: Names,
+    known: dict[Expr, Expr],
+    logit: Expr,
+    visible: Expr | None,
+    *,
+    output: bool = True,
 ) -> list[Stmt]:
     """The rule's step on one tile; `visible` where masking the score alone would not do."""
     emitter = Emitter(names, {**known, LOGIT: logit}, adjuster(visible))
@@ -164,6 +238,21 @@ def online_update(
             # Nothing visible yet leaves the infinity here; reading 0 instead keeps exp2(inf - inf) away from NaN.
             safe = emitter.let(names.fresh(f"safe_{state.name}"), where(var.equals(state.initial), 0.0, var))
             emitter.bind(value, safe)
+    made = _scale_and_weights(rule, emitter, called, visible) if output else None
+    for state, value in in_dependency_order(rule):
+        if state.name not in new:
+            new[state.name] = emitter.define(called[value], value, called, rule.sources)
+    if made is not None:
+        scale, weights = made
+        emitter.let("out", OUT * scale + Dot(rounded(weights, "V"), VALUE))
+    emitter.lets += [Let(name, value) for name, value in new.items()]
+    return emitter.lets
+
+
+def _scale_and_weights(
+    rule: OnlineRule, emitter: Emitter, called: dict[Expr, str], visible: Expr | None
+) -> tuple[Expr, Expr]:
+    """What the output so far is multiplied by, and the tile's weights."""
     scale: Expr = rule.out_scale
     if not isinstance(scale, Const):
         scale = emitter.define(called[scale], scale, called, rule.sources)
@@ -171,12 +260,7 @@ def online_update(
     if not isinstance(weights, Var) or visible is not None:
         weights = emitter.let("probs", weights if visible is None else where(visible, weights, 0.0))
     emitter.bind(rule.weights, weights)
-    for state, value in in_dependency_order(rule):
-        if state.name not in new:
-            new[state.name] = emitter.define(called[value], value, called, rule.sources)
-    emitter.let("out", OUT * scale + Dot(rounded(weights, "V"), VALUE))
-    emitter.lets += [Let(name, value) for name, value in new.items()]
-    return emitter.lets
+    return scale, weights
 
 
 def is_read_in_step(rule: OnlineRule, new: Expr) -> bool:
@@ -236,8 +320,13 @@ def saved_under_own_name(rule: OnlineRule) -> set[str]:
 
 def row_is_empty(rule: OnlineRule) -> Expr:
     """A row that has seen no key, or only keys of score -inf, still has its initial states."""
-    maxima = [s for s in rule.states if s.initial == -math.inf]
+    return has_seen_nothing((*rule.states, *(s for p in rule.earlier for s in p.states)))
+
+
+def has_seen_nothing(states: Sequence[RowState]) -> Expr:
+    """Whether a row's states are the initial ones."""
+    maxima = [s for s in states if s.initial == -math.inf]
     empty: Expr = Const(True)
-    for state in maxima[:1] or rule.states:
+    for state in maxima[:1] or states:
         empty = empty & state.var.equals(state.initial)
     return empty

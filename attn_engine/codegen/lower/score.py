@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two
@@ -10,7 +10,7 @@ from attn_engine.codegen.lower.values import INSIDE, KEY, QUERY, SCALE
 from attn_engine.ir.expr import Call, Const, Dot, Expr, Load, Var, loads, postorder, substitute
 from attn_engine.ir.ops import Op
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.program import LOGIT, SCORE, Attention, ScalarFn, d_saved_var
+from attn_engine.ir.program import LOGIT, SCORE, Attention, OnlineRule, ScalarFn, d_saved_var
 from attn_engine.ir.tile import Let, Stmt
 
 # Names of kernel variables that a user's local variable must not take.
@@ -28,19 +28,26 @@ RESERVED = frozenset(
 def reserved_names(program: Attention) -> Names:
     """Names taken in every kernel of the program: the shared ones, its tensors, its numbers and its row values."""
     taken = set(RESERVED) | {c.name for c in program.captures} | {s.name for s in program.scalars}
-    for state in program.rule.states:
+    passes = (*program.rule.earlier, *program.rule.adjoints)
+    taken |= {name for p in passes for name, _ in p.values}
+    for state in (*program.rule.states, *(s for p in passes for s in p.states)):
         taken |= {state.name, f"part_{state.name}", f"partial_{state.name}"}
     for name, _ in program.rule.saved:
         taken |= {name, d_saved_var(name).name}
     return Names(taken)
 
 
-def hoisted(program: Attention, names: Names, loop: str) -> tuple[list[Stmt], dict[Expr, Expr]]:
-    """Captured values that do not change along the loop axis, and quotients of query positions, before the loop."""
+def hoisted(
+    program: Attention, names: Names, loop: str, rule_roots: Sequence[Expr] = ()
+) -> tuple[list[Stmt], dict[Expr, Expr]]:
+    """Captured values that do not change along the loop axis, and quotients of query positions, before the loop.
+
+    rule_roots: expressions of the row rule that the loop computes.
+    """
     lets: list[Stmt] = []
     known: dict[Expr, Expr] = {}
 
-    def before(node: Expr, wanted: str, fn: ScalarFn) -> None:
+    def before(node: Expr, wanted: str, fn: ScalarFn | OnlineRule) -> None:
         let = Let(
             names.fresh(fn.names.get(node) or wanted), substitute(node, known), fn.sources.get(node, "")
         )
@@ -55,6 +62,9 @@ def hoisted(program: Attention, names: Names, loop: str) -> tuple[list[Stmt], di
             if loop in load.axes or load in known or any(loads(i) for i in load.indices):
                 continue
             before(load, f"{load.tensor}_{'row' if load.axes else 'value'}", fn)
+    for load in dict.fromkeys(x for root in rule_roots for x in loads(root)):
+        if loop not in load.axes and load not in known and not any(loads(i) for i in load.indices):
+            before(load, f"{load.tensor}_{'row' if load.axes else 'value'}", program.rule)
     return lets, known
 
 

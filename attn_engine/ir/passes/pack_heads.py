@@ -29,6 +29,8 @@ class Packing(Enum):
 def packable(rule: OnlineRule) -> bool:
     """Whether heads can be packed: the normaliser itself must not ask for the head or the position."""
     roots = (rule.weights, *rule.new_states, rule.out_scale, rule.output, *(e for _, e in rule.saved))
+    for p in rule.earlier:
+        roots += (*p.new_states, *(e for _, e in p.values))
     return not {HEAD, Q_IDX} & set(postorder(*roots))
 
 

@@ -7,14 +7,34 @@ it needs.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import REDUCE_IDENTITY, Call, Expr, Full, Reduce, postorder, substitute
-from attn_engine.ir.ops import Number, Op
-from attn_engine.ir.program import BATCH, HEAD, LOGIT, OUT, Q_IDX, OnlineRule, RowState
+from attn_engine.ir.expr import (
+    REDUCE_IDENTITY,
+    Call,
+    Const,
+    Expr,
+    Full,
+    Load,
+    Reduce,
+    Var,
+    postorder,
+    substitute,
+)
+from attn_engine.ir.ops import DType, Number, Op
+from attn_engine.ir.program import BATCH, HEAD, LOGIT, OUT, Q_IDX, OnlineRule, RowPass, RowState, saved_var
 
 _PLACE: dict[Expr, Number] = {BATCH: 1, HEAD: 2, Q_IDX: 3}  # a normaliser may ask where its row is
+_CAPTURED = 0.7  # and read a number or a tensor
 _POINTS = ((0.37, 1.9), (-2.25, 0.6), (3.5, 7.25))
+
+
+def pass_as_rule(rule: OnlineRule, p: RowPass) -> OnlineRule:
+    """A pass that only makes row values, as a rule whose weights are zero."""
+    return replace(
+        rule, states=p.states, new_states=p.new_states, weights=Const(0.0), out_scale=Const(1.0), saved=()
+    )
 
 
 def in_dependency_order(rule: OnlineRule) -> list[tuple[RowState, Expr]]:
@@ -53,7 +73,14 @@ def _at_minus_infinity(e: Expr, env: dict[Expr, Number]) -> Number:
 
 
 def _environment(rule: OnlineRule, point: tuple[float, float]) -> dict[Expr, Number]:
-    return {**_PLACE, **{s.var: point[i % 2] + i for i, s in enumerate(rule.states)}}
+    return {**_captured(rule), **{s.var: point[i % 2] + i for i, s in enumerate(rule.states)}}
+
+
+def _captured(rule: OnlineRule) -> dict[Expr, Number]:
+    """Something for all that a rule reads besides scores and states, the values of earlier passes among it."""
+    roots = (rule.weights, *rule.new_states, rule.out_scale, rule.output, *(e for _, e in rule.saved))
+    found: dict[Expr, Number] = {n: _CAPTURED for n in postorder(*roots) if isinstance(n, Load | Var)}
+    return {**{n: 1 if n.dtype is DType.INT else x for n, x in found.items()}, **_PLACE}
 
 
 def output_of_empty_row(rule: OnlineRule) -> Number:
@@ -66,5 +93,18 @@ def saved_of_empty_row(rule: OnlineRule) -> dict[str, Number]:
     return {name: evaluate(e, {**_initial(rule), OUT: 0.0}) for name, e in rule.saved}
 
 
+def values_of_empty_row(rule: OnlineRule) -> dict[Expr, Number]:
+    """The values of the earlier passes where no key was seen (and whatever else the rule reads)."""
+    return _initial(rule)
+
+
 def _initial(rule: OnlineRule) -> dict[Expr, Number]:
-    return {**_PLACE, **{s.var: s.initial for s in rule.states}}
+    known: dict[Expr, Number] = {**_captured(rule), **{s.var: s.initial for s in rule.states}}
+    for step in rule.earlier:  # their values where no key was seen
+        known |= {s.var: s.initial for s in step.states}
+        known |= {saved_var(name): evaluate(e, known | _read(e, known)) for name, e in step.values}
+    return known
+
+
+def _read(e: Expr, known: dict[Expr, Number]) -> dict[Expr, Number]:
+    return {n: _CAPTURED for n in postorder(e) if isinstance(n, Load | Var) and n not in known}
