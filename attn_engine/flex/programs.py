@@ -96,7 +96,7 @@ def call_of(program: Attention, kind: Kind, device: str) -> tuple[Call, int]:
     if found is None:
         backend = backend_named(name)
         compiled = CompiledAttention(program, backend, backend.schedule(program))
-        call = Call(compiled, "bhsd", ArgumentChecks(program, checks_of(kind)))
+        call = Call(compiled, "bhsd", ArgumentChecks(program, checks_of(kind)), twice=True)
         found = _calls.setdefault((program, kind.backend, name), (call, register(call)))
     return found
 

@@ -97,7 +97,8 @@ class ForwardPlan:
 class BackwardPlan:
     """The backward pass of one kind of call, without gradients of captured tensors.
 
-    gradients: how dq, dk, dv lie, as q, k, v do. logical: (batch, head, row, dimension) of such a tensor. delta: (B, H, Sq).
+    gradients: how dq, dk, dv lie, as q, k, v do. logical: (batch, head, row, dimension) of such a tensor. delta:
+    (B, H, Sq).
     """
 
     kernels: tuple[Prepared, ...]

@@ -24,6 +24,7 @@ from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.make_plan import planned_backward, planned_forward
+from attn_engine.runtime.second_derivatives import second_derivatives
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.strides import empty_ordered_like
 
@@ -49,11 +50,13 @@ class Checks(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a call means besides its tensors: the kernels, how q, k, v and o lie ("bshd" or "bhsd"), and its checks."""
+    """What a call means besides its tensors: the kernels, how q, k, v and o lie ("bshd" or "bhsd"), its checks, and whether
+    its gradients may be differentiated, which takes the dense definition and O(Sq * Skv) memory."""
 
     compiled: CompiledAttention
     layout: str
     checks: Checks
+    twice: bool = False
 
     def logical(self, x: Tensor) -> Tensor:
         """(batch, head, row, dimension), without a copy."""
@@ -232,15 +235,29 @@ def _gradients(
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward pass as a step of its own, so that differentiating it says what it cannot do."""
+    """The backward pass as a step of its own, so that differentiating it is another, or says that it cannot be done."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any):
-        return _gradients(*arguments)
+    def forward(ctx: Any, call: Call, numbers: Mapping[str, Number], *arguments: Any):
+        kind, learned, rows, *given = arguments
+        ctx.call, ctx.numbers, ctx.learned, ctx.rows = call, numbers, learned, rows
+        ctx.save_for_backward(*given)
+        return _gradients(call, numbers, kind, learned, rows, *given)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any):
-        raise _no_second_derivative()
+    def backward(ctx: Any, *wanted: Tensor | None):
+        call: Call = ctx.call
+        if not call.twice:
+            raise _no_second_derivative()
+        d_out, q, k, v, *rest = ctx.saved_tensors
+        captured = call.named(rest[1 + ctx.rows :])
+        d_rows = rest[1 + ctx.rows + len(captured) :]
+        program = call.compiled.program
+        inputs, tensors, of_out, of_rows = second_derivatives(
+            program, call.logical, ctx.numbers, (q, k, v), captured, ctx.learned, d_out, d_rows, wanted
+        )
+        unread = [None] * (1 + ctx.rows)
+        return (None,) * 5 + (of_out, *inputs, *unread, *tensors.values(), *of_rows)
 
 
 def _no_second_derivative() -> TransformNotSupported:
