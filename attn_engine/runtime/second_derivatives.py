@@ -25,8 +25,8 @@ def second_derivatives(
     d_rows: Sequence[Tensor | None],
     wanted: Sequence[Tensor | None],
 ) -> tuple[Given, dict[str, Tensor | None], Tensor | None, Given]:
-    """The gradients of sum(first * wanted), where `first` is dq, dk, dv and those of `learned`, with respect to q, k, v,
-    to the captured tensors by name, to d_out and to d_rows. They can be differentiated again.
+    """The gradients of sum(first * wanted), where `first` is dq, dk, dv and those of `learned`: with respect to q, k
+    and v, to the captured tensors by name, to d_out and to d_rows. They can be differentiated again.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
