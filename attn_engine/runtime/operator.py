@@ -17,14 +17,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from attn_engine.errors import StaleGraph, TransformNotSupported
+from attn_engine.errors import StaleGraph
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.row_gradients import differentiable_rows
 from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.make_plan import planned_backward, planned_forward
-from attn_engine.runtime.second_derivatives import second_derivatives
+from attn_engine.runtime.second_derivatives import no_second_derivative, second_derivatives
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.strides import empty_ordered_like
 
@@ -246,25 +246,10 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *wanted: Tensor | None):
-        call: Call = ctx.call
-        if not call.twice:
-            raise _no_second_derivative()
-        d_out, q, k, v, *rest = ctx.saved_tensors
-        captured = call.named(rest[1 + ctx.rows :])
-        d_rows = rest[1 + ctx.rows + len(captured) :]
-        program = call.compiled.program
-        inputs, tensors, of_out, of_rows = second_derivatives(
-            program, call.logical, ctx.numbers, (q, k, v), captured, ctx.learned, d_out, d_rows, wanted
-        )
-        unread = [None] * (1 + ctx.rows)
-        return (None,) * 5 + (of_out, *inputs, *unread, *tensors.values(), *of_rows)
-
-
-def _no_second_derivative() -> TransformNotSupported:
-    return TransformNotSupported(
-        transform="second derivatives (the gradient of a gradient)",
-        instead="Use engine.reference, which is plain torch and can be differentiated any number of times.",
-    )
+        if not ctx.call.twice:
+            raise no_second_derivative()
+        found = second_derivatives(ctx.call, ctx.numbers, ctx.learned, ctx.rows, ctx.saved_tensors, wanted)
+        return (None, None, None, None, None, *found)
 
 
 def apply(
@@ -403,7 +388,7 @@ def _backward(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _second_backward(ctx: Any, *_: Any) -> Any:
-    raise _no_second_derivative()
+    raise no_second_derivative()
 
 
 _backward_op.register_autograd(_second_backward)

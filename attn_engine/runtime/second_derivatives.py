@@ -2,53 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from attn_engine.errors import TransformNotSupported
 from attn_engine.ir.ops import Number
-from attn_engine.ir.program import Attention
+from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.reference import reference
 
-Given = list[Tensor | None]
+
+class Differentiated(Protocol):
+    """What a call means besides its tensors (`operator.Call`)."""
+
+    @property
+    def compiled(self) -> CompiledAttention: ...
+
+    def logical(self, x: Tensor) -> Tensor: ...
+
+    def named(self, captured: Sequence[Tensor]) -> dict[str, Tensor]: ...
+
+
+def no_second_derivative() -> TransformNotSupported:
+    return TransformNotSupported(
+        transform="second derivatives (the gradient of a gradient)",
+        instead="Use engine.reference, which is plain torch and can be differentiated any number of times.",
+    )
 
 
 def second_derivatives(
-    program: Attention,
-    logical: Callable[[Tensor], Tensor],
+    call: Differentiated,
     numbers: Mapping[str, Number],
-    inputs: tuple[Tensor, Tensor, Tensor],
-    captured: Mapping[str, Tensor],
     learned: Sequence[str],
-    d_out: Tensor | None,
-    d_rows: Sequence[Tensor | None],
+    rows: int,
+    given: Sequence[Tensor | None],
     wanted: Sequence[Tensor | None],
-) -> tuple[Given, dict[str, Tensor | None], Tensor | None, Given]:
-    """The gradients of sum(first * wanted), where `first` is dq, dk, dv and those of `learned`: with respect to q, k
-    and v, to the captured tensors by name, to d_out and to d_rows. They can be differentiated again.
+) -> list[Tensor | None]:
+    """The gradients of sum(first * wanted), where `first` is dq, dk, dv and those of `learned`, with respect to `given`.
+
+    given: d_out, q, k, v, o, `rows` tensors of saved rows, the captured tensors, and the gradients of the rows where
+    they were outputs. o and the saved rows are functions of the others and get none. The results can be differentiated
+    again.
     """
+    d_out, q, k, v, *rest = given
+    assert q is not None and k is not None and v is not None
+    captured = call.named([x for x in rest[1 + rows :] if x is not None])
+    d_rows = rest[1 + rows + len(captured) :]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views of their own: what follows must not run on into the graphs that made the tensors.
-        q, k, v = (_leaf(x) for x in inputs)
+        q, k, v = (_leaf(x) for x in (q, k, v))
         tensors = {name: _leaf(x) if name in learned else x for name, x in captured.items()}
-        out, rows = reference(program, logical(q), logical(k), logical(v), tensors, numbers)
-        weighted = [(logical(out), d_out), *zip(rows.values(), d_rows, strict=False)]
-        losses = [(x, _leaf(w.to(x.dtype))) for x, w in weighted if w is not None and x.requires_grad]
+        views = (call.logical(x) for x in (q, k, v))
+        out, row_values = reference(call.compiled.program, *views, tensors, numbers)
+        outputs = [(call.logical(out), d_out), *zip(row_values.values(), d_rows, strict=False)]
+        losses = [(x, None if w is None or not x.requires_grad else _leaf(w)) for x, w in outputs]
+        used = [(x, w) for x, w in losses if w is not None]
         sources = [q, k, v, *(tensors[name] for name in learned)]
-        total = torch.stack([(x * w).nan_to_num(0.0, 0.0, 0.0).sum() for x, w in losses]).sum()
+        total = torch.stack([(x * w.to(x.dtype)).nan_to_num(0.0, 0.0, 0.0).sum() for x, w in used]).sum()
         first = torch.autograd.grad(total, sources, create_graph=True, materialize_grads=True)
-        second = torch.stack(
-            [(x * w).sum() for x, w in zip(first, wanted, strict=True) if w is not None]
-        ).sum()
-        ends = [*sources, *(w for _, w in losses)]
-        found = torch.autograd.grad(second, ends, create_graph=again, materialize_grads=True)
+        second = [(x * w).sum() for x, w in zip(first, wanted, strict=True) if w is not None]
+        ends = [*sources, *(w for _, w in used)]
+        found = torch.autograd.grad(
+            torch.stack(second).sum(), ends, create_graph=again, materialize_grads=True
+        )
     of_losses = iter(found[len(sources) :])
-    given = [None if w is None or not x.requires_grad else next(of_losses).to(w.dtype) for x, w in weighted]
-    by_name = {name: x.to(captured[name].dtype) for name, x in zip(learned, found[3:], strict=False)}
-    rows_left: Given = [None] * (len(d_rows) - len(given) + 1)
-    return list(found[:3]), {n: by_name.get(n) for n in captured}, given[0], [*given[1:], *rows_left]
+    of_out, *of_rows = (None if w is None else next(of_losses) for _, w in losses)
+    by_name = dict(zip(learned, found[3 : len(sources)], strict=True))
+    unread = [None] * (1 + rows)
+    return [of_out, *found[:3], *unread, *(by_name.get(name) for name in captured), *of_rows][: len(given)]
 
 
 def _leaf(x: Tensor) -> Tensor:
