@@ -50,8 +50,10 @@ class Checks(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a call means besides its tensors: the kernels, how q, k, v and o lie ("bshd" or "bhsd"), its checks, and whether
-    its gradients may be differentiated, which takes the dense definition and O(Sq * Skv) memory."""
+    """What a call means besides its tensors: the kernels, how q, k, v and o lie ("bshd" or "bhsd"), its checks.
+
+    twice: whether its gradients may be differentiated, by the dense definition and in O(Sq * Skv) memory.
+    """
 
     compiled: CompiledAttention
     layout: str

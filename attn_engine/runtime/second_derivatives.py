@@ -40,14 +40,15 @@ def second_derivatives(
     given: Sequence[Tensor | None],
     wanted: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of sum(first * wanted), where `first` is dq, dk, dv and those of `learned`, with respect to `given`.
+    """The gradients of sum(first * wanted) with respect to `given`; `first` is dq, dk, dv and those of `learned`.
 
     given: d_out, q, k, v, o, `rows` tensors of saved rows, the captured tensors, and the gradients of the rows where
     they were outputs. o and the saved rows are functions of the others and get none. The results can be differentiated
     again.
     """
     d_out, q, k, v, *rest = given
-    assert q is not None and k is not None and v is not None
+    if q is None or k is None or v is None:
+        raise AssertionError("q, k and v are always kept")
     captured = call.named([x for x in rest[1 + rows :] if x is not None])
     d_rows = rest[1 + rows + len(captured) :]
     again = torch.is_grad_enabled()
@@ -55,7 +56,7 @@ def second_derivatives(
         # Views of their own: what follows must not run on into the graphs that made the tensors.
         q, k, v = (_leaf(x) for x in (q, k, v))
         tensors = {name: _leaf(x) if name in learned else x for name, x in captured.items()}
-        views = (call.logical(x) for x in (q, k, v))
+        views = call.logical(q), call.logical(k), call.logical(v)
         out, row_values = reference(call.compiled.program, *views, tensors, numbers)
         outputs = [(call.logical(out), d_out), *zip(row_values.values(), d_rows, strict=False)]
         losses = [(x, None if w is None or not x.requires_grad else _leaf(w)) for x, w in outputs]
