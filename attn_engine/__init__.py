@@ -11,6 +11,7 @@ torch.Size([1, 100, 4, 32])
 
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import AttnEngineError
+from attn_engine.flex import AuxOutput, AuxRequest, flex_attention, noop_mask
 from attn_engine.frontend import (
     CustomIO,
     MetaTensor,
@@ -32,6 +33,8 @@ from attn_engine.version import VERSION as __version__
 __all__ = [
     "AttentionEngine",
     "AttnEngineError",
+    "AuxOutput",
+    "AuxRequest",
     "BlockMask",
     "CustomIO",
     "MetaTensor",
@@ -45,7 +48,9 @@ __all__ = [
     "__version__",
     "and_masks",
     "create_block_mask",
+    "flex_attention",
     "meta_tensor",
+    "noop_mask",
     "not_mask",
     "online",
     "or_masks",

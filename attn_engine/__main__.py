@@ -1,4 +1,4 @@
-"""The command line: `python -m attn_engine list | show | explain`."""
+"""The command line: `python -m attn_engine list | show | explain | conformance`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import torch
 
+from attn_engine.conformance.__main__ import add_options, conformance
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import AttnEngineError
 from attn_engine.explain import Kernel
@@ -46,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         "explain", help="what was understood and decided: plans, saved values, tiles"
     )
     explanation.set_defaults(run=_explain)
+    table = commands.add_parser("conformance", help="what FlexAttention must do: pass counts here and in torch")
+    add_options(table)
+    table.set_defaults(run=conformance)
     for command in (show, explanation):
         _add_engine_options(command)
     return parser

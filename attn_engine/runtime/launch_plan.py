@@ -52,14 +52,14 @@ class Prepared(Protocol):
 class ForwardPlan:
     """The forward pass of one kind of call.
 
-    out: the output's shape, as q lies. rows: (number of saved row values, B, H, Sq). saved, partials: where each saved
+    out: how the output lies, as q does. rows: (number of saved row values, B, H, Sq). saved, partials: where each saved
     row value and each tensor of the splits begins, in bytes of its buffer. fixed: numbers that the shapes decide.
     """
 
     kernels: tuple[Prepared, ...]
     element: torch.dtype
     compute: torch.dtype
-    out: tuple[int, ...]
+    out: Layout
     rows: tuple[int, ...]
     saved: Offsets
     partials: Offsets
@@ -68,7 +68,7 @@ class ForwardPlan:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, numbers: Numbers) -> list[Tensor]:
         """[o, all saved row values in one tensor (their number, B, H, Sq)]"""
-        out = torch.empty(self.out, dtype=self.element)
+        out = torch.empty_strided(self.out.shape, self.out.stride, dtype=self.element)
         rows = torch.empty(self.rows, dtype=self.compute)
         addresses = {"Q": q.data_ptr(), "K": k.data_ptr(), "V": v.data_ptr(), "O": out.data_ptr()}
         add_addresses(addresses, rows, self.saved)
@@ -88,13 +88,14 @@ class ForwardPlan:
 class BackwardPlan:
     """The backward pass of one kind of call, without gradients of captured tensors.
 
-    shapes: of dq, dk, dv, as q, k, v lie. logical: (batch, head, row, dimension) of such a tensor. delta: (B, H, Sq).
+    gradients: how dq, dk, dv lie, as q, k, v do. logical: (batch, head, row, dimension) of such a tensor. delta:
+    (B, H, Sq).
     """
 
     kernels: tuple[Prepared, ...]
     element: torch.dtype
     compute: torch.dtype
-    shapes: tuple[tuple[int, ...], ...]
+    gradients: tuple[Layout, ...]
     delta: tuple[int, ...]
     saved: Offsets
     splits: int
@@ -106,7 +107,7 @@ class BackwardPlan:
     ) -> list[Tensor]:
         """[dq, dk, dv]; `stored` is q, k, v, o and the saved row values in one tensor."""
         q, k, v, out, rows = stored
-        dq, dk, dv = (torch.empty(shape, dtype=self.element) for shape in self.shapes)
+        dq, dk, dv = (torch.empty_strided(x.shape, x.stride, dtype=self.element) for x in self.gradients)
         delta = torch.empty(self.delta, dtype=self.compute)
         own = self.splits == 1 and self.compute is self.element
         parts = dq.zero_() if own else parts_of(self.logical(dq), self.splits, self.compute)

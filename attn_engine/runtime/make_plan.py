@@ -29,6 +29,7 @@ from attn_engine.runtime.launch_plan import (
     Offsets,
     Prepared,
 )
+from attn_engine.runtime.strides import empty_ordered_like
 
 Logical = Callable[[Tensor], Tensor]
 LINE = 64  # bytes between tensors of one buffer that different threads write
@@ -77,8 +78,8 @@ def forward_plan(
     captured: Mapping[str, Tensor],
 ) -> ForwardPlan | None:
     """The plan of calls like this one; None where it needs more than kernels. `logical` views a tensor by head."""
-    out_shape = (*q.shape[:3], v.shape[3])
-    out = Layout.of(logical(q.new_empty(out_shape)))
+    output = empty_ordered_like(q, v.shape[3])
+    out_layout, out = Layout.of(output), Layout.of(logical(output))
     q, k, v = logical(q), logical(k), logical(v)
     packing = choose_packing(compiled.program, compiled.schedule, q, k)
     if packing is Packing.QUERIES or compiled.program.rule.pooled:
@@ -108,7 +109,7 @@ def forward_plan(
         kernels=kernels,
         element=q.dtype,
         compute=compiled.compute,
-        out=out_shape,
+        out=out_layout,
         rows=(len(names), *rows),
         saved=tuple((name, i * step) for i, name in enumerate(names)),
         partials=offsets,
@@ -129,8 +130,8 @@ def backward_plan(
     if compiled.schedule.gradients is not Gradients.ONE_KERNEL or direction.adjoints:
         return None
     q, k, v, out, rows = stored
-    shapes = tuple(tuple(x.shape) for x in (q, k, v))
-    dq, dk, dv = (logical(x.new_empty(x.shape)) for x in (q, k, v))
+    made = [empty_ordered_like(x) for x in (q, k, v)]
+    dq, dk, dv = map(logical, made)
     splits = compiled.backward_splits(logical(k))
     names, compute = compiled.saved_names, compiled.compute
     queries = logical(q)
@@ -148,7 +149,7 @@ def backward_plan(
         kernels=kernels,
         element=q.dtype,
         compute=compute,
-        shapes=shapes,
+        gradients=tuple(map(Layout.of, made)),
         delta=delta,
         saved=tuple((name, i * step) for i, name in enumerate(names)),
         splits=splits,

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from attn_engine.errors import StaleGraph, TransformNotSupported
+from attn_engine.errors import StaleGraph
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.row_gradients import differentiable_rows
 from attn_engine.runtime.bind import check_kind
@@ -25,7 +25,9 @@ from attn_engine.runtime.block_lists import tensor_names
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.make_plan import planned_backward, planned_forward
+from attn_engine.runtime.second_derivatives import no_second_derivative, second_derivatives
 from attn_engine.runtime.storage import compute_dtype
+from attn_engine.runtime.strides import empty_ordered_like
 
 
 class Checks(Protocol):
@@ -49,11 +51,15 @@ class Checks(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a call means besides its tensors: the kernels, how q, k, v and o lie ("bshd" or "bhsd"), and its checks."""
+    """What a call means besides its tensors: the kernels, how q, k, v and o lie ("bshd" or "bhsd"), its checks.
+
+    twice: whether its gradients may be differentiated, by the dense definition and in O(Sq * Skv) memory.
+    """
 
     compiled: CompiledAttention
     layout: str
     checks: Checks
+    twice: bool = False
 
     def logical(self, x: Tensor) -> Tensor:
         """(batch, head, row, dimension), without a copy."""
@@ -95,7 +101,7 @@ class Call:
         return [x for name, x in zip(self.rows, saved, strict=True) if name not in self.moving]
 
     def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
-        return q.new_empty((*q.shape[:3], v.shape[3]))
+        return empty_ordered_like(q, v.shape[3])
 
     def learned(self, captured: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Captured tensors that want a gradient and can have one: those that score_mod reads."""
@@ -148,8 +154,8 @@ def run_backward(
     d_rows: Sequence[Tensor | None] = (),
     kind: CallKind | None = None,
 ) -> list[Tensor]:
-    """[dq, dk, dv, gradients of `learned`...], contiguous; `tensors` is q, k, v, o and the saved rows, each or all in
-    one tensor.
+    """[dq, dk, dv, gradients of `learned`...], lying as q, k, v do; `tensors` is q, k, v, o and the saved rows, each or
+    all in one tensor.
 
     d_out, and each of d_rows (one per saved row value): None where no loss depends on it.
     """
@@ -166,7 +172,7 @@ def run_backward(
             return plan.run(d_out, tensors, captured, numbers)
         saved = list(saved[0])
     saved = saved[: len(call.compiled.saved_names)]
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = (empty_ordered_like(x) for x in (q, k, v))
     found = call.compiled.backward(
         call.logical(d_out),
         (call.logical(q), call.logical(k), call.logical(v)),
@@ -234,22 +240,21 @@ def _gradients(
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward pass as a step of its own, so that differentiating it says what it cannot do."""
+    """The backward pass as a step of its own, so that differentiating it is another, or says that it cannot be done."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any):
-        return _gradients(*arguments)
+    def forward(ctx: Any, call: Call, numbers: Mapping[str, Number], *arguments: Any):
+        kind, learned, rows, *given = arguments
+        ctx.call, ctx.numbers, ctx.learned, ctx.rows = call, numbers, learned, rows
+        ctx.save_for_backward(*given)
+        return _gradients(call, numbers, kind, learned, rows, *given)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any):
-        raise _no_second_derivative()
-
-
-def _no_second_derivative() -> TransformNotSupported:
-    return TransformNotSupported(
-        transform="second derivatives (the gradient of a gradient)",
-        instead="Use engine.reference, which is plain torch and can be differentiated any number of times.",
-    )
+    def backward(ctx: Any, *wanted: Tensor | None):
+        if not ctx.call.twice:
+            raise no_second_derivative()
+        found = second_derivatives(ctx.call, ctx.numbers, ctx.learned, ctx.rows, ctx.saved_tensors, wanted)
+        return (None, None, None, None, None, *found)
 
 
 def apply(
@@ -355,7 +360,7 @@ def _(d_out, tensors, captured, scalars, learned, d_rows, used, key):
     call = _found(key)
     named = call.named(captured)
     wanted = learned.split() if learned else []
-    same = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[:3]]
+    same = [empty_ordered_like(x) for x in tensors[:3]]
     return [
         *same,
         *(torch.empty(named[n].shape, dtype=named[n].dtype, device=tensors[0].device) for n in wanted),
@@ -394,7 +399,7 @@ def _backward(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _second_backward(ctx: Any, *_: Any) -> Any:
-    raise _no_second_derivative()
+    raise no_second_derivative()
 
 
 _backward_op.register_autograd(_second_backward)
