@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         "explain", help="what was understood and decided: plans, saved values, tiles"
     )
     explanation.set_defaults(run=_explain)
-    table = commands.add_parser("conformance", help="what FlexAttention must do: pass counts here and in torch")
+    table = commands.add_parser(
+        "conformance", help="what FlexAttention must do: pass counts here and in torch"
+    )
     add_options(table)
     table.set_defaults(run=conformance)
     for command in (show, explanation):

@@ -40,10 +40,11 @@ from attn_engine.options import (
 )
 from attn_engine.runtime.backends import DEVICES, backend_for, backend_named
 from attn_engine.runtime.bind import Expected, custom_by_name, storage_of
+from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
-from attn_engine.runtime.operator import Call, apply, register
+from attn_engine.runtime.operator import apply
 from attn_engine.runtime.reference import reference
 from attn_engine.traced_program import Description, TracedProgram
 

@@ -31,7 +31,7 @@ from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.passes.check_rule import MethodReport, check_methods
 from attn_engine.ir.passes.row_gradients import with_row_gradients
 from attn_engine.ir.program import Attention, ListedBlocks, OnlineRule
-from attn_engine.runtime.operator import Call
+from attn_engine.runtime.call import Call
 from attn_engine.runtime.storage import STORAGES
 
 # A captured tensor: its name in the kernel, how to read it, or else which custom input it is.

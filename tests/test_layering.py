@@ -20,11 +20,28 @@ MAY_IMPORT = {
     "library": {"frontend"},
     "codegen": {"ir"},
     "runtime": {"codegen", "ir"},
-    "flex": {"frontend", "library", "ir", "runtime", "masks", "top"},  # joins what it needs, as the engine does
+    "flex": {
+        "frontend",
+        "library",
+        "ir",
+        "runtime",
+        "masks",
+        "top",
+    },  # joins what it needs, as the engine does
     "conformance": {"flex", "top"},  # through the public package, as a user would
     "masks": {"frontend", "ir", "runtime"},  # plans made from user functions and the tensors that they read
     "integrations": {"top"},  # through the public package, as a user would
-    "top": {"frontend", "library", "ir", "codegen", "runtime", "masks", "flex", "conformance", "integrations"},
+    "top": {
+        "frontend",
+        "library",
+        "ir",
+        "codegen",
+        "runtime",
+        "masks",
+        "flex",
+        "conformance",
+        "integrations",
+    },
 }
 # The packages beyond the standard library that a layer may name.
 PACKAGES = {

@@ -19,10 +19,10 @@ from attn_engine.ir.program import Attention
 from attn_engine.library.normalisers import OnlineSoftmax
 from attn_engine.runtime.backends import DEVICES, backend_named
 from attn_engine.runtime.bind import Expected, check_kind
+from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import CallChecks
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
-from attn_engine.runtime.operator import Call, register
 from attn_engine.traced_program import Description, TracedProgram
 
 Function = Callable[..., Any]

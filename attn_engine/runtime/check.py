@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from attn_engine.ir.passes.check_rule import MethodReport
-from attn_engine.runtime.operator import Call, apply
+from attn_engine.runtime.call import Call
+from attn_engine.runtime.operator import apply
 from attn_engine.runtime.reference import reference
 
 Results = dict[str, Tensor]

@@ -7,123 +7,20 @@ Both run the same two functions.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attn_engine.errors import StaleGraph
 from attn_engine.ir.ops import Number
-from attn_engine.ir.passes.row_gradients import differentiable_rows
 from attn_engine.runtime.bind import check_kind
-from attn_engine.runtime.block_lists import tensor_names
-from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.call import Call, registered
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.make_plan import planned_backward, planned_forward
 from attn_engine.runtime.second_derivatives import no_second_derivative, second_derivatives
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.strides import empty_ordered_like
-
-
-class Checks(Protocol):
-    """What the operators check themselves: a graph may hand them anything."""
-
-    def shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raise a typed error for dtypes, devices and shapes that the kernels were not made for."""
-        ...
-
-    def everything(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        captured: Sequence[Tensor],
-        scalars: Mapping[str, Number],
-    ) -> None:
-        """That, the captured tensors, the indices, and whether the program is still what the user's functions say."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What a call means besides its tensors: the kernels, how q, k, v and o lie ("bshd" or "bhsd"), its checks.
-
-    twice: whether its gradients may be differentiated, by the dense definition and in O(Sq * Skv) memory.
-    """
-
-    compiled: CompiledAttention
-    layout: str
-    checks: Checks
-    twice: bool = False
-
-    def logical(self, x: Tensor) -> Tensor:
-        """(batch, head, row, dimension), without a copy."""
-        return x.transpose(1, 2) if self.layout == "bshd" else x
-
-    @cached_property
-    def captures(self) -> tuple[str, ...]:
-        return tensor_names(self.compiled.program)
-
-    @cached_property
-    def rows(self) -> tuple[str, ...]:
-        """The saved row values by name."""
-        return self.compiled.program.rule.row_outputs
-
-    @cached_property
-    def moving(self) -> frozenset[str]:
-        """Those of them that carry gradients."""
-        return frozenset(differentiable_rows(self.compiled.program.rule))
-
-    @cached_property
-    def floating(self) -> frozenset[str]:
-        return frozenset(c.name for c in self.compiled.program.differentiable_captures)
-
-    @cached_property
-    def kinds(self) -> dict[str, type[float] | type[int]]:
-        scalars = self.compiled.program.scalars
-        return {"scale": float, **{s.name: int if s.dtype.value == "int" else float for s in scalars}}
-
-    def named(self, captured: Sequence[Tensor]) -> dict[str, Tensor]:
-        """By name; custom inputs that no function reads may follow and are left out."""
-        return dict(zip(self.captures, captured, strict=False))
-
-    def numbers(self, scalars: Sequence[Number]) -> dict[str, Number]:
-        """By name, of the type that the kernels take."""
-        return {n: kind(x) for (n, kind), x in zip(self.kinds.items(), scalars, strict=True)}
-
-    def fixed(self, saved: Sequence[Tensor]) -> list[Tensor]:
-        """The saved rows that carry no gradient."""
-        return [x for name, x in zip(self.rows, saved, strict=True) if name not in self.moving]
-
-    def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
-        return empty_ordered_like(q, v.shape[3])
-
-    def learned(self, captured: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Captured tensors that want a gradient and can have one: those that score_mod reads."""
-        return tuple(n for n, t in captured.items() if t.requires_grad and n in self.floating)
-
-
-_calls: WeakValueDictionary[int, Call] = WeakValueDictionary()
-_next_key = itertools.count()
-
-
-def register(call: Call) -> int:
-    """The number by which the operators find `call`; it lives as long as the caller keeps `call`."""
-    key = next(_next_key)
-    _calls[key] = call
-    return key
-
-
-def _found(key: int) -> Call:
-    call = _calls.get(key)
-    if call is None:
-        raise StaleGraph(what="the engine that the graph was made with no longer exists")
-    return call
 
 
 def run_forward(
@@ -299,7 +196,7 @@ def _forward_op(
     scalars: list[float],
     key: int,
 ) -> list[torch.Tensor]:
-    call = _found(key)
+    call = registered(key)
     numbers = call.numbers(scalars)
     call.checks.everything(q, k, v, captured, numbers)
     return run_forward(call, q, k, v, call.named(captured), numbers)
@@ -307,7 +204,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(q, k, v, captured, scalars, key):
-    call = _found(key)
+    call = registered(key)
     if all(
         isinstance(size, int) for x in (q, k, v) for size in x.shape
     ):  # symbols: checked when the graph runs
@@ -336,7 +233,7 @@ def _backward_op(
     key: int,
 ) -> list[torch.Tensor]:
     names = tuple(learned.split()) if learned else ()
-    call = _found(key)
+    call = registered(key)
     q, k, v, out, *saved = tensors
     call.checks.shapes(q, k, v)
     if d_out is not None:
@@ -357,7 +254,7 @@ def _like(x: Tensor, wanted: Tensor) -> Tensor:
 
 @_backward_op.register_fake
 def _(d_out, tensors, captured, scalars, learned, d_rows, used, key):
-    call = _found(key)
+    call = registered(key)
     named = call.named(captured)
     wanted = learned.split() if learned else []
     same = [empty_ordered_like(x) for x in tensors[:3]]
@@ -370,7 +267,7 @@ def _(d_out, tensors, captured, scalars, learned, d_rows, used, key):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, k, v, captured, scalars, key = inputs
     ctx.key, ctx.scalars, ctx.rows = key, scalars, len(output) - 1
-    ctx.call = _found(key)
+    ctx.call = registered(key)
     ctx.learned = ctx.call.learned(ctx.call.named(captured))
     ctx.save_for_backward(q, k, v, *output, *captured)
     ctx.set_materialize_grads(False)

@@ -80,7 +80,7 @@ def _derived(function: RowDefinition, separate: bool) -> tuple[RowForm, OnlineRu
     return form, OnlineRule(
         function.name, forward.states, forward.weights, forward.new_states, forward.out_scale, forward.output,
         saved, backward.recompute, backward.gradient, names, sources, forward.earlier, backward.adjoints,
-        backward.parameters, function.captures, function.scalars, form.reasons,
+        backward.parameters, function.captures, function.scalars, reasons=form.reasons,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from attn_engine.ir.expr import Const, Expr, Full, Reduce, Var, postorder, substitute, variables
 from attn_engine.ir.ops import DType
@@ -212,13 +212,13 @@ def _layers(
     for node in order:
         before = (layer[j] + graph.edges[j, node]["final"] for j in graph.predecessors(node))
         layer[node] = max(before, default=0)
-    reasons = [
-        _reason(
-            [found.items[j] for j in finals], node if node == weights else found.items[node], local, words
-        )
-        for node in graph
-        if (finals := [j for j in graph.predecessors(node) if graph.edges[j, node]["final"]])
-    ]
+    reasons: list[str] = []
+    for node in (*range(len(found.items)), weights):
+        before = cast("list[int]", [j for j in graph.predecessors(node) if graph.edges[j, node]["final"]])
+        finals = [found.items[j] for j in before]
+        if finals:
+            reader = weights if isinstance(node, str) else found.items[node]
+            reasons.append(_reason(finals, reader, local, words))
     return tuple(layer[i] for i in range(len(found.items))), max(layer.values()), tuple(reasons)
 
 

@@ -1,0 +1,115 @@
+"""What a call means besides its tensors, and the number by which an operator in a compiled graph finds it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from attn_engine.errors import StaleGraph
+from attn_engine.ir.ops import Number
+from attn_engine.ir.passes.row_gradients import differentiable_rows
+from attn_engine.runtime.block_lists import tensor_names
+from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.strides import empty_ordered_like
+
+
+class Checks(Protocol):
+    """What the operators check themselves: a graph may hand them anything."""
+
+    def shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise a typed error for dtypes, devices and shapes that the kernels were not made for."""
+        ...
+
+    def everything(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Sequence[Tensor],
+        scalars: Mapping[str, Number],
+    ) -> None:
+        """That, the captured tensors, the indices, and whether the program is still what the user's functions say."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a call means besides its tensors: the kernels, how q, k, v and o lie ("bshd" or "bhsd"), its checks.
+
+    twice: whether its gradients may be differentiated, by the dense definition and in O(Sq * Skv) memory.
+    """
+
+    compiled: CompiledAttention
+    layout: str
+    checks: Checks
+    twice: bool = False
+
+    def logical(self, x: Tensor) -> Tensor:
+        """(batch, head, row, dimension), without a copy."""
+        return x.transpose(1, 2) if self.layout == "bshd" else x
+
+    @cached_property
+    def captures(self) -> tuple[str, ...]:
+        return tensor_names(self.compiled.program)
+
+    @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """The saved row values by name."""
+        return self.compiled.program.rule.row_outputs
+
+    @cached_property
+    def moving(self) -> frozenset[str]:
+        """Those of them that carry gradients."""
+        return frozenset(differentiable_rows(self.compiled.program.rule))
+
+    @cached_property
+    def floating(self) -> frozenset[str]:
+        return frozenset(c.name for c in self.compiled.program.differentiable_captures)
+
+    @cached_property
+    def kinds(self) -> dict[str, type[float] | type[int]]:
+        scalars = self.compiled.program.scalars
+        return {"scale": float, **{s.name: int if s.dtype.value == "int" else float for s in scalars}}
+
+    def named(self, captured: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By name; custom inputs that no function reads may follow and are left out."""
+        return dict(zip(self.captures, captured, strict=False))
+
+    def numbers(self, scalars: Sequence[Number]) -> dict[str, Number]:
+        """By name, of the type that the kernels take."""
+        return {n: kind(x) for (n, kind), x in zip(self.kinds.items(), scalars, strict=True)}
+
+    def fixed(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """The saved rows that carry no gradient."""
+        return [x for name, x in zip(self.rows, saved, strict=True) if name not in self.moving]
+
+    def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
+        return empty_ordered_like(q, v.shape[3])
+
+    def learned(self, captured: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Captured tensors that want a gradient and can have one: those that score_mod reads."""
+        return tuple(n for n, t in captured.items() if t.requires_grad and n in self.floating)
+
+
+_calls: WeakValueDictionary[int, Call] = WeakValueDictionary()
+_next_key = itertools.count()
+
+
+def register(call: Call) -> int:
+    """The number by which the operators find `call`; it lives as long as the caller keeps `call`."""
+    key = next(_next_key)
+    _calls[key] = call
+    return key
+
+
+def registered(key: int) -> Call:
+    call = _calls.get(key)
+    if call is None:
+        raise StaleGraph(what="the engine that the graph was made with no longer exists")
+    return call
