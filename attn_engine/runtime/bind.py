@@ -231,7 +231,8 @@ def _fingerprint(x: Tensor) -> int:
     if found is not None and found[0]() is x and state is not None and found[1] == state:
         return found[2]
     # A copy: memory that numpy has seen may change behind torch's back, and is taken for such from then on.
-    data = x.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
+    # clone, not contiguous: that keeps the stride 0 of a single element, which no view of bytes can have.
+    data = x.detach().to("cpu").clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
     print_ = hash(data.numpy().tobytes())
     key = id(x)
     _fingerprints[key] = weakref.ref(x, lambda _: _fingerprints.pop(key, None)), state, print_
