@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from attn_engine import BlockMask, and_masks, create_block_mask, library, not_mask, or_masks
+from attn_engine import BlockMask, and_masks, create_block_mask, library, or_masks
 from attn_engine.masks.lists import BlockLists, Csr
-
-LENGTH = 80  # positions that have an element in every captured tensor
-
-
-def dense(mask_mod, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
-    """The mask itself, (batch, heads, q, kv), by torch's own create_mask."""
-    return flex.create_mask(mask_mod, batch, heads, q_len, kv_len, "cpu")
-
+from tests.masks.random_masks import dense, random_masks
 
 def listed(csr: Csr, shape: tuple[int, int], other: int) -> Tensor:
     """bool (batch, heads, blocks, other): which blocks a row lists. Checks the form of the rows on the way."""
@@ -63,52 +56,8 @@ def check(mask: BlockMask, mask_mod, sizes: tuple[int, int, int, int]) -> None:
 
 # -- random masks
 
-sorted_ids = torch.arange(LENGTH) // 13
-batch_ids = torch.stack((torch.arange(LENGTH) // 9, torch.arange(LENGTH) // 31))
-ids = torch.randint(0, 4, (LENGTH,), generator=torch.Generator().manual_seed(1))
-flags = torch.rand(LENGTH, generator=torch.Generator().manual_seed(2)) < 0.9
-floats = torch.randn(LENGTH, generator=torch.Generator().manual_seed(3))
-floats[17] = float("nan")
-table = torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(4)) < 0.97
-windows = torch.tensor([3, 20])
-prefixes = torch.tensor([11, 40])
-
-
-def atoms_of(n: int):
-    return {
-        "causal": lambda b, h, q, k: k <= q + n,
-        "window": lambda b, h, q, k: (q - k <= n) & (k - q <= n),
-        "prefix": lambda b, h, q, k: k < n,
-        "batch prefix": lambda b, h, q, k: k < prefixes[b],
-        "head window": lambda b, h, q, k: (q - k).abs() <= windows[h],
-        "documents": lambda b, h, q, k: sorted_ids[q] == sorted_ids[k],
-        "batch documents": lambda b, h, q, k: batch_ids[b, q] == batch_ids[b, k],
-        "unsorted": lambda b, h, q, k: ids[q] != ids[k],
-        "chunked": lambda b, h, q, k: q // (n + 1) == k // (n + 1),
-        "dilated": lambda b, h, q, k: (q - k) % (n % 5 + 1) == 0,
-        "even rows": lambda b, h, q, k: q % 2 == h,
-        "flags": lambda b, h, q, k: flags[k],
-        "row flags": lambda b, h, q, k: ~flags[q],
-        "floats": lambda b, h, q, k: floats[q] < floats[k],
-        "table": lambda b, h, q, k: table[q, k],
-        "product": lambda b, h, q, k: (q - k) * (q - k) <= n * n,
-        "where": lambda b, h, q, k: torch.where(ids[k] > 1, k <= q, k + n >= q),
-        "global": lambda b, h, q, k: (k < 4) | (q < 4) | (k >= q + n),
-        "clamped": lambda b, h, q, k: torch.clamp(q - k, 0, n) < n,
-        "nothing": lambda b, h, q, k: k < 0,
-    }
-
-
-KINDS = list(atoms_of(0))
-atoms = st.builds(lambda kind, n: atoms_of(n)[kind], st.sampled_from(KINDS), st.integers(0, 40))
-masks = st.recursive(
-    atoms,
-    lambda inner: st.one_of(
-        st.builds(and_masks, inner, inner), st.builds(or_masks, inner, inner), st.builds(not_mask, inner)
-    ),
-    max_leaves=4,
-)
-lengths = st.integers(1, LENGTH)
+masks = random_masks(40)
+lengths = st.integers(1, 80)
 blocks = st.sampled_from([1, 8, 16, 32])
 
 

@@ -152,7 +152,8 @@ class LaneRenderer(Renderer):
         plain = not set(e.axes) - self.number_axes
         match e:
             case Call(Op.AND | Op.OR as op, (a, b)) if plain:
-                symbol, level = ("||", 1) if op is Op.OR else ("&&", 2)
+                # Levels that no infix operator has: && binds weaker in C++ than the & and | of lanes around it.
+                symbol, level = ("||", -1) if op is Op.OR else ("&&", -2)
                 text = f"{self.expr(a, axes, level)} {symbol} {self.expr(b, axes, level)}"
                 return f"({text})" if parent and parent != level else text
             case Call(Op.EQ | Op.NE | Op.LE | Op.LT) if parent:
