@@ -232,6 +232,9 @@ class BlockMask:
     def _repr_html_(self) -> str:
         return self.draw("html")
 
+    def _repr_svg_(self) -> str:
+        return self.draw("svg")
+
     # -- torch's padded attributes
 
     def padded(self, name: str) -> tuple[Tensor, Tensor] | None:

@@ -113,8 +113,12 @@ def png(shown: Picture) -> bytes:
     rows = len(shown.work)
     bars.barh([(i + 0.5) * q / rows for i in range(rows)], shown.work, height=q / rows, color="#9aa5ab")
     bars.set(xlim=(0, 1), xlabel="work per row")
-    patches = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in COLOURS]
-    figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=8, title=shown.caption)
+    bars.set_xticks((0, 0.5, 1), ("0", "50%", "100%"), fontsize=8)
+    for axes in (grid, bars):
+        axes.spines[:].set_visible(False)
+    patches = [Patch(facecolor=COLOURS[kind], edgecolor=INK, lw=0.4, label=NAMES[kind]) for kind in COLOURS]
+    legend = figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    legend.set_title(shown.caption, {"size": 9})
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

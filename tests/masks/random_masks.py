@@ -50,6 +50,8 @@ def atoms_of(n: int) -> dict[str, Callable[..., Any]]:
         "chunked": lambda b, h, q, k: q // (n + 1) == k // (n + 1),
         "chunks of 32": lambda b, h, q, k: q // 32 == k // 32,
         "dilated": lambda b, h, q, k: (q - k) % (n % 5 + 1) == 0,
+        "dilated blocks": lambda b, h, q, k: (q // 32 - k // 32) % 3 == 0,
+        "sink or window": lambda b, h, q, k: (k < 5) | ((k <= q) & (q - k <= n)),
         "strided": lambda b, h, q, k: (k // 16) % 3 == 0,
         "even rows": lambda b, h, q, k: q % 2 == h,
         "flags": lambda b, h, q, k: flags[k],

@@ -16,6 +16,7 @@ from attn_engine import BlockMask, and_masks, create_block_mask, library, or_mas
 from attn_engine.masks.lists import BlockLists, Csr
 from tests.masks.random_masks import dense, random_masks
 
+
 def listed(csr: Csr, shape: tuple[int, int], other: int) -> Tensor:
     """bool (batch, heads, blocks, other): which blocks a row lists. Checks the form of the rows on the way."""
     batch, heads, blocks = csr.starts.shape

@@ -75,6 +75,7 @@ def test_html_and_notebooks():
     page = mask._repr_html_()
     assert page == mask.draw("html") and "<svg" in page and "37.5%" in page and "25% to 100%" in page
     ElementTree.fromstring(page)
+    assert mask._repr_svg_() == mask.draw("svg") and mask._repr_svg_() in page
 
 
 def test_png():

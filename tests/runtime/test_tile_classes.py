@@ -87,6 +87,10 @@ def masks(q_len: int, kv_len: int, batches: int, heads: int) -> dict[str, Mask]:
         "own reach": lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < reach[q_idx]),
         "blocks": lambda b, h, q_idx, kv_idx: q_idx // 64 == kv_idx // 64,
         "strided": lambda b, h, q_idx, kv_idx: (q_idx % 96 < 48) == (kv_idx % 80 < 40),
+        "sink or window": lambda b, h, q_idx, kv_idx: (
+            (kv_idx < 20) | ((kv_idx <= q_idx) & (q_idx - kv_idx <= 90))
+        ),
+        "dilated blocks": lambda b, h, q_idx, kv_idx: (q_idx // 256 - kv_idx // 256) % 3 == 0,
         "nothing": lambda b, h, q_idx, kv_idx: documents[q_idx] == documents[kv_idx] + 100,
     }
 
@@ -132,7 +136,16 @@ def test_what_is_skipped_is_not_read(causal: bool, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["documents", "documents and causal", "valid keys", "blocks", "other documents"]
+    "name",
+    [
+        "documents",
+        "documents and causal",
+        "valid keys",
+        "blocks",
+        "other documents",
+        "sink or window",
+        "dilated blocks",
+    ],
 )
 def test_steps_are_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly the tiles with a visible pair take a step, and exactly those with a hidden one mask it."""

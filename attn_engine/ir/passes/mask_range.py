@@ -50,6 +50,7 @@ class MaskPlan:
     full: Interval | NoneKnown
     reasons: tuple[str, ...] = field(default=(), compare=False)
     decided: bool = True  # every part of the mask was understood
+    gaps: bool = False  # the hull spans tiles between two alternatives that neither of them sees
 
     @property
     def bounded(self) -> bool:
@@ -99,6 +100,7 @@ class _Seen:
     full: Interval | NoneKnown
     reasons: tuple[str, ...]
     decided: bool = True
+    gaps: bool = False
 
 
 def plan_mask(mask: Expr | None, loop: str) -> MaskPlan:
@@ -106,7 +108,7 @@ def plan_mask(mask: Expr | None, loop: str) -> MaskPlan:
     if mask is None:
         return MaskPlan(loop, Interval(), Interval(), ("no mask",))
     seen = _Analysis(loop).formula(simplify(mask), negated=False)
-    return MaskPlan(loop, seen.hull, seen.full, seen.reasons, seen.decided)
+    return MaskPlan(loop, seen.hull, seen.full, seen.reasons, seen.decided, seen.gaps)
 
 
 class _Analysis:
@@ -211,11 +213,13 @@ class _Analysis:
             if isinstance(x.full, NoneKnown) or isinstance(y.full, NoneKnown)
             else _meet(x.full, y.full)
         )
-        return _Seen(_meet(x.hull, y.hull), full, x.reasons + y.reasons, x.decided and y.decided)
+        decided, gaps = x.decided and y.decided, x.gaps or y.gaps
+        return _Seen(_meet(x.hull, y.hull), full, x.reasons + y.reasons, decided, gaps)
 
     def either(self, x: _Seen, y: _Seen) -> _Seen:
         full = _either_full(x.full, y.full)
-        return _Seen(_hull(x.hull, y.hull), full, x.reasons + y.reasons, x.decided and y.decided)
+        decided, gaps = x.decided and y.decided, x.gaps or y.gaps or _leave_a_gap(x.hull, y.hull)
+        return _Seen(_hull(x.hull, y.hull), full, x.reasons + y.reasons, decided, gaps)
 
     def linear(self, e: Expr) -> _Linear | None:
         """e as a linear form, or None."""
@@ -285,6 +289,12 @@ def _hull(x: Interval, y: Interval) -> Interval:
     lo = None if x.lo is None or y.lo is None else call(Op.MIN, x.lo, y.lo)
     hi = None if x.hi is None or y.hi is None else call(Op.MAX, x.hi, y.hi)
     return Interval(lo, hi)
+
+
+def _leave_a_gap(x: Interval, y: Interval) -> bool:
+    """Whether two intervals may lie apart: not where both are unbounded on one side, or one is all or nothing."""
+    joined = (x.lo is None and y.lo is None) or (x.hi is None and y.hi is None)
+    return not (joined or x.whole or y.whole or x == Interval() or y == Interval())
 
 
 def _either_full(x: Interval | NoneKnown, y: Interval | NoneKnown) -> Interval | NoneKnown:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 
-from attn_engine.ir.expr import Call, Const, Expr, Load, Reduce, Var, call, loads, postorder
+from attn_engine.ir.expr import Call, Const, Expr, Load, Reduce, Var, call, loads, postorder, where
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.passes.bounds import conjuncts
 from attn_engine.ir.passes.mask_range import plan_mask
@@ -50,17 +50,23 @@ class TileClass:
 
 def classify_tiles(mask: Expr | None, loop: str) -> TileClass | None:
     """The class of a tile met in a loop over `loop`; None where it would tell no more than `plan_mask` does."""
-    if mask is None or plan_mask(mask, loop).decided:
+    if mask is None or _bounds_say_all(mask, loop):
         return None
     analysis = _Analysis(loop)
     mask = simplify(mask)
     must = analysis.truth(mask).must
     # What the loop's bounds already ensure is not asked of every tile.
-    rest = [part for part in conjuncts(mask) if not plan_mask(part, loop).decided]
+    rest = [part for part in conjuncts(mask) if not _bounds_say_all(part, loop)]
     may = reduce(_and, (analysis.truth(part).may for part in rest), TRUE)
     if not analysis.informed or (may is TRUE and must is FALSE):
         return None
     return TileClass(may, must)
+
+
+def _bounds_say_all(mask: Expr, loop: str) -> bool:
+    """Whether the loop's bounds leave out every tile that intervals could leave out."""
+    plan = plan_mask(mask, loop)
+    return plan.decided and not plan.gaps
 
 
 def tile_truth(mask: Expr) -> TileClass:
@@ -116,6 +122,7 @@ class _Analysis:
             case Call(Op.AND, (a, b)):
                 return _both(self.truth(a), self.truth(b))
             case Call(Op.OR, (a, b)):
+                self.informed = self.informed or plan_mask(e, self.loop).gaps
                 return _either(self.truth(a), self.truth(b))
             case Call(Op.WHERE, (c, a, b)):
                 chosen, self.informed = self.truth(c), True
@@ -163,13 +170,22 @@ class _Analysis:
                 return None if x is None or not x.attained else _unary(op, x)
             case Call(Op.FLOORDIV, (a, Const(int() as n))) if n > 0 and (x := self.interval(a)):
                 return _Interval(_divided(x.lo, n), _divided(x.hi, n), x.attained)
-            case Call(Op.MOD, (_, Const(int() as n))) if n > 0:
-                return _Interval(Const(0), Const(n - 1), attained=False)
+            case Call(Op.MOD, (a, Const(int() as n))) if n > 0:
+                return self.remainder(a, n)
             case Call(Op.WHERE, (_, a, b)) if a.dtype is b.dtype:
                 x, y = self.interval(a), self.interval(b)
                 return None if x is None or y is None else _hull(x, y)
             case _:
                 return None
+
+    def remainder(self, a: Expr, n: int) -> _Interval:
+        """a % n: anything below n, or a's own ends where a tile stays within one period."""
+        x = None if _least_span(a) >= n else self.interval(a)
+        if x is None:
+            return _Interval(Const(0), Const(n - 1), attained=False)
+        within = call(Op.EQ, _divided(x.lo, n), _divided(x.hi, n))
+        ends = where(within, simplify(x.lo % n), 0), where(within, simplify(x.hi % n), n - 1)
+        return _Interval(*ends, attained=False)
 
     def along_one_axis(self, e: Expr) -> _Interval | None:
         """Closed form where the value is linear in the position, else its extremes over the tile."""
@@ -221,6 +237,26 @@ def _linear_ends(e: Expr) -> tuple[Expr, Expr] | None:
             return None if x is None else (simplify(-x[1]), simplify(-x[0]))
         case _:
             return None
+
+
+SHORTEST_TILE = 16
+
+
+def _least_span(e: Expr) -> int:
+    """By how much a value differs within two tiles of SHORTEST_TILE positions at least; 0 where that is not known."""
+    match e:
+        case Var() if e.axes:
+            return SHORTEST_TILE - 1
+        case Call(Op.ADD | Op.SUB, (a, b)) if not set(a.axes) & set(b.axes):
+            return _least_span(a) + _least_span(b)
+        case Call(Op.NEG, (a,)):
+            return _least_span(a)
+        case Call(Op.MUL, (a, Const(int() as c))) | Call(Op.MUL, (Const(int() as c), a)):
+            return _least_span(a) * abs(c)
+        case Call(Op.FLOORDIV, (a, Const(int() as n))) if n > 0:
+            return _least_span(a) // n
+        case _:
+            return 0
 
 
 def _divided(x: Expr, n: int) -> Expr:
