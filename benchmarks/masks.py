@@ -2,7 +2,7 @@
 
     python -m benchmarks.masks                      all cases (ten minutes) and the table
     python -m benchmarks.masks --only 'window.*16384'    some, added to the results of the day
-    python -m benchmarks.masks --table              the table of the results of the day
+    python -m benchmarks.masks --table              table and figure of the results of the day
 
 One call plans anew and makes the exact lists of both sides. "new function" also traces a mask_mod that was made for
 this call; "again" is a further step of one mask whose tensors have changed in place (no work where it reads none).
@@ -18,7 +18,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -32,15 +31,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import masks_report
 from benchmarks.measure import rounded
 from benchmarks.memory import ROOT, forget_peak, peak_bytes
+from benchmarks.results import machine
 
 NAMES = ("causal", "window", "documents", "documents & window", "prefix")
 LENGTHS, HEADS = (16384, 131072), (1, 32)
+COMPARED = LENGTHS[0]  # the length at which torch is measured, too
 WINDOW, DOCUMENT = 1024, 2048
 ROUNDS = 5
 RESULTS = ROOT / "benchmarks" / "results"
-TARGETS = {"eager": 100, "compiled": 20, "milliseconds": 50, "megabytes": 20}
+# torch's time over ours at COMPARED; ours at the other length where all heads share one mask.
+TARGETS = masks_report.TARGETS
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,53 +214,6 @@ def in_own_process(part: str, case: Case) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    machine = results["machine"]
-    head = (
-        "mask",
-        "length",
-        "heads",
-        "ours, ms",
-        "new function, ms",
-        "again, ms",
-        "growth, MB",
-        "torch eager",
-        "torch compiled",
-    )
-    lines = [
-        "# Block masks against torch's create_block_mask",
-        "",
-        f"torch {machine['torch']}, {machine['cores']} cores, {machine['date']}. "
-        "Milliseconds and growth of memory: ours. All on one core. "
-        "The last columns are torch's processor time over ours.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + " --- |" * len(head),
-    ]
-    for case in CASES:
-        found = results["cases"].get(str(case))
-        if found is None:
-            continue
-        times = [
-            f"{found[k]:.3g}"
-            for k in ("ms on one core", "new function ms on one core", "again ms on one core", "MB")
-        ]
-        both = [f"{found[k]:.0f} x" if k in found else "" for k in ("eager ratio", "compiled ratio")]
-        lines.append("| " + " | ".join([case.name, str(case.length), str(case.heads), *times, *both]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -271,18 +227,18 @@ def main() -> None:
         part, name, length, heads = given.part
         print(json.dumps({"alone": alone, "ratios": ratios}[part](Case(name, int(length), int(heads)))))
         return
-    known = json.loads(given.out.read_text()) if given.out.exists() else {"cases": {}}
+    known = json.loads(given.out.read_text()) if given.out.exists() else {"machine": machine(), "cases": {}}
     for case in () if given.table else CASES:
         if not re.search(given.only, str(case)):
             continue
         found = in_own_process("alone", case)
-        if case.length == LENGTHS[0]:
+        if case.length == COMPARED:
             found |= in_own_process("ratios", case)
         print(f"{case}: {found}", flush=True)
-        known = {"machine": machine(), "targets": TARGETS, "cases": {**known["cases"], str(case): found}}
-        given.out.write_text(json.dumps(known, indent=1) + "\n")
-    given.out.with_suffix(".md").write_text(table(known))
-    print(table(known))
+        known["cases"][str(case)] = found
+        given.out.write_text(json.dumps(known | {"targets": TARGETS}, indent=1) + "\n")
+    written = masks_report.write(known, given.out.with_suffix(""))
+    print(masks_report.markdown(known), f"written: {', '.join(map(str, written))}", sep="\n")
 
 
 if __name__ == "__main__":

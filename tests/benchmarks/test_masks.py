@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from attn_engine import BlockMask, create_block_mask
-from benchmarks import masks
+from benchmarks import masks, masks_report
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -23,9 +23,10 @@ def test_the_same_blocks(name: str, heads: int):
 
 def test_table():
     measured = {
-        "ms on one core": 1.0, "new function ms on one core": 2.0, "again ms on one core": 3.0, "MB": 4.0,
-        "eager ratio": 150.0, "compiled ratio": 25.0,
+        "ms on one core": 1.0, "new function ms on one core": 2.0, "again ms on one core": 60.0, "MB": 4.0,
     }  # fmt: skip
-    results = {"machine": masks.machine(), "cases": {str(masks.CASES[1]): measured}}
-    lines = masks.table(results).splitlines()
-    assert lines[-1] == "| window | 16384 | 1 | 1 | 2 | 3 | 4 | 150 x | 25 x |"
+    ratios = {"eager ratio": 150.0, "compiled ratio": 15.0}
+    cases = {"window, 16384, 1 head": measured | ratios, "documents & window, 131072, 1 head": measured}
+    lines = masks_report.markdown({"machine": {"processor": "p"}, "cases": cases}).splitlines()
+    assert lines[-2] == "| window | 16384 | 1 | 1 | 2 | 60 | 4 | 150 x ✓ | 15 x ✗ 20 |"
+    assert lines[-1] == "| documents & window | 131072 | 1 | 1 ✓ | 2 ✓ | 60 ✗ 50 | 4 ✓ |  |  |"
