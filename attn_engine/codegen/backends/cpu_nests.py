@@ -56,7 +56,7 @@ def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item
 
 
 def is_long(n: Nest) -> bool:
-    """Whether a row reads or adds elements lane by lane so often that repeating it per row would take long to compile."""
+    """Whether a row reads or adds at so many places that unrolled rows would take long to compile."""
     lets = (s for s in n.steps if isinstance(s, Let | StoreTile | Accumulate))
     found = {e for s in lets for e in postorder(*expressions(s))}
     places = sum(isinstance(e, Load) and len(e.axes) > 0 for e in found)
