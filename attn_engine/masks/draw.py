@@ -118,7 +118,8 @@ def png(shown: Picture) -> bytes:
         axes.spines[:].set_visible(False)
     patches = [Patch(facecolor=COLOURS[kind], edgecolor=INK, lw=0.4, label=NAMES[kind]) for kind in COLOURS]
     legend = figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    legend.set_title(shown.caption, {"size": 9})
+    legend.set_title(shown.caption)
+    legend.get_title().set_fontsize(9)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
