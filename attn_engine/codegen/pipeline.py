@@ -16,6 +16,7 @@ from attn_engine.codegen.lower.pooled import lower_pooled_forward
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.passes.row_gradients import only_row_gradients
+from attn_engine.ir.passes.unread import without_unread
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, Lanes, Module
 from attn_engine.ir.verify import verify_kernel
@@ -52,6 +53,7 @@ def lower(
             kernels = (*first, lower_adjoints(program, schedule), *module.kernels[len(first) :])
             module = replace(module, kernels=kernels)
         module = replace(module, kernels=module.kernels + lower_pair_gradients(program, schedule, learned))
+    module = replace(module, kernels=tuple(without_unread(k) for k in module.kernels))
     for kernel in module.kernels:
         verify_kernel(kernel)
     return module
