@@ -313,6 +313,11 @@ class GradientNotSupported(AttnEngineError, NotImplementedError):
     advice = "{instead}"
 
 
+class PooledMaximumNotDifferentiable(AttnEngineError, NotImplementedError):
+    template = 'The loss depends on the row output "pooled_max", which has no gradient.'
+    advice = "Use rows['pooled_max'].detach(), or with_pooled(..., sum=...): pooled sums have gradients."
+
+
 class CompilationFailed(AttnEngineError, RuntimeError):
     template = (
         "The compiler rejected a generated kernel.\ncommand: {command}\nsource kept at: {source}\n{output}"
