@@ -259,7 +259,10 @@ class RowFunctionResult(AttnEngineError, TypeError):
 
 class UnorderedReduction(AttnEngineError, ValueError):
     template = "The row function {rule} takes the {kind} of something that another reduction is part of."
-    advice = "A {kind} may depend on the raw scores only; a sum may depend on anything before it."
+    advice = (
+        "A {kind} may depend on the raw scores only; a sum may depend on anything before it. "
+        "Take the {kind} first and the other reduction from it: (s - s.mean()).max() is s.max() - s.mean()."
+    )
 
 
 class RowFunctionNotDerivable(AttnEngineError, NotImplementedError):

@@ -280,6 +280,11 @@ def test_numeric_names_and_torch_spellings() -> None:
 
 
 TABLE = torch.ones(3)
+
+
+def _assigned(s): s[0] = 0.0  # fmt: skip
+
+
 MISTAKES = {
     "one value": (lambda s: s.max(), errors.RowFunctionResult, "not a row"),
     "nothing": (lambda s: None, errors.RowFunctionResult, "return"),
@@ -292,6 +297,11 @@ MISTAKES = {
     "if": (lambda s: s if s.sum() > 0 else -s, errors.ControlFlowOnTraced, "torch.where"),
     "unknown method": (lambda s: s.cumsum(0), errors.UnknownMethod, ".cumsum"),
     "unknown function": (lambda s: torch.sort(s)[0], errors.UnknownOperation, "sort"),
+    "product": (lambda s: s / s.prod(), errors.UnknownMethod, ".prod"),
+    "an element": (lambda s: s - s[0], errors.NumberFromTraced, "An index"),
+    "its length": (lambda s: s / len(s), errors.NumberFromTraced, "s.numel()"),
+    "its shape": (lambda s: s / s.shape[0], errors.NumberFromTraced, "s.numel()"),
+    "an assignment": (_assigned, errors.NumberFromTraced, "torch.where"),
     "another dimension": (lambda s: s / s.sum(1), errors.WrongOperands, "dim=1"),
     "a loop": (lambda s: sum(x for x in s), errors.NumberFromTraced, "loop"),
     "a tensor": (lambda s: s * TABLE, errors.WrongIndexCount, "dimensions"),
