@@ -58,7 +58,7 @@ def check(
     torch.testing.assert_close(exact["pooled_sum"], want_sum)
 
 
-@pytest.mark.parametrize("block", [16, 64, 256])
+@pytest.mark.parametrize("block", [16, 256])
 @pytest.mark.parametrize("rule", RULES)
 def test_on_the_cpu(rule: str, block: int, generator: torch.Generator) -> None:
     check(rule, CPU, 150, 300, block, generator, mask_mod=seen)
@@ -129,7 +129,9 @@ def centred(s):
 
 
 @pytest.mark.parametrize("backend", [CPU, "triton-interpreter"])
-@pytest.mark.parametrize("rule", [OnlineSoftmax(), with_sink, centred], ids=["given", "learned", "two passes"])
+@pytest.mark.parametrize(
+    "rule", [OnlineSoftmax(), with_sink, centred], ids=["given", "learned", "two passes"]
+)
 def test_pooled_sums_have_gradients(rule: Any, backend: str, generator: torch.Generator) -> None:
     """With score_mod, grouped heads, rows without keys and blocks that no row sees."""
     dtype, tolerance = (torch.float64, 1e-10) if backend == CPU else (torch.float32, 1e-4)

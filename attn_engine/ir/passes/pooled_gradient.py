@@ -58,9 +58,7 @@ def _with_pooled_sums(rule: OnlineRule, block: int, storage: Storage) -> OnlineR
             RowPass(p.states, tuple(map(moved, p.new_states)), tuple((n, moved(e)) for n, e in p.values))
             for p in rule.adjoints
         ),
-        parameters=tuple(
-            RuleParameter(p.load, maybe(p.per_pair), maybe(p.per_row)) for p in rule.parameters
-        ),
+        parameters=tuple(RuleParameter(p.load, maybe(p.per_pair), maybe(p.per_row)) for p in rule.parameters),
         names={**rule.names, **{moved(e): name for e, name in rule.names.items()}},
         sources={**rule.sources, **{moved(e): text for e, text in rule.sources.items()}},
     )
