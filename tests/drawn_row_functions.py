@@ -6,7 +6,6 @@ Only functions that are smooth where rounding decides: |s - max| has a kink at t
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +57,6 @@ def made(text: str) -> RowFunction:
     """The row function of a text; its lines can be quoted."""
     name = f"<drawn {hash(text):x}>"
     linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    found: dict[str, Callable[..., Any]] = {"torch": torch}  # type: ignore[dict-item]
+    found: dict[str, Any] = {"torch": torch}
     exec(compile(text, name, "exec"), found)
     return online(found["drawn"])

@@ -130,7 +130,7 @@ class Traced(Symbolic):
     def _is_one_number(self, call: str) -> Any:
         advice = "It is one number."
         if self.session.rows:
-            advice = "Reduce the row with s.max(), s.sum() and so on; s.numel() counts its keys; choose with torch.where."
+            advice = "Reduce a row with s.max(), s.sum() and so on; s.numel() counts its keys; torch.where chooses."
         raise NumberFromTraced(
             call=call, kind=_noun(self.expr), instead=advice, location=self.session.location()
         )

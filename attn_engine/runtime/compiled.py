@@ -6,7 +6,7 @@ All tensors here are in logical order, (batch, head, row, dimension), with any s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
