@@ -155,6 +155,15 @@ def test_scores_of_minus_infinity_are_hidden_keys(name: str, backend: str) -> No
     assert_near(got, outputs("reference", name, tensors, qkv, **hidden))
 
 
+def test_huge_scores_computed_again_stay_below_their_maximum() -> None:
+    """A score of 1e12 that is rounded differently in the backward pass would be exp(65536)."""
+    function = CASES["softmax"].make({})
+    qkv = [x.detach().requires_grad_() for x in inputs(70, 90, torch.float32)]
+    o = engine(function, backend="cpu", scale=1e12)(*qkv)
+    torch.testing.assert_close(o, engine(function, backend="reference", scale=1e12)(*qkv), check_dtype=False)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(o.square().sum(), qkv))
+
+
 def test_explain_says_how_many_passes_and_why() -> None:
     one = engine(CASES["softmax"].make({})).explain().sections["Passes"]
     assert one == "one pass over the keys computes the output"
