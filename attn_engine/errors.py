@@ -259,7 +259,10 @@ class RowFunctionResult(AttnEngineError, TypeError):
 
 class UnorderedReduction(AttnEngineError, ValueError):
     template = "The row function {rule} takes the {kind} of something that another reduction is part of."
-    advice = "A {kind} may depend on the raw scores only; a sum may depend on anything before it."
+    advice = (
+        "A {kind} may depend on the raw scores only; a sum may depend on anything before it. "
+        "Take the {kind} first and the other reduction from it: (s - s.mean()).max() is s.max() - s.mean()."
+    )
 
 
 class RowFunctionNotDerivable(AttnEngineError, NotImplementedError):
@@ -311,6 +314,11 @@ class UnsupportedOnBackend(AttnEngineError, NotImplementedError):
 class GradientNotSupported(AttnEngineError, NotImplementedError):
     template = 'Backend "{backend}" gives no gradient for {what}.'
     advice = "{instead}"
+
+
+class PooledMaximumNotDifferentiable(AttnEngineError, NotImplementedError):
+    template = 'The loss depends on the row output "pooled_max", which has no gradient.'
+    advice = "Use rows['pooled_max'].detach(), or with_pooled(..., sum=...): pooled sums have gradients."
 
 
 class CompilationFailed(AttnEngineError, RuntimeError):

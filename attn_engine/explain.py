@@ -98,6 +98,9 @@ def _passes_text(rule: OnlineRule) -> str:
     """How often the keys of a row are gone through, and why."""
     lines = ["one pass over the keys computes the output" if not rule.earlier else _before(rule)]
     lines += [f"because {reason}" for reason in rule.reasons]
+    if rule.pooled:
+        found = " and ".join(f"{p.name} of every {p.block} keys" for p in rule.pooled)
+        lines.append(f"then, in the same kernel, the keys once more: {found}")
     if rule.adjoints:
         found = ", ".join(name for p in rule.adjoints for name, _ in p.values)
         lines.append(f"backward: one more pass before the gradient finds {found}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from attn_engine.errors import NotACustomIO
+from attn_engine.errors import NotACustomIO, UnknownOption
 from attn_engine.frontend import (
     CustomIO,
     OnlineFunc,
@@ -66,6 +66,10 @@ class Description:
         online_func, pooled = without_pooled(self.online_func)
         rule = trace_online(online_func, names)
         row_rule = replace(with_row_gradients(rule.rule), pooled=pooled)
+        for p in pooled:
+            if any(name == p.name for name, _ in row_rule.saved):
+                known = f'0, because the normaliser has a row value named "{p.name}" of its own'
+                raise UnknownOption(option=p.kind, value=p.block, where="with_pooled", known=known)
         program = self.program(score, mask, row_rule)
         return TracedProgram(program, score, mask, rule, dict(storages))
 

@@ -17,16 +17,12 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """make(tensors): the row function over its learned tensors. passes: over the keys, forward. lse: it has one.
-
-    scored: the weights depend on the scores.
-    """
+    """make(tensors): the row function over its learned tensors. passes: over the keys, forward. lse: it has one."""
 
     make: Callable[[Tensors], RowFunction]
     passes: int = 1
     learned: Callable[[], Tensors] = dict
     lse: bool = False
-    scored: bool = True
     kink: bool = False  # a row of one key lies on a kink, where rounding decides about the gradient
     outputs: tuple[str, ...] = field(default=())
 
@@ -202,7 +198,7 @@ CASES: dict[str, Case] = {
     "by largest": Case(_plain(by_largest)),
     "exp without max": Case(_plain(exp_without_max), lse=True),
     "two normalisers": Case(_plain(two_normalisers)),
-    "uniform": Case(_plain(uniform), scored=False),
+    "uniform": Case(_plain(uniform)),
     "relu of centred": Case(_plain(relu_of_centred), passes=2, outputs=("mean",), kink=True),
     "standardised": Case(_plain(standardised), passes=3),
     "softmax of normalised": Case(_plain(softmax_of_normalised), passes=2),

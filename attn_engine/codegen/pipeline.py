@@ -15,7 +15,8 @@ from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
 from attn_engine.codegen.lower.pooled import lower_pooled_forward
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
-from attn_engine.ir.passes.row_gradients import only_row_gradients
+from attn_engine.ir.passes.pooled_gradient import backward_program
+from attn_engine.ir.passes.unread import without_unread
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, Lanes, Module
 from attn_engine.ir.verify import verify_kernel
@@ -30,8 +31,8 @@ def lower(
     learned: tuple[str, ...] = (),
     rows: tuple[str, ...] = (),
 ) -> Module:
-    """The kernels of one direction; `learned` names the captured tensors that need a gradient, `rows` the saved row
-    values that have one.
+    """The kernels of one direction; `learned` names the captured tensors that need a gradient, `rows` the row
+    outputs that have one.
 
     "decode" is the forward pass with the keys split, for rules that have a merge.
     """
@@ -44,14 +45,14 @@ def lower(
         assert isinstance(merge, MergeRule), "keys are split where the parts can be merged"
         module = lower_decode(program, schedule, merge)
     else:
-        rule = only_row_gradients(program.rule, rows)
-        program = replace(program, rule=rule)
+        program = backward_program(program, rows)
         module = lower_backward(program, schedule, learned)
-        if rule.adjoints:  # they read delta, and the kernels of the gradients read them
+        if program.rule.adjoints:  # they read delta, and the kernels of the gradients read them
             first = [k for k in module.kernels if k.name == "delta"]
             kernels = (*first, lower_adjoints(program, schedule), *module.kernels[len(first) :])
             module = replace(module, kernels=kernels)
         module = replace(module, kernels=module.kernels + lower_pair_gradients(program, schedule, learned))
+    module = replace(module, kernels=tuple(without_unread(k) for k in module.kernels))
     for kernel in module.kernels:
         verify_kernel(kernel)
     return module

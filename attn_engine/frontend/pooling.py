@@ -22,8 +22,8 @@ def with_pooled(online_func: OnlineFunc | type[OnlineFunc], *, max: int = 0, sum
 
     max, sum: keys of a block, a power of two from 16 on; 0: not wanted. With return_final_rowscales=True, a call's row
     values then have "pooled_max", "pooled_sum": (B, H, Sq, ceil(Skv / block)), float32 (float64 for float64 inputs), 0
-    in blocks of which the row sees no key. They carry no gradient: to differentiate sums, give v columns that are 1 in
-    a block and 0 elsewhere. Raises UnknownOption.
+    in blocks of which the row sees no key. Sums have gradients; a loss that uses a maximum is refused
+    (PooledMaximumNotDifferentiable). Raises UnknownOption.
 
     >>> with_pooled(OnlineFunc, max=64).pooled
     (Pooled(kind='max', block=64),)
@@ -34,6 +34,10 @@ def with_pooled(online_func: OnlineFunc | type[OnlineFunc], *, max: int = 0, sum
             known = f"0 or a power of two from {_LEAST} on"
             raise UnknownOption(option=kind, value=block, where="with_pooled", known=known)
     inner, before = without_pooled(online_func)
+    for p in before:
+        if wanted[p.kind]:
+            known = f"{p.block}, which it has already: a normaliser pools each kind once"
+            raise UnknownOption(option=p.kind, value=wanted[p.kind], where="with_pooled", known=known)
     return WithPooled(inner, (*before, *(Pooled(kind, block) for kind, block in wanted.items() if block)))
 
 

@@ -116,11 +116,23 @@ class Traced(Symbolic):
         return round(self._number("round()", "Use torch.round(x), which stays traced."), digits)
 
     def __iter__(self) -> Any:
+        self._is_one_number("A loop over it")
+
+    def __getitem__(self, _: Any) -> Any:
+        self._is_one_number("An index into it")
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        self._is_one_number("An assignment to its elements")
+
+    def __len__(self) -> int:
+        return self._is_one_number("len()")
+
+    def _is_one_number(self, call: str) -> Any:
+        advice = "It is one number."
+        if self.session.rows:
+            advice = "Reduce a row with s.max(), s.sum() and so on; s.numel() counts its keys; torch.where chooses."
         raise NumberFromTraced(
-            call="A loop over it",
-            kind=_noun(self.expr),
-            instead="It is one number.",
-            location=self.session.location(),
+            call=call, kind=_noun(self.expr), instead=advice, location=self.session.location()
         )
 
     def __format__(self, spec: str) -> str:
@@ -208,6 +220,8 @@ class Traced(Symbolic):
 
     @property
     def shape(self) -> torch.Size:
+        if self.session.rows and "kv" in self.expr.axes:
+            self._is_one_number("The shape of a row")
         return torch.Size(())
 
     @property

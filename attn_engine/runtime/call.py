@@ -66,7 +66,8 @@ class Call:
     @cached_property
     def moving(self) -> frozenset[str]:
         """Those of them that carry gradients."""
-        return frozenset(differentiable_rows(self.compiled.program.rule))
+        rule = self.compiled.program.rule
+        return frozenset((*differentiable_rows(rule), *(p.name for p in rule.pooled if p.kind == "sum")))
 
     @cached_property
     def floating(self) -> frozenset[str]:
@@ -85,9 +86,14 @@ class Call:
         """By name, of the type that the kernels take."""
         return {n: kind(x) for (n, kind), x in zip(self.kinds.items(), scalars, strict=True)}
 
+    @cached_property
+    def refused(self) -> frozenset[str]:
+        """Row outputs that no loss may use."""
+        return frozenset(p.name for p in self.compiled.program.rule.pooled) - self.moving
+
     def fixed(self, saved: Sequence[Tensor]) -> list[Tensor]:
-        """The saved rows that carry no gradient."""
-        return [x for name, x in zip(self.rows, saved, strict=True) if name not in self.moving]
+        """Those of the row outputs, or of the first of them, that carry no gradient."""
+        return [x for name, x in zip(self.rows, saved, strict=False) if name not in self.moving]
 
     def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
         return empty_ordered_like(q, v.shape[3])

@@ -6,7 +6,7 @@ All tensors here are in logical order, (batch, head, row, dimension), with any s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from attn_engine.codegen.schedule import Gradients, Schedule, few_rows_schedule,
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
-from attn_engine.ir.passes.row_gradients import only_row_gradients
+from attn_engine.ir.passes.pooled_gradient import backward_program
 from attn_engine.ir.program import GROUP, Attention
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
@@ -112,8 +112,7 @@ class CompiledAttention:
         """Lowered and compiled kernels of a direction, from this object's cache; `rows` have gradients of their own."""
         found = self._directions.get((direction, learned, rows))
         if found is None:
-            rule = only_row_gradients(self.program.rule, rows)
-            captures = capture_gradients(replace(self.program, rule=rule), learned)
+            captures = capture_gradients(backward_program(self.program, rows), learned)
             self.backend.refuse(self.program, captures)
             kernels = self.module(direction, learned, rows).kernels
             compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
@@ -207,14 +206,17 @@ class CompiledAttention:
         gradients: tuple[Tensor, Tensor, Tensor],
         learned: tuple[str, ...],
         d_rows: Tensors = _NO_TENSORS,
+        d_pools: Tensors = _NO_TENSORS,
     ) -> dict[str, Tensor]:
         """Fill dq, dk, dv; returns the gradients of the tensors in `learned`, in their own shapes and dtypes.
 
-        d_rows: gradients (B, H, Sq) of saved row values by name, of those that have one.
+        d_rows: gradients (B, H, Sq) of saved row values by name, of those that have one. d_pools: what the kernels
+        read of the gradient of pooled sums (`pools.pooled_gradients`).
         """
         q, k, v = inputs
         dq, dk, dv = gradients
-        direction = self.kernels("backward", learned, tuple(d_rows))
+        rows = (*d_rows, *(p.name for p in self.program.rule.pooled if d_pools and p.kind == "sum"))
+        direction = self.kernels("backward", learned, rows)
         sizes = sizes_of(q, k)
         numbers = dict(scalars)
         tensors: dict[str, Tensor] = {
@@ -226,6 +228,7 @@ class CompiledAttention:
             "dK": dk,
             "dV": dv,
             **captured,
+            **d_pools,
             **dict(zip(self.saved_names, saved, strict=True)),
             **{row_gradient_param(name): x for name, x in d_rows.items()},
             **{n: q.new_empty(q.shape[:3], dtype=self.compute) for n in ("Delta", *direction.adjoints)},
@@ -240,7 +243,7 @@ class CompiledAttention:
         self._launch(direction, tensors, captured, numbers, sizes, parts)
         numbers.update(sizes)
         self._order_diagonals(direction.captures, tensors)
-        per_row = row_sums(self.program.rule, learned, tensors, numbers)
+        per_row = row_sums(backward_program(self.program, rows).rule, learned, tensors, numbers)
         return {
             name: _captured_gradient(name, direction.captures, tensors, numbers, per_row) for name in learned
         }

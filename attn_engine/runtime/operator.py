@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_engine.errors import PooledMaximumNotDifferentiable
 from attn_engine.ir.ops import Number
 from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.call import Call, registered
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.make_plan import planned_backward, planned_forward
+from attn_engine.runtime.pools import pooled_gradients
 from attn_engine.runtime.second_derivatives import no_second_derivative, second_derivatives
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.strides import empty_ordered_like
@@ -57,7 +59,10 @@ def run_backward(
     d_out, and each of d_rows (one per saved row value): None where no loss depends on it.
     """
     q, k, v, out, *saved = tensors
-    moved = {n: x for n, x in zip(call.rows, d_rows, strict=False) if x is not None and n in call.moving}
+    given = {n: x for n, x in zip(call.rows, d_rows, strict=False) if x is not None}
+    if not call.refused.isdisjoint(given):
+        raise PooledMaximumNotDifferentiable()
+    moved = {n: x for n, x in given.items() if n in call.moving}
     d_out = torch.zeros_like(out) if d_out is None else d_out
     if len(saved) == 1 and saved[0].ndim == 4:
         plan = (
@@ -68,6 +73,7 @@ def run_backward(
         if plan is not None:
             return plan.run(d_out, tensors, captured, numbers)
         saved = list(saved[0])
+    d_pools = pooled_gradients(call.rows, saved, moved)
     saved = saved[: len(call.compiled.saved_names)]
     dq, dk, dv = (empty_ordered_like(x) for x in (q, k, v))
     found = call.compiled.backward(
@@ -80,6 +86,7 @@ def run_backward(
         (call.logical(dq), call.logical(dk), call.logical(dv)),
         learned,
         moved,
+        d_pools,
     )
     return [dq, dk, dv, *(found[name] for name in learned)]
 
@@ -107,7 +114,8 @@ class _Function(torch.autograd.Function):
         if not with_rows:
             return out
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*call.fixed(saved))
+        # What is refused is not marked: its gradient would be left out where the error can still be told.
+        ctx.mark_non_differentiable(*call.fixed(saved[: len(call.compiled.saved_names)]))
         return out, *saved
 
     @staticmethod

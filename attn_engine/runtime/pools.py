@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from attn_engine.codegen.lower.pooled import pooled_tile
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import REDUCE_IDENTITY
+from attn_engine.ir.passes.pooled_gradient import D_POOLED_SUM, POOLED_DELTA
 from attn_engine.ir.program import Attention, OnlineRule
 
 
@@ -55,3 +57,17 @@ def joined_pools(program: Attention, schedule: Schedule, pools: dict[str, Tensor
             tiles.masked_fill_(tiles == -math.inf, 0.0)  # no key
         found.append(tiles.transpose(2, 3))
     return found
+
+
+def pooled_gradients(
+    names: Sequence[str], rows: Sequence[Tensor], moved: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the backward kernels read of the gradient of pooled sums, which is taken out of `moved`; {} without one.
+
+    rows: the row outputs, called `names`.
+    """
+    given = moved.pop("pooled_sum", None)
+    if given is None:
+        return {}
+    sums = rows[names.index("pooled_sum")]
+    return {D_POOLED_SUM: given, POOLED_DELTA: (given * sums).sum(3)}

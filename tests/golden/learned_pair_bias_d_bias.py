@@ -140,12 +140,10 @@ def d_bias(
             probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[:, None]
             d_probs = tl.dot(d_out, value.T)
             d_logit = probs * (d_probs - delta[:, None])
-            d_score = d_logit
             d_bias_tile = d_logit
             if kv_full_end <= kv_start:
                 visible = (q_idx[:, None] < q_len) & (kv_idx[None, :] < kv_len)
                 probs = tl.where(visible, probs, 0.0)
-                d_score = tl.where(visible, d_score, 0.0)
                 d_bias_tile = tl.where(visible, d_bias_tile, 0.0)
             d_bias_base = (
                 d_bias + head * d_bias_stride_0 + q_row * d_bias_stride_1 + kv_row * d_bias_stride_2

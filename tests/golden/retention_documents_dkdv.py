@@ -63,7 +63,6 @@ def dkdv(
         documents_row = tl.load(
             documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
         )
-        kv_last = tl.minimum(kv_start + 63, kv_len - 1)
         kv_documents_min = tl.load(
             kv_documents_range + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
         ).to(tl.int32)

@@ -88,7 +88,6 @@ def dq(
     for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
-        kv_last = tl.minimum(kv_start + 63, kv_len - 1)
         kv_documents_min = tl.load(
             kv_documents_range + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
         ).to(tl.int32)

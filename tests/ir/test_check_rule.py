@@ -73,6 +73,16 @@ def test_a_wrong_method_is_named(method):
     assert found[method].error > 1e-3
 
 
+@pytest.mark.parametrize("method", WRONG)
+def test_a_wrong_method_is_named_where_the_other_is_left_out(method):
+    """The other one is derived without it."""
+    left_out = {"forward": "backward", "backward": "forward"}[method]
+    func = type("Half", (OnlineSoftmax,), {method: staticmethod(WRONG[method]), left_out: None})
+    assert left_out not in given_methods(func)
+    found = reports(func)
+    assert not found[method].ok and found["online_fwd"].ok
+
+
 class Fading(OnlineFunc):
     """Half of the sum at every tile: it depends on how the row is cut."""
 

@@ -98,7 +98,8 @@ class _Derivation:
         gradient = self.gradient(LOGIT, adjoint, inner, same)
         found = [self.parameter(load, adjoint, inner, same) for load in self.parameters()]
         parameters = tuple(p for p in found if p.per_pair is not None or p.per_row is not None)
-        return Backward(self.weights, gradient, self.passes(gradient, parameters), parameters)
+        found = Backward(self.weights, gradient, self.passes(gradient, parameters), parameters)
+        return found.replaced(self.form.within_extrema(found.roots))
 
     def passes(self, gradient: Expr, parameters: Sequence[RuleParameter]) -> tuple[RowPass, ...]:
         """The one pass that makes what the others read, where they read anything."""

@@ -131,8 +131,18 @@ class _Update:
         old: dict[Expr, Expr] = {r.var: s.var for r, s in self.states.items()}
         new: dict[Expr, Expr] = {new_value(v): e for v, e in self._new.items()}
         factor = substitute(found, {**self._final, **old, **new})
+        for state in self._unsafe(found, moving):  # inf / inf: nothing was summed before the first key
+            factor = where(state.var.equals(state.initial), 0.0, factor)
         self.names.setdefault(factor, "rescale")
         return factor
+
+    def _unsafe(self, found: Expr, moving: list[Expr]) -> list[RowState]:
+        """The states whose initial values make a ratio that is no number: 1 / 0 or inf / 2, but not exp(-inf)."""
+        states: dict[Expr, RowState] = {r.var: s for r, s in self.states.items()}
+        if math.isfinite(at_start(found, {v: states[v].initial for v in moving})):
+            return []
+        alone = [v for v in moving if not math.isfinite(at_start(found, {v: states[v].initial}))]
+        return [states[v] for v in alone or moving]
 
 
 def guarded(factor: Product, initial: dict[Expr, float]) -> Expr:

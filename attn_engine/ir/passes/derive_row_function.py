@@ -93,8 +93,8 @@ def _users_words(
         row = substitute(node, form.known)
         if isinstance(row, Var):
             continue
-        for meaning in (*forward.meanings, forward.final, {}):
-            here = substitute(row, meaning)
+        places = [substitute(row, meaning) for meaning in (*forward.meanings, forward.final, {})]
+        for here in (*places, substitute(row, form.within_extrema([row]))):
             names.setdefault(here, name)
             sources.setdefault(here, source)
     return names, sources

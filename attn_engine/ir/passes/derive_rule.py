@@ -52,7 +52,9 @@ def complete_rule(rule: OnlineRule, given: Given, taken: frozenset[str]) -> Onli
     if not _states_tell(form, last):
         return derive_row_function(definition)
     found = _with_backward(rule, form, given, definition)
-    problem = problem_of(found)
+    problem, nothing = problem_of(found), Given(None, None)
+    if problem is not None and given != nothing:  # a given method may be at fault: `check_methods` names it
+        problem = problem_of(_with_backward(rule, form, nothing, definition))
     if problem is not None:
         raise NotDerivable(problem)
     return found

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from attn_engine.ir.expr import Const, Expr, Full, Reduce, Var, postorder, substitute, variables
-from attn_engine.ir.ops import DType
+from attn_engine.ir.expr import Call, Const, Expr, Full, Reduce, Var, call, postorder, substitute, variables
+from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.passes.factors import Product, exponential_ratio, factors, is_exponential, split, touches
 from attn_engine.ir.passes.simplify import sum_of
 from attn_engine.ir.passes.symbolic import agree, expanded, ratio_free_of_score, tidy
@@ -68,6 +68,23 @@ class RowForm:
     @property
     def variables(self) -> tuple[Var, ...]:
         return tuple(r.var for r in self.reductions)
+
+    def within_extrema(self, roots: Sequence[Expr]) -> dict[Expr, Expr]:
+        """s - max(s) -> min(s - max(s), 0), wherever it occurs in `roots`; likewise for minima.
+
+        A score that is computed again is rounded differently: by 1 at scores of 1e7, so that exp(s - max) could be
+        anything up to infinity.
+        """
+        bound: dict[tuple[Expr, ...], str] = {
+            (r.term, r.var): r.kind for r in self.reductions if r.kind != "sum"
+        }
+        found: dict[Expr, Expr] = {}
+        for node in postorder(*roots):
+            if isinstance(node, Call) and node.op is Op.SUB and len(node.args) == 2:
+                kind = bound.get(node.args)
+                if kind is not None:
+                    found[node] = call(Op.MIN if kind == "max" else Op.MAX, node, 0.0)
+        return found
 
     def layer_of(self, reduction: Reduction) -> int:
         return self.layers[self.reductions.index(reduction)]
