@@ -183,7 +183,10 @@ class VectorTooLong(AttnEngineError, NotImplementedError):
     template = (
         "{tensor} is used as a vector of {got} numbers; inside a function at most {most} are written out."
     )
-    advice = "Compute what the function needs of it before the call, for example as a matrix of dot products."
+    advice = (
+        "Give one index per dimension, or compute what the function needs of the vectors before the call, for example "
+        "as a matrix of dot products."
+    )
 
 
 class IndexedNumpyArray(AttnEngineError, TypeError):

@@ -113,7 +113,9 @@ def of_vectors(session: Session, name: str, args: Sequence[Any], kwargs: dict[st
     if (name in _FOLDS or name == "mean") and isinstance(first, Vector):
         return _reduced(session, name, first, args[1:], kwargs)
     if name not in FUNCTIONS:
-        known = f"Of a vector: sum, mean, prod, amax, amin, dot; of its numbers: {', '.join(sorted(FUNCTIONS))}."
+        known = (
+            f"Of a vector: sum, mean, prod, amax, amin, dot; of its numbers: {', '.join(sorted(FUNCTIONS))}."
+        )
         raise UnknownOperation(operation=f"{name} of a vector", instead=known, location=session.location())
     length = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, Vector))
     columns = [_spread(session, a, length) for a in args]

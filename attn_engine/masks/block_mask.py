@@ -191,7 +191,9 @@ class BlockMask:
         """Other blocks of the same batches, heads and mask_mod."""
         return self._like(blocks, self._mask_mod, self._batch, self._heads)
 
-    def _like(self, lists: BlockLists | MaskSource, mask_mod: MaskMod | None, batch: int, heads: int) -> BlockMask:
+    def _like(
+        self, lists: BlockLists | MaskSource, mask_mod: MaskMod | None, batch: int, heads: int
+    ) -> BlockMask:
         kept = {"separate_full": self._separate_full, "has_q_blocks": self._has_q_blocks}
         return BlockMask(lists, mask_mod, batch, heads, **kept)
 
