@@ -18,9 +18,11 @@ SHAPES = {
 }
 
 
-def add(name: str, score: Make, **what: Any) -> None:
-    """The bias at every length."""
+def add(name: str, score: Make, longest: int = 277, **what: Any) -> None:
+    """The bias at every length up to the longest that the definition has memory for."""
     for suffix, shape in SHAPES.items():
+        if shape.q_len > longest:
+            continue
         given = {"shape": shape, "learned": ("bias",), **what}
         BIASES.add(name + suffix, "4g learned bias", score=score, **given)
 
@@ -94,6 +96,7 @@ add(
 add(
     "double index bias[b][q, kv]",
     lambda bias: lambda s, b, h, q, kv: s + bias[b][q, kv],
+    longest=37,
     tensors=normal("batches", "q_len", "kv_len"),
 )
 add(
