@@ -21,7 +21,7 @@ from attn_engine.codegen.lower.steps import (
     names_read,
     stored_by_column,
 )
-from attn_engine.ir.expr import Expr, Full, Reduce, variables
+from attn_engine.ir.expr import Expr, Full, Load, Reduce, postorder, variables
 from attn_engine.ir.tile import Accumulate, If, Let, Loop, Section, Stmt, StoreTile, expressions, walk
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
@@ -53,6 +53,14 @@ def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item
         for step, body in inner:
             if not own & {v.name for s in walk(step.body) for e in expressions(s) for v in variables(e)}:
                 yield item.loop, step, body
+
+
+def is_long(n: Nest) -> bool:
+    """Whether a row reads or adds at so many places that unrolled rows would take long to compile."""
+    lets = (s for s in n.steps if isinstance(s, Let | StoreTile | Accumulate))
+    found = {e for s in lets for e in postorder(*expressions(s))}
+    places = sum(isinstance(e, Load) and len(e.axes) > 0 for e in found)
+    return places + sum(isinstance(s, Accumulate) and not stored_by_column(s) for s in n.steps) > 2
 
 
 class NestRenderer(TileRenderer):
@@ -221,7 +229,7 @@ class NestRenderer(TileRenderer):
             ]
             if kept
             else [
-                "UNROLL for (int r = 0; r < ROWS; ++r) {",
+                f"{'' if is_long(n) and not n.forms else 'UNROLL '}for (int r = 0; r < ROWS; ++r) {{",
                 "  const int row = block + r;",
                 *self.indented(self.row(n, n.steps[1:], product.name)),
                 "}",

@@ -16,14 +16,23 @@ template <class Result, class F> INLINE Result per_lane(F f) {
     for (int i = 0; i < WIDTH; ++i) result.part[p][i] = f(p, i);
   return result;
 }
+// No processor divides lanes of integers. 32-bit ones divide as doubles, whose quotients are exact to the last integer;
+// not inlined, for a kernel divides in each of its unrolled rows.
+OUTLINE Ints quotients(Ints x, Ints y) {
+  return each<Ints>([&](int p) {
+    IntVector result;
+    for (int i = 0; i < WIDTH; ++i) {
+      const Int a = x.part[p][i], b = y.part[p][i];
+      result[i] = sizeof(Int) == 4 ? (Int)((double)a / (double)b) : a / b;
+    }
+    return result;
+  });
+}
 template <class A, class B, IfWide<A, B> = 0> INLINE Ints floor_div(A a, B b) {
-  const Ints x = ints(a), y = ints(b);
-  return per_lane<Ints>([&](int p, int i) { return floor_div(x.part[p][i], y.part[p][i]); });
+  const Ints x = ints(a), y = ints(b), quotient = quotients(x, y);
+  return quotient + ints((quotient * y != x) & ((x < 0) != (y < 0))) * -1;
 }
-template <class A, class B, IfWide<A, B> = 0> INLINE Ints floor_mod(A a, B b) {
-  const Ints x = ints(a), y = ints(b);
-  return per_lane<Ints>([&](int p, int i) { return floor_mod(x.part[p][i], y.part[p][i]); });
-}
+template <class A, class B, IfWide<A, B> = 0> INLINE Ints floor_mod(A a, B b) { return ints(a) - floor_div(a, b) * b; }
 
 // -- numbers
 

@@ -74,9 +74,10 @@ template <class I> INLINE int64_t lane_offset(I index, int lane, int64_t size, i
   else return 0;
 }
 
-/// f(lane, element) for the first `count` lanes, one after the other.
+/// f(lane, element) for the first `count` lanes, one after the other. Not inlined: it is long, and the unrolled rows of a
+/// kernel would each repeat it.
 template <class T, int RANK, class F, class... Index>
-INLINE void for_lanes(const Tensor<T, RANK>& tensor, const Places<T>& places, int count, F f, Index... index) {
+OUTLINE void for_lanes(const Tensor<T, RANK>& tensor, const Places<T>& places, int count, F f, Index... index) {
   if (places.narrow) {
     Int offsets[LANES];
     UNROLL for (int p = 0; p < PARTS; ++p) *(IntVector*)(offsets + p * WIDTH) = places.lane.part[p];

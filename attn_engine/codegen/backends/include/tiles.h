@@ -170,14 +170,17 @@ template <int COLUMNS, class T> INLINE void add_row(const Matrix<T>& to, int row
 /// accumulators stay in registers; nothing is packed.
 INLINE void multiply_add(Floats (&sums)[ROWS], int depth, const Real* a, int64_t row_stride, int64_t depth_stride,
                          const Real* b, int64_t lanes_stride) {
+  Floats registers[ROWS];  // `sums` itself is memory where a loop indexes it
+  UNROLL for (int r = 0; r < ROWS; ++r) registers[r] = sums[r];
   for (int k = 0; k < depth; ++k) {
     const Floats lanes = load(b);
     UNROLL for (int r = 0; r < ROWS; ++r) {
       const Real number = a[r * row_stride];
-      UNROLL for (int p = 0; p < PARTS; ++p) sums[r].part[p] += number * lanes.part[p];
+      UNROLL for (int p = 0; p < PARTS; ++p) registers[r].part[p] += number * lanes.part[p];
     }
     a += depth_stride, b += lanes_stride;
   }
+  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = registers[r];
 }
 
 }  // namespace attention
