@@ -88,8 +88,8 @@ def subclasses(subject: Subject) -> None:
     pairs = [TwoTensor(x, x + 1) for x in qkv(1, 2, 40, 16)]
     got = subject.attend(*pairs)
     first, second = ([getattr(x, name) for x in pairs] for name in ("a", "b"))
-    close(got.a, dense_attention(*first, None, None, None)[0])
-    close(got.b, dense_attention(*second, None, None, None)[0])
+    for part, (q, k, v) in ((got.a, first), (got.b, second)):
+        close(part, dense_attention(q, k, v, None, None, None)[0])
 
 
 @prop("few compilations over many lengths", "4e compiler")

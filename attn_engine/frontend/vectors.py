@@ -27,10 +27,11 @@ Build = Callable[[Session, str, Sequence[Any], dict[str, Any]], Any]
 class Vector(Symbolic):
     """Traced numbers side by side: operators and torch functions act on each, reductions give one traced number."""
 
-    __slots__ = ("build", "numbers", "session")
+    __slots__ = ("build", "numbers", "origin", "session")
 
-    def __init__(self, session: Session, numbers: Sequence[Any], build: Build) -> None:
-        self.session, self.numbers, self.build = session, tuple(numbers), build
+    def __init__(self, session: Session, numbers: Sequence[Any], build: Build, origin: Symbolic) -> None:
+        """origin: the row of a tensor that the vector comes from; errors name it."""
+        self.session, self.numbers, self.build, self.origin = session, tuple(numbers), build, origin
 
     def __repr__(self) -> str:
         return f"<vector of {len(self.numbers)} traced numbers>"
@@ -60,13 +61,8 @@ class Vector(Symbolic):
         return self.numbers[0].dtype
 
     def element(self) -> Expr:
-        raise WrongOperands(
-            operation="An operation on one number",
-            expected="a number",
-            got=f"a vector of {len(self.numbers)}",
-            instead="Reduce it first: x.sum(-1).",
-            location=self.session.location(),
-        )
+        """Raises WrongIndexCount: one more index makes a number of it."""
+        return self.origin.element()
 
     def _operate(self, name: str, *args: Any) -> Any:
         return of_vectors(self.session, name, args, {}, self.build)
@@ -117,9 +113,10 @@ def of_vectors(session: Session, name: str, args: Sequence[Any], kwargs: dict[st
             f"Of a vector: sum, mean, prod, amax, amin, dot; of its numbers: {', '.join(sorted(FUNCTIONS))}."
         )
         raise UnknownOperation(operation=f"{name} of a vector", instead=known, location=session.location())
-    length = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, Vector))
-    columns = [_spread(session, a, length) for a in args]
-    return Vector(session, [build(session, name, each, kwargs) for each in zip(*columns, strict=True)], build)
+    vector = next(a for a in (*args, *kwargs.values()) if isinstance(a, Vector))
+    columns = [_spread(session, a, len(vector)) for a in args]
+    made = [build(session, name, each, kwargs) for each in zip(*columns, strict=True)]
+    return Vector(session, made, build, vector.origin)
 
 
 def _spread(session: Session, value: Any, length: int) -> Sequence[Any]:

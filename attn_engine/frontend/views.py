@@ -62,7 +62,7 @@ class TensorView(Symbolic):
         """The numbers of the one dimension that is left. Raises VectorTooLong."""
         length = len(self)
         check_length(length, self.source.label or "tensor", self.session)
-        return Vector(self.session, [self[i] for i in range(length)], build)
+        return Vector(self.session, [self[i] for i in range(length)], build, self)
 
     def element(self) -> Expr:
         """The number that the view stands for without a further index. Raises WrongIndexCount."""
