@@ -179,6 +179,16 @@ class WrongIndexCount(AttnEngineError, IndexError):
     advice = "Give one index per dimension: {tensor}[{example}]."
 
 
+class VectorTooLong(AttnEngineError, NotImplementedError):
+    template = (
+        "{tensor} is used as a vector of {got} numbers; inside a function at most {most} are written out."
+    )
+    advice = (
+        "Give one index per dimension, or compute what the function needs of the vectors before the call, for example "
+        "as a matrix of dot products."
+    )
+
+
 class IndexedNumpyArray(AttnEngineError, TypeError):
     template = "A numpy array cannot be indexed with a traced value."
     advice = "Make it a tensor outside the function, with torch.from_numpy(array), and index that."

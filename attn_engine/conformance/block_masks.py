@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attn_engine.conformance.entries import NotApplicable
-from attn_engine.conformance.properties import causal, prop, qkv, raises
+from attn_engine.conformance.properties import causal, prop, qkv, raises, right_or_refused
 from attn_engine.conformance.subjects import Subject, close
 
 SECTION = "4f BlockMask"
@@ -137,6 +137,19 @@ def without_q_side(subject: Subject) -> None:
     close(subject.attend(q, k, v, block_mask=mask), _dense(q, k, v, visible))
 
 
+@prop("from_kv_blocks without the side of the keys: gradients right or refused", SECTION, backward=True)
+def without_q_side_gradients(subject: Subject) -> None:
+    mask, visible = _chosen(subject, compute_q_blocks=False)
+    inputs = qkv(1, 2, 128, 16, grad=True)
+
+    def gradients() -> Tensor:
+        out = subject.attend(*inputs, block_mask=mask)
+        return torch.stack(torch.autograd.grad(out.square().sum(), inputs))
+
+    want = torch.autograd.grad(_dense(*inputs, visible).square().sum(), inputs)
+    right_or_refused(gradients, torch.stack(want), 1e-4)
+
+
 @prop("a mask cut to shorter lengths", SECTION)
 def adjusted(subject: Subject) -> None:
     mask = subject.mask(causal, None, None, 128, 128, BLOCK_SIZE=32)._adjust(70, 90)
@@ -165,11 +178,12 @@ def other_length(subject: Subject) -> None:
         raises(lambda m=mask: subject.attend(q, k, v, block_mask=m), ValueError)
 
 
-@prop("a mask of another batch is refused", SECTION)
+@prop("a mask of other batches or heads is refused", SECTION)
 def other_batch(subject: Subject) -> None:
     q, k, v = qkv(2, 2, 128, 16)
-    mask = subject.mask(lambda b, h, i, j: i + b >= j, 3, None, 128, 128, BLOCK_SIZE=32)
-    raises(lambda: subject.attend(q, k, v, block_mask=mask))
+    for sizes in ((3, None), (None, 3)):
+        mask = subject.mask(lambda b, h, i, j: i + b + h >= j, *sizes, 128, 128, BLOCK_SIZE=32)
+        raises(lambda m=mask: subject.attend(q, k, v, block_mask=m))
 
 
 @prop("a mask that reads the score is refused", SECTION)

@@ -94,15 +94,14 @@ def results(
     return {"o": o.detach(), **dict(zip(leaves, found, strict=True))}
 
 
-def check(
-    subject: Subject, entry: Entry, dtype: torch.dtype = torch.float32, backward: bool = True, seed: int = 0
-) -> None:
+def check(subject: Subject, entry: Entry, backward: bool = True, seed: int = 0) -> None:
     """Raise Wrong where a result is further from the definition than torch allows its own kernels to be.
 
     That is 1.1 times (float32: 10 times) the error of the definition computed in the inputs' precision, and no less
     than a few units in the last place. The gradients of learned tensors are sums over many pairs: 1.35 times by the
     root of the mean square.
     """
+    dtype = entry.dtype
     inputs, tensors = inputs_of(entry, dtype, seed)
 
     def gold(i: list[Tensor], t: dict[str, Tensor]) -> Tensor:

@@ -48,6 +48,7 @@ class Entry:
 
     score, mask: make the user's functions from the captured tensors. mask_batches, mask_heads: whether the block mask
     has a batch and a head dimension. view: how q, k and v lie in memory. only_learned: q, k, v require no gradient.
+    dtype: of q, k and v.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Entry:
     scale: float | None = None
     view: Callable[[Tensor], Tensor] | None = None
     only_learned: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,10 @@ The table runs against any implementation with FlexAttention's interface; this p
 
     python -m attn_engine conformance --torch compiled --markdown docs/conformance.md
 
-writes. *Forward* is the output or, for rows about something else, that thing; *backward* is all gradients.
+writes (`--kept FILE --seconds 120` goes on from call to call; a row that it has not reached is "not run" and not
+counted). *Forward* is the output or, for rows about something else, that thing; *backward* is all gradients. Gradients
+of learned tensors are asked for in float32, as in PyTorch's tests; a backward check includes the output. torch's
+flex_attention runs compiled by inductor, which has no backward on the CPU.
 """
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from attn_engine.conformance import block_masks as _block_masks  # noqa: F401  declares into PROPERTIES
+from attn_engine.conformance import block_masks as _block_masks  # noqa: F401  declare into PROPERTIES
+from attn_engine.conformance import compiler as _compiler  # noqa: F401
 from attn_engine.conformance.biases import BIASES
 from attn_engine.conformance.check import check
 from attn_engine.conformance.entries import Entry, NotApplicable, Property
@@ -55,9 +57,18 @@ def _tried(run: Callable[[], None]) -> str:
     except NotApplicable:
         return NOT_ASKED
     except Exception as error:  # whatever a subject raises is its answer
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        return f"{type(error).__name__}: {text[:160]}"
+        return _answer(error)
     return PASS
+
+
+def _answer(error: Exception) -> str:
+    """One line of an error: of the one inside, where a compiler reports what the function that it compiled raised."""
+    inside = re.search(r"raised exception (\w+)\(['\"]?(.*?)['\"]?\)\s*$", str(error), re.MULTILINE)
+    if inside is not None:
+        return f"{inside[1]}: {inside[2][:200]}"
+    message = getattr(error, "message", str(error))
+    text = next((line.strip() for line in message.splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def run(

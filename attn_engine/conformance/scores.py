@@ -16,7 +16,11 @@ WIDTH = 10  # of the pictures whose pixels some functions take positions for
 
 
 def add(name: str, score: Make, **what: Any) -> None:
+    """The function in float32, and in less: there with the gradients of q, k and v alone, as torch tests them."""
     SCORES.add(name, "4a score_mod", score=score, **what)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = {**what, "learned": (), "dtype": dtype}
+        SCORES.add(f"{name}, {str(dtype)[6:]}", "4a low precision", score=score, **low)
 
 
 def normal(*sizes: str | int, name: str = "bias") -> Any:
@@ -70,8 +74,8 @@ add(
 )  # fmt: skip
 add(
     "double index bias[b][q]",
-    lambda bias: lambda score, b, h, q, kv: score + bias[b][h] * kv,
-    tensors=normal("batches", "heads"), learned=("bias",),
+    lambda bias: lambda score, b, h, q, kv: score + bias[b][q] * kv,
+    tensors=normal("batches", "q_len"), learned=("bias",),
 )  # fmt: skip
 add(
     "index through a view and a 0-dim tensor",
@@ -82,7 +86,7 @@ add(
 
 def _composed(bias: Tensor) -> Any:
     def first(score: Any, b: Any, h: Any, q: Any, kv: Any) -> Any:
-        return score + bias[h] * kv
+        return score + bias[h] * (q - kv)
 
     def second(score: Any, b: Any, h: Any, q: Any, kv: Any) -> Any:
         return torch.where(q >= kv, first(score, b, h, q, kv) * 2, HIDDEN)
@@ -183,11 +187,6 @@ add(
     lambda points: lambda score, b, h, q, kv: score - ((points[q] - points[kv]) ** 2).sum(-1),
     tensors=normal("q_len", 3, name="points"),
 )
-add(
-    "squared distance of points, 256 coordinates",
-    lambda points: lambda score, b, h, q, kv: score - ((points[q] - points[kv]) ** 2).sum(-1) * 0.01,
-    tensors=normal("q_len", 256, name="points"),
-)
 
 
 class _Doubled(torch.autograd.Function):
@@ -257,4 +256,20 @@ add(
     },
     learned=("bias",),
     **_visible,
+)
+# What no list asks for: gradients that are sums of many terms of both signs.
+SCORES.add(
+    "bias[h] * kv, with large scores",
+    "extra",
+    score=lambda bias: lambda score, b, h, q, kv: torch.where(q >= kv, (score + bias[h] * kv) * 2, HIDDEN),
+    tensors=normal("heads"),
+    learned=("bias",),
+)
+SCORES.add(
+    "bias[h] * (q - kv), bfloat16",
+    "extra",
+    score=lambda bias: lambda score, b, h, q, kv: score + bias[h] * (q - kv),
+    tensors=normal("heads"),
+    learned=("bias",),
+    dtype=torch.bfloat16,
 )

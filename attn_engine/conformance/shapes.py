@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_engine.conformance.entries import BASE, Entry, Shape, Table
+from attn_engine.conformance.entries import BASE, Entry, NotApplicable, Shape, Table
 
 SHAPES = Table()
 
@@ -16,7 +16,7 @@ SHAPES = Table()
 def add(name: str, **what: Any) -> None:
     """Causal attention from the end of the keys, unless something else is said."""
     causal: dict[str, Any] = {"mask": lambda: lambda b, h, q, kv: q >= kv}
-    SHAPES.entries.append(Entry(name, "4c shapes", **{**causal, **what}))
+    SHAPES.entries.append(Entry(name, what.pop("section", "4c shapes"), **{**causal, **what}))
 
 
 def sized(**sizes: int) -> Shape:
@@ -29,6 +29,7 @@ add("one query", shape=sized(q_len=1, kv_len=90), mask=lambda: lambda b, h, q, k
 add("three queries", shape=sized(q_len=3, kv_len=90), mask=lambda: lambda b, h, q, kv: kv <= q + 87)
 for length in (127, 128, 125, 131):
     add(f"length {length}", shape=sized(q_len=length, kv_len=length))
+add("length 1023", shape=sized(batches=1, heads=2, kv_heads=2, q_len=1023, kv_len=1023))
 add("shorter than a block", shape=sized(q_len=20, kv_len=20))
 for size in (32, 64, 128, 256, (128, 256), (256, 128)):
     add(f"block size {size}", block_size=size, shape=sized(q_len=130, kv_len=130))
@@ -45,10 +46,10 @@ add("values narrower than keys", shape=sized(dim=32, dim_v=16))
 add("values wider than keys", shape=sized(dim=16, dim_v=48))
 for dim in (17, 24, 94, 121):
     add(f"head dimension {dim}", shape=sized(dim=dim, dim_v=dim))
-for dim in (1, 3, 8):
-    add(f"small head dimension {dim}", shape=sized(dim=dim, dim_v=dim))
+for dim in (1, 3, 8):  # torch refuses them
+    add(f"small head dimension {dim}", shape=sized(dim=dim, dim_v=dim), section="extra")
 add("head dimensions 192 and 128", shape=sized(dim=192, dim_v=128, heads=2, kv_heads=2))
-add("many batches and heads", shape=Shape(60, 32, 32, 2, 3, 16, 16))
+add("22720 batches of 3 heads", shape=Shape(22720, 3, 3, 2, 2, 16, 16))
 add("a scale of its own", scale=0.37)
 add("scale and score_mod", scale=0.37, score=lambda: lambda score, b, h, q, kv: torch.tanh(score) * 3)
 
@@ -78,5 +79,29 @@ def _heads_outermost(x: Tensor) -> Tensor:
     return x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
 
 
-for view in (_transposed, _column_major, _with_offset, _every_other, _heads_outermost):
+def _far_apart(x: Tensor) -> Tensor:
+    """Batches more than 2**31 elements apart, in memory that is reserved but hardly touched."""
+    step = 2**31 + 64
+    try:
+        wide = torch.empty((x.shape[0] - 1) * step + x[0].numel(), dtype=x.dtype)
+    except RuntimeError as error:
+        raise NotApplicable("the machine does not give out the addresses") from error
+    far = wide.as_strided(x.shape, (step, *x[0].contiguous().stride()))
+    far.copy_(x.detach())
+    return far if not x.requires_grad else _Moved.apply(x, far)
+
+
+class _Moved(torch.autograd.Function):
+    """x, lying where `far` does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, far: Any) -> Any:
+        return far.view_as(far)
+
+    @staticmethod
+    def backward(ctx: Any, d_far: Any) -> Any:
+        return d_far, None
+
+
+for view in (_transposed, _column_major, _with_offset, _every_other, _heads_outermost, _far_apart):
     add(f"inputs that lie {view.__name__.strip('_').replace('_', ' ')}", view=view)

@@ -29,6 +29,7 @@ class Subject:
     create_block_mask: Callable[..., Any]
     block_mask: Any
     aux_request: Callable[..., Any]
+    masks: Any  # what holds and_masks, or_masks and noop_mask
 
     def mask(
         self, mask_mod: Any, batches: int | None, heads: int | None, *lengths: int, **options: Any
@@ -38,6 +39,7 @@ class Subject:
 
 def ours(backend: str = "auto") -> Subject:
     """attn_engine.flex_attention on one of its backends."""
+    import attn_engine
     from attn_engine import flex
     from attn_engine.flex.programs import kernels_made
 
@@ -54,6 +56,7 @@ def ours(backend: str = "auto") -> Subject:
         create_block_mask=flex.create_block_mask,
         block_mask=flex.BlockMask,
         aux_request=flex.AuxRequest,
+        masks=attn_engine,
     )
 
 
@@ -85,6 +88,7 @@ def torch_flex(compiled: bool) -> Subject:
         create_block_mask=theirs.create_block_mask,
         block_mask=theirs.BlockMask,
         aux_request=theirs.AuxRequest,
+        masks=theirs,
     )
 
 

@@ -38,6 +38,7 @@ class _FlexInGraph(torch._ops.HigherOrderOperator):
         mask_captures: Sequence[Any] = (),
     ) -> list[Tensor]:
         kind = Kind(query.dtype, int(query.shape[3]), int(value.shape[3]), options["backend"])
+        score_captures, mask_captures = (_as_tensors(x, query) for x in (score_captures, mask_captures))
         score_mod = None if options["score"] == "none" else _function(score, score_captures, _score)
         mask_mod = None if options["mask"] == "none" else _function(masks[-1], mask_captures, _mask)
         traced = describe(score_mod, mask_mod, kind).trace({})
@@ -75,8 +76,18 @@ def _function(graph: Any, captures: Sequence[Any], body: Callable[..., Any]) -> 
     inputs = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
     names = [str(name).removeprefix("l_").strip("_") or "captured" for name in inputs[-len(captures) :]]
     unique = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    given = [int(x) if isinstance(x, torch.SymInt) else x for x in captures]
-    return functools.partial(body(Interpreter(graph)), **dict(zip(unique, given, strict=bool(captures))))
+    return functools.partial(body(Interpreter(graph)), **dict(zip(unique, captures, strict=bool(captures))))
+
+
+def _as_tensors(captures: Sequence[Any], query: Tensor) -> tuple[Any, ...]:
+    """Numbers that vary from call to call of one graph as 0-dim tensors: an operator takes no symbols for numbers."""
+    precise = torch.float64 if query.dtype is torch.float64 else torch.float32
+    kinds = {torch.SymInt: torch.int64, torch.SymFloat: precise}
+    # A sum, for torch keeps a symbol only where it meets a tensor in plain arithmetic; else it compiles for each value.
+    return tuple(
+        torch.zeros((), dtype=kinds[type(x)], device=query.device) + x if type(x) in kinds else x
+        for x in captures
+    )
 
 
 def _score(graph: Interpreter) -> Callable[..., Any]:

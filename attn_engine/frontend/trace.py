@@ -43,6 +43,7 @@ from attn_engine.frontend.session import (
     number_kind,
 )
 from attn_engine.frontend.traced import Traced, lift
+from attn_engine.frontend.vectors import Vector
 from attn_engine.frontend.views import CustomInputs, TensorView
 from attn_engine.ir.expr import Const, Expr, Var, loads, postorder, variables
 from attn_engine.ir.ops import DType, Storage
@@ -279,6 +280,8 @@ def _score_result(returned: Any, session: Session, name: str) -> Expr:
     where = session.returned_at
     if isinstance(returned, TensorView) and returned.source.element is not None:
         returned = Traced(returned.element(), session)
+    if isinstance(returned, Vector):
+        returned.element()
     if isinstance(returned, torch.Tensor | TensorView):
         raise ReturnsTensor(what="A score_mod", shape=tuple(returned.shape), location=where)
     if not isinstance(returned, Traced) or returned.expr in session.scalars:
@@ -293,6 +296,8 @@ def _mask_result(returned: Any, session: Session, name: str) -> Expr:
     where = session.returned_at
     if isinstance(returned, TensorView) and returned.source.element is not None:
         returned = Traced(returned.element(), session)
+    if isinstance(returned, Vector):
+        returned.element()
     if isinstance(returned, torch.Tensor | TensorView) and returned.ndim:
         raise ReturnsTensor(what="A mask_mod", shape=tuple(returned.shape), location=where)
     if not isinstance(returned, bool | torch.Tensor | Traced):

@@ -25,6 +25,7 @@ from attn_engine.frontend.operations import constant, kind
 from attn_engine.frontend.row_reductions import ROW_FUNCTIONS, Extremum, reduced, reduces_row
 from attn_engine.frontend.session import Session
 from attn_engine.frontend.symbolic import Symbolic
+from attn_engine.frontend.vectors import Vector, of_vectors
 from attn_engine.ir.expr import Const, Expr, Reduce
 from attn_engine.ir.ops import DType
 
@@ -285,6 +286,8 @@ def lift_tensor(tensor: torch.Tensor, session: Session) -> Expr:
 def build(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The traced result of torch's function `name`."""
     session = _live(session, args)
+    if any(getattr(a, "ndim", 0) for a in args) and (vectors := _with_vectors(args)) is not None:
+        return of_vectors(session, name, vectors, kwargs, build)
     if reduces_row(session, name, args):
         return _reduced(session, name, args, kwargs)
     values = [None if a is None else lift(a, session) for a in args]
@@ -310,6 +313,14 @@ def build(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, An
         ) from None
     session.remember(expr)
     return Traced(expr, session)
+
+
+def _with_vectors(args: Sequence[Any]) -> list[Any] | None:
+    """The operands with rows of captured tensors as vectors; None where there is neither."""
+    from attn_engine.frontend.views import TensorView
+
+    rows = [a.as_vector() if isinstance(a, TensorView) and a.is_row else a for a in args]
+    return rows if any(isinstance(a, Vector) for a in rows) else None
 
 
 def _reduced(session: Session, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -343,7 +354,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         from attn_engine.frontend.views import TensorView
 
         return TensorView(session, session.real_tensor(args[0]))[args[1]]
-    if name not in FUNCTIONS and not reduces_row(session, name, args):
+    if name not in FUNCTIONS and _with_vectors(args) is None and not reduces_row(session, name, args):
         module = getattr(func, "__module__", None) or "torch.Tensor"
         raise UnknownOperation(
             operation=f"{module}.{name}", instead=_supported(session), location=session.location()

@@ -22,6 +22,7 @@ from attn_engine.frontend.operations import constant, kind
 from attn_engine.frontend.session import CapturedTensor, Session, is_concrete
 from attn_engine.frontend.symbolic import Symbolic
 from attn_engine.frontend.traced import Traced, build, dispatch
+from attn_engine.frontend.vectors import Vector, check_length
 from attn_engine.ir.expr import Expr
 from attn_engine.ir.ops import DType
 
@@ -50,6 +51,18 @@ class TensorView(Symbolic):
     @property
     def untouched(self) -> bool:
         return all(i is None for i in self.indices)
+
+    @property
+    def is_row(self) -> bool:
+        """Whether one dimension is left of a tensor that is indexed with traced values."""
+        given = [i for i in self.indices if i is not None]
+        return self.ndim == 1 and any(not is_concrete(i, self.session) for i in given)
+
+    def as_vector(self) -> Vector:
+        """The numbers of the one dimension that is left. Raises VectorTooLong."""
+        length = len(self)
+        check_length(length, self.source.label or "tensor", self.session)
+        return Vector(self.session, [self[i] for i in range(length)], build, self)
 
     def element(self) -> Expr:
         """The number that the view stands for without a further index. Raises WrongIndexCount."""
@@ -164,14 +177,18 @@ class TensorView(Symbolic):
         return self.source.read()[chosen]
 
     def _operate(self, name: str, *args: Any) -> Any:
-        if self.source.element is not None or any(
-            isinstance(a, Traced) and not _plain(a, self.session) for a in args
-        ):
+        if self.source.element is not None or any(_is_traced(a) for a in args):
             return build(self.session, name, args, {})
         first, *others = (real_value(a) for a in args)
         if not isinstance(first, torch.Tensor):
             first = torch.as_tensor(first)
         return getattr(torch, name)(first, *others)
+
+    def __matmul__(self, other: Any) -> Any:
+        return self._operate("matmul", self, other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return self._operate("matmul", other, self)
 
     @classmethod
     def __torch_function__(
@@ -184,7 +201,7 @@ class TensorView(Symbolic):
         kwargs = kwargs or {}
         flat = [*args, *kwargs.values()]
         elements = any(isinstance(a, TensorView) and a.source.element is not None for a in flat)
-        if elements or any(isinstance(a, Traced) and not _plain(a, a.session) for a in flat):
+        if elements or any(_is_traced(a) for a in flat):
             return dispatch(func, args, kwargs)
         return func(*(real_value(a) for a in args), **{k: real_value(v) for k, v in kwargs.items()})
 
@@ -193,6 +210,8 @@ class TensorView(Symbolic):
             raise AttributeError(name)
         if self.source.element is not None and self.untouched:
             return getattr(Traced(self.element(), self.session), name)
+        if self.is_row:
+            return getattr(self.as_vector(), name)
         if self.source.read is None:
             raise UnknownMethod(
                 operation=f".{name} of a custom input",
@@ -268,8 +287,13 @@ def _is_int(item: object) -> bool:
     return isinstance(item, numbers.Integral) and item is not True and item is not False
 
 
-def _plain(value: Traced, session: Session) -> bool:
-    return is_concrete(value.expr, session)
+def _is_traced(value: Any) -> bool:
+    """Whether a value is another one for each pair, so that it cannot stand beside a real tensor."""
+    if isinstance(value, TensorView):
+        return value.is_row
+    return isinstance(value, Vector) or (
+        isinstance(value, Traced) and not is_concrete(value.expr, value.session)
+    )
 
 
 def real_value(value: Any) -> Any:

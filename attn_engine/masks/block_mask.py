@@ -14,7 +14,7 @@ from attn_engine.masks.lists import BlockLists, Csr, Side
 from attn_engine.masks.mistakes import BlockMaskMismatch, WrongBlockMask
 from attn_engine.masks.plan import BlockPlan, MaskSource, both_sides
 from attn_engine.masks.rows import chosen, padded, rows_of
-from attn_engine.masks.sliced import Rows, block_rows, sliced_mask
+from attn_engine.masks.sliced import Rows, adjusted, block_rows, sliced_mask
 
 Index = int | slice | Tensor
 
@@ -178,7 +178,22 @@ class BlockMask:
         batch, heads = rows.of_lists.shape[:2]
         return self._like(cut, sliced_mask(self, rows), batch, heads)
 
-    def _like(self, lists: BlockLists, mask_mod: MaskMod | None, batch: int, heads: int) -> BlockMask:
+    def _adjust(self, new_q_len: int, new_kv_len: int) -> BlockMask:
+        """The same mask for other lengths: what torch's users call to reuse a mask for a shorter call."""
+        return adjusted(self, new_q_len, new_kv_len)
+
+    @property
+    def source(self) -> MaskSource | None:
+        """What the lists are made from; None for a mask that was given as blocks."""
+        return self._source
+
+    def like(self, blocks: BlockLists | MaskSource) -> BlockMask:
+        """Other blocks of the same batches, heads and mask_mod."""
+        return self._like(blocks, self._mask_mod, self._batch, self._heads)
+
+    def _like(
+        self, lists: BlockLists | MaskSource, mask_mod: MaskMod | None, batch: int, heads: int
+    ) -> BlockMask:
         kept = {"separate_full": self._separate_full, "has_q_blocks": self._has_q_blocks}
         return BlockMask(lists, mask_mod, batch, heads, **kept)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,3 +101,25 @@ def sliced_mask(mask: BlockMask, rows: Rows) -> MaskMod | None:
 
 def _is_range(x: Tensor) -> bool:
     return bool((x == torch.arange(len(x), device=x.device)).all())
+
+
+def adjusted(mask: BlockMask, q_len: int, kv_len: int) -> BlockMask:
+    """The same mask for other lengths, as torch's `_adjust`: blocks of a mask that was given as blocks are left out
+    beyond the new ends; such a mask cannot grow by a block (WrongBlockMask)."""
+    from attn_engine.masks.block_mask import BlockMask
+
+    if mask.source is not None:
+        source = replace(mask.source, lengths=(q_len, kv_len), _plan=None)
+        return mask.like(source)
+    rows, columns = (-(-n // size) for n, size in zip((q_len, kv_len), mask.BLOCK_SIZE, strict=True))
+    tensors: list[Tensor] = []
+    for name in ("kv", "full_kv"):
+        counts, indices = mask.padded(name) or (None, None)
+        if counts is not None and indices is not None:
+            counts, indices = counts[:, :, :rows], indices[:, :, :rows]
+            listed = torch.arange(indices.shape[3], device=counts.device) < counts[..., None]
+            tensors += [(listed & (indices < columns)).sum(-1), indices[..., :columns]]
+    cut = BlockMask.from_kv_blocks(
+        *tensors, BLOCK_SIZE=mask.BLOCK_SIZE, mask_mod=mask.mask_mod, seq_lengths=(q_len, kv_len)
+    )
+    return mask.like(cut.lists())

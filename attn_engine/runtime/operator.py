@@ -108,6 +108,8 @@ class _Function(torch.autograd.Function):
     ):
         by_name = call.named(captured)
         out, *saved = run_forward(call, q, k, v, by_name, numbers, kind)
+        if kind is not None and not call.compiled.program.rule.pooled:
+            saved = [_in_one(call, q, saved)]
         ctx.save_for_backward(q, k, v, out, *saved, *captured)
         ctx.call, ctx.numbers, ctx.kind, ctx.rows = call, numbers, kind, len(saved)
         ctx.learned = call.learned(by_name)
@@ -126,6 +128,16 @@ class _Function(torch.autograd.Function):
         found = gradients(ctx.call, ctx.numbers, ctx.kind, ctx.learned, ctx.rows, d_out, *stored, *d_rows)
         by_name = dict(zip(ctx.learned, found[3:], strict=True))
         return (None, None, None, None, *found[:3], *(by_name.get(n) for n in ctx.call.captures))
+
+
+def _in_one(call: Call, q: Tensor, saved: Sequence[Tensor]) -> Tensor:
+    """Saved rows in one tensor, as a plan has them: checkpointing compares a call with its repetition, which may be the
+    first one that has a plan."""
+    if len(saved) == 1 and saved[0].ndim == 4:
+        return saved[0]
+    if not saved:
+        return q.new_empty((0, *call.logical(q).shape[:3]), dtype=call.compiled.compute)
+    return torch.stack(tuple(saved))
 
 
 def _gradients(
@@ -178,7 +190,9 @@ def apply(
     kind: what is remembered of calls with exactly these shapes and strides; None: nothing.
     """
     tensors = (q, k, v, *captured.values())
-    if torch.compiler.is_compiling() or not (type(q) is Tensor or isinstance(q, torch.nn.Parameter)):
+    plain = type(q) is Tensor or isinstance(q, torch.nn.Parameter)
+    # A mode that watches operators (selective checkpointing, counters) is to see one.
+    if torch.compiler.is_compiling() or not plain or torch._C._len_torch_dispatch_stack():
         scalars = [float(x) for x in numbers.values()]
         out, *rows = torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
         return out, rows

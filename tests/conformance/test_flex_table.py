@@ -1,22 +1,31 @@
-"""The table of what FlexAttention must do: in full on the reference, a part on the CPU and on Triton's interpreter.
+"""The table of what FlexAttention must do: a part on the reference, the CPU and Triton's interpreter; the rest is slow.
 
-The rest of the CPU's part is slow for one reason: every row is compiled.
+`python -m attn_engine conformance` runs it in full and says how much passes.
 """
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 from attn_engine.conformance.check import Wrong, check
-from attn_engine.conformance.entries import Entry, NotApplicable, Property
+from attn_engine.conformance.entries import NotApplicable, Property
 from attn_engine.conformance.report import markdown, summary
 from attn_engine.conformance.run import ENTRIES, Outcome, counted, everything, run
 from attn_engine.conformance.subjects import Subject, ours
 
 ROWS = {f"{row.section}: {row.name}": row for row in everything()}
 # What does not hold yet, by backend and row, and why; the page docs/conformance.md shows the same.
-FAILING: dict[tuple[str, str], str] = {}
+ROUNDING = (
+    "forward and backward kernels round bias * kv_idx differently; where scores are large, sums of dS feel it"
+)
+FAILING: dict[tuple[str, str], str] = {
+    ("cpu", "bias[h] * kv, with large scores"): ROUNDING,
+    ("cpu", "by batch, head and a fixed key, length 277"): ROUNDING,
+    (
+        "cpu",
+        "bias[h] * (q - kv), bfloat16",
+    ): "delta = sum(o * dO) is taken of o as it was rounded to bfloat16",
+}
 FAST = (
     "double index bias[b][q]", "composition of two functions", "poison: one over a hidden zero",
     "relative position table",
@@ -31,53 +40,42 @@ def named(names: tuple[str, ...]) -> list[str]:
     return found
 
 
-def verify(backend: str, key: str, dtype: torch.dtype = torch.float32) -> None:
+def verify(backend: str, key: str) -> None:
     row = ROWS[key]
     try:
         if isinstance(row, Property):
             row.run(ours(backend))
         else:
-            check(ours(backend), row, dtype)
+            check(ours(backend), row)
     except NotApplicable as reason:
         pytest.skip(str(reason))
-    except Exception:
+    except Wrong:
         if (backend, row.name) in FAILING:
             pytest.xfail(FAILING[backend, row.name])
         raise
 
 
-@pytest.mark.parametrize("key", ROWS)
+FULL_CPU = {key for key, row in ROWS.items() if isinstance(row, Property)} | set(named(FAST))
+QUICK = [("cpu", key) for key in ROWS if key in FULL_CPU] + [("reference", key) for key in named(FAST)]
+INTERPRETED = (
+    "causal and window", "captured offset per head", "keys of one batch for 3", "documents, causal", "soft cap",
+    "squared distance of points, 3 coordinates", "grouped queries 6:2", "relative, one dimension",
+)  # fmt: skip
+SLOW = [(backend, key) for backend in ("cpu", "reference") for key in ROWS if (backend, key) not in QUICK]
+SLOW += [("triton-interpreter", key) for key in named(INTERPRETED[1:])]
+
+
+@pytest.mark.parametrize(("backend", "key"), [*QUICK, ("triton-interpreter", *named(INTERPRETED[:1]))])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_reference(key: str):
-    verify("reference", key)
-
-
-PROPERTIES = [key for key, row in ROWS.items() if isinstance(row, Property)]
-
-
-@pytest.mark.parametrize("key", PROPERTIES)
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_cpu_properties(key: str):
-    verify("cpu", key)
-
-
-@pytest.mark.parametrize("key", named(FAST))
-def test_cpu_part(key: str):
-    verify("cpu", key)
+def test_part(backend: str, key: str):
+    verify(backend, key)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("key", [key for key, row in ROWS.items() if isinstance(row, Entry)])
-def test_cpu(key: str, dtype: torch.dtype):
-    verify("cpu", key, dtype)
-
-
-@pytest.mark.parametrize(
-    "key", named(("causal and window", "captured offset per head", "keys of one batch for 3"))
-)
-def test_triton_interpreter(key: str):
-    verify("triton-interpreter", key)
+@pytest.mark.parametrize(("backend", "key"), SLOW)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_rest(backend: str, key: str):
+    verify(backend, key)
 
 
 # -- the machinery itself
