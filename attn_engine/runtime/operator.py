@@ -227,9 +227,8 @@ def _forward_op(
 @_forward_op.register_fake
 def _(q, k, v, captured, scalars, key):
     call = registered(key)
-    if all(
-        isinstance(size, int) for x in (q, k, v) for size in x.shape
-    ):  # symbols: checked when the graph runs
+    known = all(isinstance(size, int) for x in (q, k, v) for size in x.shape)
+    if known or any(x.ndim != 4 for x in (q, k, v)):  # sizes that are symbols are checked when the graph runs
         call.checks.shapes(q, k, v)
     rows = compute_dtype(call.compiled.program.element)
     logical = call.logical(q)
