@@ -32,7 +32,7 @@ SECONDS_TO_PROBE = 20
 # Never -ffast-math: it breaks masks by -inf, and older g++ would link code that changes how the whole process rounds.
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-    "-ffp-contract=fast", "-Wno-psabi", "-Wno-attributes", "-Wno-ignored-attributes",
+    "-ffp-contract=off", "-Wno-psabi", "-Wno-attributes", "-Wno-ignored-attributes",
 )  # fmt: skip
 # Tuning for one processor loses up to 30 % on vectors of 32 bytes with some compilers; generic tuning never did.
 MACHINE_FLAGS = {"x86_64": ("-march={0}", "-mtune=generic"), "AMD64": ("-march={0}", "-mtune=generic")}

@@ -15,12 +15,7 @@ from attn_engine.conformance.subjects import Subject, ours
 
 ROWS = {f"{row.section}: {row.name}": row for row in everything()}
 # What does not hold yet, by backend and row, and why; the page docs/conformance.md shows the same.
-ROUNDING = (
-    "forward and backward kernels round bias * kv_idx differently; where scores are large, sums of dS feel it"
-)
 FAILING: dict[tuple[str, str], str] = {
-    ("cpu", "bias[h] * kv, with large scores"): ROUNDING,
-    ("cpu", "by batch, head and a fixed key, length 277"): ROUNDING,
     (
         "cpu",
         "bias[h] * (q - kv), bfloat16",

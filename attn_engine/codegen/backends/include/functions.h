@@ -111,13 +111,19 @@ INLINE FloatVector scale_by(FloatVector y, FloatVector whole, FloatVector x, flo
 }
 #endif
 
+/// The series whose coefficients are given from the highest power down.
+template <class... Rest> INLINE FloatVector series(FloatVector x, Real highest, Rest... rest) {
+  FloatVector y = highest - FloatVector{};
+  ((y = fma(y, x, rest - FloatVector{})), ...);
+  return y;
+}
+
 /// Within 1 ulp. Results below 2^-126 are 0, so a masked score (-inf) weighs exactly nothing.
 INLINE FloatVector exp2(FloatVector v) {
   const FloatVector x = smaller(129.0f - FloatVector{}, v);  // keeps infinity from becoming inf - inf, and NaN as it is
   const FloatVector whole = round_whole(x), f = x - whole;
-  FloatVector y = 1.534580766e-4f - FloatVector{};
-  y = y * f + 1.339993090e-3f, y = y * f + 9.618489072e-3f, y = y * f + 5.550328642e-2f;
-  y = y * f + 2.402264625e-1f, y = y * f + 6.931471825e-1f, y = y * f + 1.0f;
+  const FloatVector y = series(f, 1.534580766e-4f, 1.339993090e-3f, 9.618489072e-3f, 5.550328642e-2f, 2.402264625e-1f,
+                               6.931471825e-1f, 1.0f);
   return scale_by(y, whole, x, -126.0f, 128.0f);
 }
 
@@ -125,10 +131,9 @@ INLINE FloatVector exp2(FloatVector v) {
 INLINE FloatVector exp(FloatVector v) {
   const FloatVector x = smaller(90.0f - FloatVector{}, v);
   const FloatVector whole = round_whole(x * 1.44269504f);
-  const FloatVector f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  FloatVector y = 1.383684226e-3f - FloatVector{};
-  y = y * f + 8.374815807e-3f, y = y * f + 4.166822508e-2f, y = y * f + 1.666641980e-1f;
-  y = y * f + 4.999999106e-1f, y = y * f + 1.0f, y = y * f + 1.0f;
+  const FloatVector f = fma(2.12194440e-4f, whole, fma(-0.693359375f, whole, x));
+  const FloatVector y = series(f, 1.383684226e-3f, 8.374815807e-3f, 4.166822508e-2f, 1.666641980e-1f, 4.999999106e-1f,
+                               1.0f, 1.0f);
   return scale_by(y, whole, x, -87.336540f, 88.7228394f);
 }
 
@@ -143,11 +148,10 @@ INLINE Binary binary_of(FloatVector x) {
 
 /// log(1 + f) - f for 1 + f as `binary_of` gives it.
 INLINE FloatVector log_rest(FloatVector f) {
-  FloatVector y = 7.0376836292e-2f - FloatVector{};
-  y = y * f + -1.1514610310e-1f, y = y * f + 1.1676998740e-1f, y = y * f + -1.2420140846e-1f;
-  y = y * f + 1.4249322787e-1f, y = y * f + -1.6668057665e-1f, y = y * f + 2.0000714765e-1f;
-  y = y * f + -2.4999993993e-1f, y = y * f + 3.3333331174e-1f;
-  return (y * f - 0.5f) * (f * f);
+  const FloatVector y = series(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f,
+                               1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f,
+                               3.3333331174e-1f, -0.5f);
+  return y * (f * f);
 }
 
 /// `y` where x has a logarithm; at the ends what a logarithm is there.
@@ -161,14 +165,14 @@ INLINE FloatVector log_ends(FloatVector x, FloatVector y) {
 INLINE FloatVector log(FloatVector x) {
   const Binary s = binary_of(x);
   const FloatVector f = s.fraction - 1.0f;
-  return log_ends(x, (s.exponent * -2.12194440e-4f + log_rest(f)) + f + s.exponent * 0.693359375f);
+  return log_ends(x, fma(0.693359375f, s.exponent, fma(-2.12194440e-4f, s.exponent, log_rest(f)) + f));
 }
 
 /// Within 2 ulp. f / ln 2 is added in two parts, the first of them exact.
 INLINE FloatVector log2(FloatVector x) {
   const Binary s = binary_of(x);
   const FloatVector f = s.fraction - 1.0f, rest = log_rest(f);
-  return log_ends(x, (rest * 0.442695041f + f * 0.442695041f + rest) + f + s.exponent);
+  return log_ends(x, (fma(0.442695041f, rest, 0.442695041f * f) + rest) + f + s.exponent);
 }
 
 INLINE Floats log(Floats x) { return each<Floats>([&](int p) { return log(x.part[p]); }); }
@@ -179,13 +183,15 @@ INLINE Floats exp(Floats x) { return each<Floats>([&](int p) { return exp(x.part
 /// An odd rational function: a few ulp everywhere, no cancellation near 0, and 1 where tanh rounds to 1.
 INLINE Floats tanh(Floats v) {
   const Floats x = max(-7.90531110763549805f, min(7.90531110763549805f, v));  // in this order NaN stays NaN
-  const Floats s = x * x;
-  Floats top = s * -2.76076847742355e-16f + 2.00018790482477e-13f;
-  top = top * s + -8.60467152213735e-11f, top = top * s + 5.12229709037114e-08f, top = top * s + 1.48572235717979e-05f;
-  top = top * s + 6.37261928875436e-04f, top = top * s + 4.89352455891786e-03f;
-  Floats bottom = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
-  bottom = bottom * s + 2.26843463243900e-03f, bottom = bottom * s + 4.89352518554385e-03f;
-  return where(8.3f < v, 1.0f, where(v < -8.3f, -1.0f, x * (top / bottom)));
+  const Floats inside = each<Floats>([&](int p) {
+    const FloatVector s = x.part[p] * x.part[p];
+    const FloatVector top = series(s, -2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f,
+                                   5.12229709037114e-08f, 1.48572235717979e-05f, 6.37261928875436e-04f,
+                                   4.89352455891786e-03f);
+    return x.part[p] * (top / series(s, 1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f,
+                                     4.89352518554385e-03f));
+  });
+  return where(8.3f < v, 1.0f, where(v < -8.3f, -1.0f, inside));
 }
 
 #endif

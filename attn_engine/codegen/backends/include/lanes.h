@@ -8,6 +8,8 @@
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -48,6 +50,27 @@ constexpr int WIDTH = VECTOR_BYTES / sizeof(Real), LANES = PARTS * WIDTH;
 
 typedef Real FloatVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(Real)), may_alias));
 typedef Int IntVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(Int)), may_alias));
+
+/// a * b + c, rounded once where the processor can: for sums of products and for series. The compiler itself contracts
+/// nothing, so that what a user wrote is rounded alike in every kernel that computes it.
+INLINE FloatVector fma(FloatVector a, FloatVector b, FloatVector c) {
+#if defined(__AVX512F__) && defined(COMPUTE_IN_DOUBLE)
+  return (FloatVector)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX512F__)
+  return (FloatVector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__) && defined(COMPUTE_IN_DOUBLE)
+  return (FloatVector)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (FloatVector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__) && defined(COMPUTE_IN_DOUBLE)
+  return (FloatVector)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#elif defined(__aarch64__)
+  return (FloatVector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+INLINE FloatVector fma(Real a, FloatVector b, FloatVector c) { return fma(a - FloatVector{}, b, c); }
 
 struct Floats { FloatVector part[PARTS]; };
 struct Ints { IntVector part[PARTS]; };

@@ -125,6 +125,8 @@ OUTLINE void pack_lane_pairs(Pair (*to)[LANES], const Matrix<const BFloat16>& x,
 template <class Number>
 INLINE void multiply_add(Floats (&sums)[ROWS], int depth, const Number* a, int64_t row_stride, int64_t pair_stride,
                          const Pair* b, int64_t lanes_stride) {
+  Floats registers[ROWS];  // `sums` itself is memory where a loop indexes it
+  UNROLL for (int r = 0; r < ROWS; ++r) registers[r] = sums[r];
   for (int k = 0; k < depth; k += 2) {
     PairVector lanes[PARTS];
     UNROLL for (int p = 0; p < PARTS; ++p) lanes[p] = *(const PairVector*)(b + p * WIDTH);
@@ -133,10 +135,11 @@ INLINE void multiply_add(Floats (&sums)[ROWS], int depth, const Number* a, int64
       __builtin_memcpy(&pair, a + r * row_stride, sizeof(pair));
       const __m512bh number = (__m512bh)_mm512_set1_epi32(pair);
       UNROLL for (int p = 0; p < PARTS; ++p)
-        sums[r].part[p] = (FloatVector)_mm512_dpbf16_ps((__m512)sums[r].part[p], number, (__m512bh)lanes[p]);
+        registers[r].part[p] = (FloatVector)_mm512_dpbf16_ps((__m512)registers[r].part[p], number, (__m512bh)lanes[p]);
     }
     a += pair_stride, b += lanes_stride;
   }
+  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = registers[r];
 }
 
 }  // namespace attention

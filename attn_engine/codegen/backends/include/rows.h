@@ -103,7 +103,7 @@ INLINE void multiply_slices(FloatVector (&sums)[WIDTH], const Real (*query)[PADD
   UNROLL for (int j = 0; j < KEYS; ++j, key += stride)
     UNROLL for (int c = 0; c < COUNT; ++c) {
       const FloatVector columns = without_overlap<COLUMNS>(load_slice<COLUMNS>(key, first + c), first + c);
-      UNROLL for (int r = 0; r < QUERIES; ++r) sums[r * KEYS + j] += numbers[r][c] * columns;
+      UNROLL for (int r = 0; r < QUERIES; ++r) sums[r * KEYS + j] = fma(numbers[r][c], columns, sums[r * KEYS + j]);
     }
 }
 
@@ -154,7 +154,7 @@ INLINE void add_slices(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERI
   const auto add_row = [&](int j, int share) __attribute__((always_inline)) {
     UNROLL for (int c = 0; c < COUNT; ++c) {
       const FloatVector columns = load_slice<COLUMNS>(values + j * stride, first + c);
-      UNROLL for (int r = 0; r < QUERIES; ++r) sums[share][r][c] += weights[r][j] * columns;
+      UNROLL for (int r = 0; r < QUERIES; ++r) sums[share][r][c] = fma(weights[r][j], columns, sums[share][r][c]);
     }
   };
   int j = 0;

@@ -176,7 +176,7 @@ INLINE void multiply_add(Floats (&sums)[ROWS], int depth, const Real* a, int64_t
     const Floats lanes = load(b);
     UNROLL for (int r = 0; r < ROWS; ++r) {
       const Real number = a[r * row_stride];
-      UNROLL for (int p = 0; p < PARTS; ++p) registers[r].part[p] += number * lanes.part[p];
+      UNROLL for (int p = 0; p < PARTS; ++p) registers[r].part[p] = fma(number, lanes.part[p], registers[r].part[p]);
     }
     a += depth_stride, b += lanes_stride;
   }
