@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from attn_engine.card import card
-from attn_engine.codegen.schedule import within_blocks
 from attn_engine.dump import dump_stages
 from attn_engine.errors import (
     AttnEngineError,
@@ -38,7 +37,7 @@ from attn_engine.options import (
     fixed_sizes,
     three_metas,
 )
-from attn_engine.runtime.backends import DEVICES, backend_for, backend_named
+from attn_engine.runtime.backends import DEVICES, backend_for, backend_named, schedule_for
 from attn_engine.runtime.bind import Expected, custom_by_name, storage_of
 from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
@@ -382,8 +381,7 @@ class AttentionEngine:
 
     def _compiled(self, traced: TracedProgram, name: str) -> CompiledAttention:
         backend = backend_named(name)
-        schedule = within_blocks(backend.schedule(traced.program), traced.program.listed)
-        return CompiledAttention(traced.program, backend, schedule)
+        return CompiledAttention(traced.program, backend, schedule_for(traced.program, backend))
 
     def _sources(self, backend: str | None, kernel: str) -> list[str]:
         compiled = self._compiled(self._shown, backend_for(self.backend) if backend is None else backend)

@@ -27,6 +27,7 @@ from attn_engine.flex.mistakes import GroupsNotEnabled, WrongAuxRequest
 from attn_engine.flex.noop import noop_mask
 from attn_engine.flex.programs import SAVED_ROWS, Kind, bind_call
 from attn_engine.flex.transforms import is_mapped, mapped, within_batch
+from attn_engine.masks import BlockLists
 from attn_engine.options import checked_scale
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.operator import apply
@@ -64,9 +65,12 @@ def flex_attention(
     backend = chosen_backend(kernel_options)
     wanted = _wanted(return_lse, return_aux)
     query, key, value = _inputs(query, key, value, enable_gqa, block_mask is not None)
-    mask_mod = None if block_mask is None else mask_of(block_mask, query, key)
+    mask_mod = lists = None
+    if block_mask is not None:
+        by_lists = backend != "reference" and not torch.compiler.is_compiling()
+        mask_mod, lists = mask_of(block_mask, query, key, by_lists and not is_mapped(query, key, value))
     scale = checked_scale(scale, 1.0 / math.sqrt(max(query.shape[3], 1)))
-    attention = Attention(score_mod, mask_mod, scale, backend, wanted.lse or wanted.max_scores)
+    attention = Attention(score_mod, mask_mod, scale, backend, wanted.lse or wanted.max_scores, lists)
     out, rows = attention(query, key, value)
     if return_aux is not None:
         return out, AuxOutput(
@@ -84,6 +88,7 @@ class Attention:
     scale: float
     backend: str
     with_rows: bool
+    lists: BlockLists | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The output and the row values by name."""
@@ -94,7 +99,7 @@ class Attention:
         refuse_transforms((query, key, value))
         functions = self.score_mod, self.mask_mod
         kind = Kind.of(query, value, self.backend)
-        bound = bind_call(functions, kind, query, key, value, self.scale)
+        bound = bind_call(functions, kind, query, key, value, self.scale, self.lists)
         if self.backend == "reference":
             o, rows = reference(bound.program, query, key, value, bound.captured, bound.numbers)
             kept = torch.float64 if query.dtype is torch.float64 else torch.float32

@@ -1,8 +1,9 @@
 """Any BlockMask, this package's or torch's, as one mask_mod that says the same.
 
 A BlockMask is block lists and a mask_mod. Where the lists are those of the mask_mod, it alone says everything, and
-kernels take their ranges from it. Where they say more (made by hand, cut, sliced), each pair also asks its block, in a
-small table of block classes.
+kernels take their ranges from it. Where they say more (made by hand, cut, sliced), kernels walk over the lists. What
+has no kernels over lists (a compiled graph, vmap, the reference, blocks of sizes that no tile fits) asks a small table
+of block classes for every pair instead: as right, but nothing is skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from attn_engine.errors import AttnEngineError, DeviceMismatch
 from attn_engine.masks import BlockLists, BlockMask
 from attn_engine.masks.mistakes import BlockMaskMismatch, NotABlockMask, WrongBlockMask
 from attn_engine.masks.plan import BlockPlan, MaskSource
+from attn_engine.runtime.block_lists import fits_tiles
 
 Mask = Callable[..., Any]
 WHOLE = (1 << 30, 1 << 30)  # torch's block size of a mask that is one block: it fits every length
@@ -26,9 +28,12 @@ _FIELDS = ("mask_mod", "BLOCK_SIZE", "kv_num_blocks", "kv_indices", "seq_lengths
 _LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 
 
-def mask_of(block_mask: Any, query: Tensor, key: Tensor) -> Mask | None:
-    """The mask of a BlockMask for these tensors; None where it keeps every pair.
+def mask_of(
+    block_mask: Any, query: Tensor, key: Tensor, by_lists: bool
+) -> tuple[Mask | None, BlockLists | None]:
+    """The mask of a BlockMask for these tensors, None where it keeps every pair; and lists of the blocks that count.
 
+    by_lists: whether kernels over lists can be used. Lists are None where the mask alone says everything.
     Raises NotABlockMask, BlockMaskMismatch and DeviceMismatch where it is none or does not fit them.
     """
     own = isinstance(block_mask, BlockMask)
@@ -38,17 +43,19 @@ def mask_of(block_mask: Any, query: Tensor, key: Tensor) -> Mask | None:
                 got = type(block_mask).__name__
                 raise NotABlockMask(argument="block_mask", got=f"a {got}", missing=name)
         if tuple(block_mask.BLOCK_SIZE) == WHOLE:
-            return _mask_mod(block_mask)
+            return _mask_mod(block_mask), None
     _check_sizes(block_mask, query, key)
     device = block_mask.device if own else block_mask.kv_num_blocks.device
     if device != query.device:
         raise DeviceMismatch(argument="block_mask", got=device, expected=query.device)
     mask_mod = _mask_mod(block_mask)
     if _says_all(block_mask):
-        return mask_mod
+        return mask_mod, None
     q_block, kv_block = block_mask.BLOCK_SIZE
+    if by_lists and fits_tiles(q_block, kv_block):
+        return mask_mod, block_mask.lists() if own else _verdict(block_mask).lists(block_mask)
     blocks = table_of(block_mask).expand(query.shape[0], query.shape[1], -1, -1)
-    return listed(mask_mod, blocks, q_block, kv_block)
+    return listed(mask_mod, blocks, q_block, kv_block), None
 
 
 def _check_sizes(block_mask: Any, query: Tensor, key: Tensor) -> None:
@@ -104,6 +111,7 @@ class _Verdict:
     def __init__(self, block_mask: Any, state: tuple[int, ...]) -> None:
         self.state = state
         self.table = _table(block_mask)
+        self._lists: BlockLists | None = None
         self.source: MaskSource | None = None
         self.plan: BlockPlan | None = None
         mask_mod = _mask_mod(block_mask)
@@ -115,6 +123,12 @@ class _Verdict:
             batch, heads = counts.shape[:2]
             size, lengths = tuple(block_mask.BLOCK_SIZE), tuple(block_mask.seq_lengths)
             self.source = MaskSource(mask_mod, batch, heads, lengths, counts.device, size)
+
+    def lists(self, block_mask: Any) -> BlockLists:
+        """The lists of the mask that this is about, as kernels read them; the same ones each time."""
+        if self._lists is None:
+            self._lists = BlockMask.from_torch(block_mask).lists()
+        return self._lists
 
     def now(self) -> bool:
         """Looked at again where what the mask_mod reads has changed."""

@@ -17,8 +17,11 @@ from attn_engine.frontend import CustomIO
 from attn_engine.ir.ops import Number
 from attn_engine.ir.program import Attention
 from attn_engine.library.normalisers import OnlineSoftmax
-from attn_engine.runtime.backends import DEVICES, backend_named
+from attn_engine.listed_calls import lists_of_call
+from attn_engine.masks import BlockLists
+from attn_engine.runtime.backends import DEVICES, backend_named, schedule_for
 from attn_engine.runtime.bind import Expected, check_kind
+from attn_engine.runtime.block_lists import tensor_names
 from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import CallChecks
 from attn_engine.runtime.compiled import CompiledAttention
@@ -63,7 +66,7 @@ class ArgumentChecks:
     def everything(
         self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], scalars: Mapping[str, Number]
     ) -> None:
-        tensors = {c.name: x for c, x in zip(self.program.captures, captured, strict=False)}
+        tensors = dict(zip(tensor_names(self.program), captured, strict=False))
         for described in self.program.captures:
             check_kind(described, tensors[described.name])
         numbers = {name: x for name, x in scalars.items() if name != "scale"}
@@ -95,7 +98,7 @@ def call_of(program: Attention, kind: Kind, device: str) -> tuple[Call, int]:
     found = _calls.get((program, kind.backend, name))
     if found is None:
         backend = backend_named(name)
-        compiled = CompiledAttention(program, backend, backend.schedule(program))
+        compiled = CompiledAttention(program, backend, schedule_for(program, backend))
         call = Call(compiled, "bhsd", ArgumentChecks(program, checks_of(kind)), twice=True)
         found = _calls.setdefault((program, kind.backend, name), (call, register(call)))
     return found
@@ -141,7 +144,15 @@ class FlexProgram:
     lock: threading.RLock = field(default_factory=threading.RLock)
     traced: TracedProgram | None = None
 
-    def bind(self, values: Sequence[Any], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Bound:
+    def bind(
+        self,
+        values: Sequence[Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lists: BlockLists | None,
+    ) -> Bound:
         """The kernels, tensors and numbers of a call, all checked."""
         with self.lock:
             self.stand_ins.put(values)
@@ -150,6 +161,9 @@ class FlexProgram:
                 captured, numbers = traced.tensors({}), traced.scalars()
             finally:
                 self.stand_ins.forget()
+        if lists is not None:
+            listed = lists_of_call(lists, q, k)
+            traced, captured = traced.with_lists(listed.blocks), captured | listed.tensors
         plans = checks_of(self.kind)(traced.program, q, k, v, {}, captured, numbers)
         device = q.device.type
         found = traced.calls.get(device)
@@ -174,8 +188,10 @@ def bind_call(
     k: Tensor,
     v: Tensor,
     scale: float,
+    lists: BlockLists | None = None,
 ) -> Bound:
-    """A call with these score_mod and mask_mod, bound to its kernels."""
+    """A call with these score_mod and mask_mod, bound to its kernels; lists: where mask_mod is asked (partial blocks),
+    and what counts besides (full blocks)."""
     made = Composition.of(functions)
     key = (made.key, kind)
     found = _programs.get(key)
@@ -187,7 +203,7 @@ def bind_call(
             found = _programs.setdefault(key, found)
             if len(_programs) > MOST_PROGRAMS:
                 _programs.popitem(last=False)
-    return found.bind(made.values, q, k, v, scale)
+    return found.bind(made.values, q, k, v, scale, lists)
 
 
 def kernels_made() -> int:

@@ -15,7 +15,7 @@ from attn_engine.codegen.backends.cpu import render_cpu
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
 from attn_engine.codegen.lower.capture import CaptureGradient, runs_side_by_side
 from attn_engine.codegen.pipeline import with_header
-from attn_engine.codegen.schedule import Schedule, cpu_schedule, gpu_schedule, torch_schedule
+from attn_engine.codegen.schedule import Schedule, cpu_schedule, gpu_schedule, torch_schedule, within_blocks
 from attn_engine.errors import (
     BackendNotInstalled,
     CompilerMissing,
@@ -147,6 +147,11 @@ class TritonBackend:
 def interpreter_schedule(schedule: Schedule) -> Schedule:
     """The interpreter's cost is per step, nearly whatever the tile: large tiles, same structure."""
     return replace(schedule, block_q=64, block_kv=64, backward_q=64, backward_kv=64)
+
+
+def schedule_for(program: Attention, backend: Backend) -> Schedule:
+    """The backend's choice for a program, in tiles that its listed blocks can be cut into."""
+    return within_blocks(backend.schedule(program), program.listed)
 
 
 @cache

@@ -79,6 +79,11 @@ def tensor_names(program: Attention) -> tuple[str, ...]:
     return (*(c.name for c in program.captures), *(LIST_NAMES if program.listed else ()))
 
 
+def fits_tiles(block_q: int, block_kv: int) -> bool:
+    """Whether kernels can walk over blocks of these sizes, wherever the blocks lie."""
+    return block_q % SMALLEST_BLOCK == block_kv % SMALLEST_BLOCK == 0
+
+
 def listed_blocks(lists: Lists, heads: int, kv_heads: int) -> ListedBlocks:
     """What kernels for these lists have compiled in; raises BlockSizeNotSupported.
 

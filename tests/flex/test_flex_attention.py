@@ -344,7 +344,7 @@ def test_lists_of_torch_that_say_no_more_than_the_mask_need_no_table():
 
     q, k, v = qkv(length=64)
     mask = torch_mask(causal, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
-    assert mask_of(mask, q, k) is causal
+    assert mask_of(mask, q, k, True) == (causal, None)
     want = dense_attention(q, k, v, None, causal, None)[0]
     close(flex_attention(q, k, v, block_mask=mask), want)
     counts, indices = mask.kv_num_blocks.clone(), mask.kv_indices.clone()
@@ -352,7 +352,9 @@ def test_lists_of_torch_that_say_no_more_than_the_mask_need_no_table():
     fewer = TorchMask.from_kv_blocks(
         counts, indices, mask.full_kv_num_blocks, mask.full_kv_indices, BLOCK_SIZE=16, mask_mod=causal
     )
-    assert mask_of(fewer, q, k) is not causal
+    mask_mod, lists = mask_of(fewer, q, k, True)
+    assert mask_mod is causal and lists is not None
+    assert mask_of(fewer, q, k, False)[0] is not causal
     visible = torch.ones(64, 64).tril().bool()
     visible[32:48, 32:48] = False
     scores = (q @ k.mT / D**0.5).masked_fill(~visible, -torch.inf)
