@@ -29,7 +29,7 @@ from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
 from attn_engine.ir.passes.pooled_gradient import backward_program
-from attn_engine.ir.program import GROUP, Attention
+from attn_engine.ir.program import GROUP, Attention, OnlineRule
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
@@ -75,8 +75,10 @@ class Backend(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class Direction:
     """The kernels of the forward or the backward pass in order, the tables that each of them reads, and the captured
-    gradients that they compute. with_query_parts: which kernel adds to parts of dQ."""
+    gradients that they compute. rule: with the gradients of row values that this direction has.
+    with_query_parts: which kernel adds to parts of dQ."""
 
+    rule: OnlineRule
     kernels: tuple[Launchable, ...]
     tables: tuple[tuple[TileTable, ...], ...]
     captures: tuple[CaptureGradient, ...]
@@ -112,14 +114,15 @@ class CompiledAttention:
         """Lowered and compiled kernels of a direction, from this object's cache; `rows` have gradients of their own."""
         found = self._directions.get((direction, learned, rows))
         if found is None:
-            captures = capture_gradients(backward_program(self.program, rows), learned)
+            program = backward_program(self.program, rows)
+            captures = capture_gradients(program, learned)
             self.backend.refuse(self.program, captures)
             kernels = self.module(direction, learned, rows).kernels
             compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
             query = (i for i, k in enumerate(kernels) if any(p.name == "dQ_parts" for p in k.params))
             between = tuple(p.name for k in kernels if k.name == "adjoints" for p in k.params if p.output)
             tables = tuple(k.tables for k in kernels)
-            found = Direction(compiled, tables, captures, next(query, None), between)
+            found = Direction(program.rule, compiled, tables, captures, next(query, None), between)
             self._directions[direction, learned, rows] = found
         return found
 
@@ -243,7 +246,7 @@ class CompiledAttention:
         self._launch(direction, tensors, captured, numbers, sizes, parts)
         numbers.update(sizes)
         self._order_diagonals(direction.captures, tensors)
-        per_row = row_sums(backward_program(self.program, rows).rule, learned, tensors, numbers)
+        per_row = row_sums(direction.rule, learned, tensors, numbers)
         return {
             name: _captured_gradient(name, direction.captures, tensors, numbers, per_row) for name in learned
         }
