@@ -227,8 +227,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             store(probs_tile[row], probs);
             const auto d_logit = probs * (load(d_probs_tile[row]) - delta_tile[row]);
             store(d_score_tile[row], d_logit * cap * (1.0f - tanh(score / cap) * tanh(score / cap)) / cap);
-            const auto d_slopes_columns_tile = -d_logit * distance;
-            tile_sum = tile_sum + d_slopes_columns_tile;
+            tile_sum = fma(-d_logit, distance, tile_sum);
           }
         }
         const auto dQ_parts_matrix = matrix(dQ_parts, split, batch, head);

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
+from attn_engine.codegen.backends.cpu_steps import is_long, with_summed_products
 from attn_engine.codegen.backends.cpu_tiles import TRIPS, TileRenderer
 from attn_engine.codegen.lower.nests import Branch, Item, Nest, Schedule, Sweep
 from attn_engine.codegen.lower.steps import (
@@ -21,7 +22,8 @@ from attn_engine.codegen.lower.steps import (
     names_read,
     stored_by_column,
 )
-from attn_engine.ir.expr import Expr, Full, Load, Reduce, postorder, variables
+from attn_engine.ir.expr import Call, Expr, Full, Reduce, variables
+from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import Accumulate, If, Let, Loop, Section, Stmt, StoreTile, expressions, walk
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
@@ -53,14 +55,6 @@ def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item
         for step, body in inner:
             if not own & {v.name for s in walk(step.body) for e in expressions(s) for v in variables(e)}:
                 yield item.loop, step, body
-
-
-def is_long(n: Nest) -> bool:
-    """Whether a row reads or adds at so many places that unrolled rows would take long to compile."""
-    lets = (s for s in n.steps if isinstance(s, Let | StoreTile | Accumulate))
-    found = {e for s in lets for e in postorder(*expressions(s))}
-    places = sum(isinstance(e, Load) and len(e.axes) > 0 for e in found)
-    return places + sum(isinstance(s, Accumulate) and not stored_by_column(s) for s in n.steps) > 2
 
 
 class NestRenderer(TileRenderer):
@@ -249,6 +243,7 @@ class NestRenderer(TileRenderer):
     def row(self, n: Nest, steps: tuple[Step, ...], product: str) -> list[str]:
         """The steps at one row; values made in this nest are registers, all others are loaded."""
         assert n.shape.rows is not None
+        steps = with_summed_products(n, steps)
         lines: list[str] = []
         read = {r for s in steps for r in names_read(s)}
         known: frozenset[str] = frozenset()
@@ -277,6 +272,11 @@ class NestRenderer(TileRenderer):
         beyond = blocked and n.shape.rows in ("q", "kv") and n.shape.rows != self._checked_axis
         guard = f"if (row < {TRIPS[n.shape.rows or 'kv']}) "
         match s:
+            case Let(name, Reduce("sum", Call(Op.MUL, (a, b)), axis) as total) if (
+                axis == n.shape.rows and total.axes
+            ):
+                update = f"{name} = fma({self.expr(a)}, {self.expr(b)}, {name});"
+                return [f"{guard if beyond else ''}{update}"]
             case Let(name, Reduce(kind, x, axis)) if axis == n.shape.rows:
                 update = f"{name} = {TOTALS[kind].format(total=name, x=self.expr(x))};"
                 return [f"{guard if beyond else ''}{update}"]

@@ -145,6 +145,11 @@ INLINE Ints to_int(Ints x) { return x; }
 INLINE Ints to_int(Mask x) { return ints(x); }
 template <class A, IfScalar<A, A> = 0> INLINE int to_int(A x) { return (int)x; }
 
+template <class A, class B> INLINE Floats fma(A a, B b, Floats c) {
+  const Floats x = floats(a), y = floats(b);
+  return each<Floats>([&](int p) { return fma(x.part[p], y.part[p], c.part[p]); });
+}
+
 // -- operators
 
 #define ARITHMETIC(OP)                                                                              \
