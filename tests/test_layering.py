@@ -29,6 +29,7 @@ MAY_IMPORT = {
         "top",
     },  # joins what it needs, as the engine does
     "conformance": {"flex", "top"},  # through the public package, as a user would
+    "gpu_check": {"top", "library", "frontend", "runtime", "codegen", "ir"},  # a tool: nothing imports it
     "masks": {"frontend", "ir", "runtime"},  # plans made from user functions and the tensors that they read
     "integrations": {"top"},  # through the public package, as a user would
     "top": {
@@ -52,6 +53,7 @@ PACKAGES = {
     "runtime": {"torch", "numpy", "networkx", "triton", "tilelang"},
     "flex": {"torch"},
     "conformance": {"torch"},
+    "gpu_check": {"torch"},
     "masks": {"torch", "numpy", "matplotlib"},
     "integrations": {"torch", "transformers"},
     "top": {"torch"},

@@ -19,7 +19,8 @@ NO_TIME = Outcome("not run", "the time was over")
 
 
 def serve(connection: Connection) -> None:
-    """What a worker does: carry out jobs until there are no more."""
+    """What a worker does: say that it is there, and carry out jobs until there are no more."""
+    connection.send("ready")
     while True:
         try:
             job = connection.recv()
@@ -38,11 +39,14 @@ class Worker:
 
     def run(self, job: Job, seconds: float, left: float) -> Outcome:
         """The outcome; a job that takes longer than `seconds` failed, one that is stopped after `left` was not run."""
-        if self._process is None:
-            self._start()
+        begin = time.monotonic()
+        if self._process is None and not self._start(left):
+            self.stop()
+            return NO_TIME
+        left -= time.monotonic() - begin
         begin = time.monotonic()
         self._connection.send(job)
-        if not self._connection.poll(min(seconds, left)):
+        if not self._connection.poll(max(0.0, min(seconds, left))):
             self.stop()
             took = round(time.monotonic() - begin, 1)
             return (
@@ -61,11 +65,16 @@ class Worker:
             self.stop()
         return outcome
 
-    def _start(self) -> None:
+    def _start(self, left: float) -> bool:
+        """Whether it is ready within the time that is left: importing torch takes seconds that are no check's."""
         self._connection, theirs = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=self._serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
+        try:
+            return self._connection.poll(left) and self._connection.recv() == "ready"
+        except (EOFError, ConnectionError):
+            return False
 
     def _exit_code(self) -> int | None:
         self._process.join(5)
