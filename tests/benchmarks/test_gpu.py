@@ -41,6 +41,7 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here is about how long something takes."""
     monkeypatch.setattr(gpu_measure, "MOST_ROUNDS", 1)
     monkeypatch.setattr(gpu_measure, "FEWEST_ROUNDS", 1)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
 
 
 def maker(backend: str) -> Any:
