@@ -11,6 +11,10 @@ exactly those that the two name. Every keyword is also an attribute.
 
 from __future__ import annotations
 
+from attn_engine.device_errors import NoGpu as NoGpu
+from attn_engine.device_errors import OldDriver as OldDriver
+from attn_engine.device_errors import StridesTooLarge as StridesTooLarge
+from attn_engine.device_errors import UnsupportedGpu as UnsupportedGpu
 from attn_engine.error_base import AttnEngineError as AttnEngineError
 from attn_engine.locations import Location as Location
 from attn_engine.locations import definition_of as definition_of

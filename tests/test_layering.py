@@ -68,7 +68,7 @@ ONLY_BOTH_BRANCHES = {
     "__init__.py",
 }
 # Imported by everybody, so they import nobody (but errors.py its base, and that the locations).
-STANDALONE = {"errors.py", "error_base.py", "locations.py", "version.py"}
+STANDALONE = {"errors.py", "device_errors.py", "error_base.py", "locations.py", "version.py"}
 LAZY = {
     "triton",
     "tilelang",
@@ -124,8 +124,8 @@ def target_layer(module: str) -> str:
 
 def forbidden(path: Path, module: str) -> bool:
     own = layer(path)
-    if module in ("attn_engine.locations", "attn_engine.error_base"):
-        return path.name in STANDALONE - {"errors.py", "error_base.py"}
+    if module in ("attn_engine.locations", "attn_engine.error_base", "attn_engine.device_errors"):
+        return path.name in STANDALONE - {"errors.py", "device_errors.py", "error_base.py"}
     if module in ("attn_engine.errors", "attn_engine.version"):
         return path.name in STANDALONE
     if module.split(".")[0] == "attn_engine":

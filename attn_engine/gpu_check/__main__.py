@@ -23,6 +23,7 @@ from attn_engine.gpu_check.machine import machine
 from attn_engine.gpu_check.report import Report
 from attn_engine.gpu_check.run import CHECKOUT, Options, run
 from attn_engine.runtime.backends import DEVICES
+from attn_engine.runtime.gpu_device import missing_gpu
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -56,13 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
     facts = machine()
     print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n")
     if not torch.cuda.is_available():
-        print("\nThis machine has no GPU that torch can use: nothing is run on one.")
+        print(
+            f"\nThis machine has no GPU that torch can use: nothing is run on one.\n{missing_gpu('triton')}"
+        )
     folder = options.output or default_folder()
     path = folder / f"gpu-check-{facts['date']:.10}.json"
     words = sys.argv[1:] if arguments is None else arguments
     report = Report(facts, shlex.join(["python", "-m", "attn_engine.gpu_check", *words]))
     if not torch.cuda.is_available():
         report.notes.append("No GPU: kernels were compiled ahead of time, and none was run on a device.")
+        report.notes.append(" ".join(str(missing_gpu("triton")).split()))
     asked = Options(
         options.minutes, folder, options.backend, options.only, options.workers,
         not options.no_benchmark, options.ahead,
