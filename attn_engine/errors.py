@@ -363,6 +363,16 @@ class UnknownOption(AttnEngineError, TypeError):
     advice = "Known: {known}."
 
 
+class MissingParameter(AttnEngineError, TypeError):
+    template = "{entry} needs {parameter}=, which was not given."
+    advice = "{paper} AttentionLibrary.list() shows every parameter."
+
+
+class UseNotSupported(AttnEngineError, ValueError):
+    template = "use_types={use!r} does not fit {entry}."
+    advice = "It is for {known}."
+
+
 class CompilerMissing(UserWarning):
     """No C++ compiler was found: the slow tile program in torch is used instead."""
 
