@@ -18,6 +18,17 @@ def put(x: Tensor, index: Tensor, length: int) -> Tensor:
     return _Put.apply(x, _rows(index, length), length)  # pyright: ignore[reportReturnType]
 
 
+def permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """x[b, index[b, t, h], h] where index has every position once; its gradient is gathered too, by the inverse."""
+    return _Permute.apply(x, _rows(index, x.shape[1]), _rows(inverse, x.shape[1]))  # pyright: ignore[reportReturnType]
+
+
+def inverse_of(index: Tensor) -> Tensor:
+    """Where each position went: the permutation that takes `permute` back."""
+    positions = torch.arange(index.shape[1], device=index.device)[None, :, None]
+    return torch.empty_like(index).scatter_(1, index, positions.expand_as(index))
+
+
 def order_of(keep: Tensor) -> tuple[Tensor, Tensor]:
     """(index, counts): kept positions in increasing order and then the dropped ones, (B, N, H); how many are kept.
 
@@ -76,3 +87,15 @@ class _Put(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
         (rows,) = ctx.saved_tensors
         return _Take.apply(gradients[0], rows), None, None  # pyright: ignore[reportReturnType]
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, inverse)
+        return _taken(x, rows, tuple(x.shape))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        rows, inverse = ctx.saved_tensors
+        return _Permute.apply(gradients[0], inverse, rows), None, None  # pyright: ignore[reportReturnType]

@@ -16,7 +16,7 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import FractionalKeep, UnknownSparsity, WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
-from attn_engine.library.sparse.compaction import order_of, put, take
+from attn_engine.library.sparse.compaction import inverse_of, order_of, permute, put, take
 
 NO_KEY = 1_000_000_000  # the position of a padded key: after every query
 NO_QUERY = -1  # the position of a padded query: before every key
@@ -86,12 +86,12 @@ def hash_sparse_attention(
     """
     q_hash = _check_buckets("q_hash", q_bucket_idx if q_hash is None else q_hash, q)
     k_hash = _check_buckets("k_hash", k_bucket_idx if k_hash is None else k_hash, k)
-    q_sorted, q_hash, q_index = sort_bucketed_attention(q, q_hash)
-    k_sorted, k_hash, k_index = sort_bucketed_attention(k, k_hash)
-    rows = q_sorted, k_sorted, take(v, k_index)
+    q_hash, q_index, q_inverse = _sorted(q_hash)
+    k_hash, k_index, k_inverse = _sorted(k_hash)
+    rows = permute(q, q_index, q_inverse), permute(k, k_index, k_inverse), permute(v, k_index, k_inverse)
     engine = _engine(q, v, sm_scale, "hash", _causality(causal))
     out = engine(*_heads_first(rows), *_heads_first((q_index.int(), k_index.int(), q_hash, k_hash)))
-    return put(out.transpose(1, 2), q_index, q.shape[1])
+    return permute(out.transpose(1, 2), q_inverse, q_index)
 
 
 def compact(
@@ -128,9 +128,8 @@ def sort_bucketed_attention(qkv: Tensor, qkv_bucket_idx: Tensor) -> tuple[Tensor
 
     qkv_bucket_idx: (B, N, H). index: (B, N, H), int64, the original positions; rows have gradients.
     """
-    with torch.no_grad():
-        buckets, index = torch.sort(qkv_bucket_idx, dim=1, stable=True)
-    return take(qkv, index), buckets, index
+    buckets, index, inverse = _sorted(qkv_bucket_idx)
+    return permute(qkv, index, inverse), buckets, index
 
 
 def qk_sparse_attention_kernel(
@@ -171,6 +170,13 @@ def _kept(keep: Tensor, padding: int) -> tuple[Tensor, Tensor]:
         order, counts = order_of(keep)
         index = order[:, : int(counts.max()) if counts.numel() else 0]
         return index, pad_index(index, counts, padding)
+
+
+def _sorted(buckets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Buckets in ascending order, the positions they come from, and where those went."""
+    with torch.no_grad():
+        ordered, index = torch.sort(buckets, dim=1, stable=True)
+        return ordered, index, inverse_of(index)
 
 
 def _heads_first(tensors: tuple[Tensor, ...]) -> list[Tensor]:
