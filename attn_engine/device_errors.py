@@ -1,8 +1,18 @@
-"""Errors about the GPU that a call would run on; `attn_engine.errors` has them too."""
+"""Errors about the device and the packages that a backend needs; `attn_engine.errors` has them too."""
 
 from __future__ import annotations
 
 from attn_engine.error_base import AttnEngineError
+
+
+class BackendNotInstalled(AttnEngineError, RuntimeError):
+    template = 'Backend "{backend}" needs {needs}, which is missing here.'
+    advice = "{instead}"
+
+
+class BackendDeviceMismatch(AttnEngineError, ValueError):
+    template = 'Backend "{backend}" does not run tensors on {device}.'
+    advice = "{instead}"
 
 
 class NoGpu(AttnEngineError, RuntimeError):

@@ -11,6 +11,8 @@ exactly those that the two name. Every keyword is also an attribute.
 
 from __future__ import annotations
 
+from attn_engine.device_errors import BackendDeviceMismatch as BackendDeviceMismatch
+from attn_engine.device_errors import BackendNotInstalled as BackendNotInstalled
 from attn_engine.device_errors import NoGpu as NoGpu
 from attn_engine.device_errors import OldDriver as OldDriver
 from attn_engine.device_errors import StridesTooLarge as StridesTooLarge
@@ -308,16 +310,6 @@ class WrongArgument(AttnEngineError, TypeError):
 class UnknownBackend(AttnEngineError, ValueError):
     template = "backend={backend!r} is not known."
     advice = "Use one of {known}."
-
-
-class BackendNotInstalled(AttnEngineError, RuntimeError):
-    template = 'Backend "{backend}" needs {needs}, which is missing here.'
-    advice = "{instead}"
-
-
-class BackendDeviceMismatch(AttnEngineError, ValueError):
-    template = 'Backend "{backend}" does not run tensors on {device}.'
-    advice = "{instead}"
 
 
 class UnsupportedOnBackend(AttnEngineError, NotImplementedError):
