@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attn_engine.errors import GradientNotSupported, UnsupportedOnBackend
 from attn_engine.gpu_check.catalogue import Check
 from attn_engine.gpu_check.checks import KINDS, Failed, Place
 from attn_engine.gpu_check.outcome import Outcome
@@ -40,7 +41,7 @@ class CheckJob:
 
 
 def timed(run: Callable[[], str]) -> Outcome:
-    """What `run` says, or why it failed: a missing check is not a failed one where memory did not suffice."""
+    """What `run` says, or why it failed. What a backend refuses by name, or memory is too small for, was not run."""
     begin = time.perf_counter()
 
     def seconds() -> float:
@@ -50,6 +51,8 @@ def timed(run: Callable[[], str]) -> Outcome:
         detail = run()
     except Failed as failure:
         return Outcome("failed", str(failure), seconds())
+    except (UnsupportedOnBackend, GradientNotSupported) as error:
+        return Outcome("not run", f"the backend says that it has no kernel for it: {error}", seconds())
     except torch.OutOfMemoryError as error:
         return Outcome("not run", f"the device has too little memory: {error}", seconds())
     except Exception as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.gpu_check import __main__ as command
 from attn_engine.gpu_check import ahead, run
 from attn_engine.gpu_check.ahead import SHOWCASE, AheadJob, faults_of
@@ -87,7 +88,12 @@ def test_errors_of_the_machine_are_no_failures() -> None:
     def failing() -> str:
         raise Failed("dq: too far")
 
+    def refusing() -> str:
+        raise UnsupportedOnBackend(backend="tilelang", feature="float32", instead="Use bfloat16.")
+
     assert timed(without_memory).verdict == "not run"
+    assert timed(refusing).verdict == "not run"
+    assert "float32" in timed(refusing).detail
     assert timed(failing) == Outcome("failed", "dq: too far", timed(failing).seconds)
     assert timed(lambda: "fine").verdict == "passed"
 
