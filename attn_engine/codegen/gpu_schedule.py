@@ -1,0 +1,126 @@
+"""Schedules for GPUs: every kernel's tiles, warps and stages, chosen by the resource model for one target.
+
+Of all launches that are legal, those that the model says do not fit are left out, and the one that it expects to be
+fastest is taken. The expectation is arithmetic from vendors' figures, not a measurement: `tune=True` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+
+from attn_engine.codegen.footprint import Footprint, footprint
+from attn_engine.codegen.pipeline import lower
+from attn_engine.codegen.resources import Resources, grouped, resources
+from attn_engine.codegen.schedule import Edges, Gradients, Launch, Schedule
+from attn_engine.codegen.targets import Target, devices_of
+from attn_engine.ir.ops import Storage
+from attn_engine.ir.passes.mask_range import plan_mask
+from attn_engine.ir.program import Attention
+from attn_engine.ir.tile import Kernel
+
+TILES = (16, 32, 64, 128)
+WARPS = (4, 8)
+STAGES = (1, 2, 3)
+SMALLEST = Launch(16, 16, 4, 1)  # where nothing fits without spilling
+# Of the cost model: seconds. A step waits for its loads and barriers unless another block runs meanwhile.
+STEP_LATENCY = 0.6e-6
+TYPICAL_LENGTH = 4096
+ELEMENTWISE = 24  # instructions per pair and tile of pairs, for a normaliser and a score_mod
+NARROW = 0.4  # of the peak: products of one warp on targets whose warps multiply in groups
+DELTA_ELEMENTS = 8192  # of a tile of dO and O, whose products are summed by row
+
+
+def default_schedule(program: Attention, target: Target) -> Schedule:
+    """Of the program's forward pass, dQ and dK/dV; where listed blocks are, within_blocks comes after it."""
+    forward, d_query, d_key_value = (best_launch(k, target, is_bounded(program)) for k in kernels_of(program))
+    delta_rows = max(16, min(128, DELTA_ELEMENTS // max(16, 1 << (program.dim_v - 1).bit_length())))
+    return Schedule(
+        forward.q,
+        forward.kv,
+        d_key_value.q,
+        d_key_value.kv,
+        Edges.BRANCH,
+        Gradients.TWO_KERNELS,
+        forward.num_warps,
+        forward.num_stages,
+        d_key_value.num_warps,
+        d_key_value.num_stages,
+        d_query=d_query,
+        delta_rows=delta_rows,
+    )
+
+
+def kernels_of(program: Attention) -> tuple[Kernel, Kernel, Kernel]:
+    """Forward, dQ, dK/dV with all captured gradients, in tiles that mean nothing."""
+    any_tiles = Schedule(64, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS)
+    learned = tuple(c.name for c in program.differentiable_captures)
+    backward = lower(program, any_tiles, "backward", learned)
+    return (
+        lower(program, any_tiles, "forward").kernel("forward"),
+        backward.kernel("dq"),
+        backward.kernel("dkdv"),
+    )
+
+
+def is_bounded(program: Attention) -> bool:
+    """Whether tiles are skipped: then large ones also visit pairs that nobody sees."""
+    return program.listed is not None or plan_mask(program.mask.result if program.mask else None, "kv").bounded
+
+
+@lru_cache(maxsize=512)
+def best_launch(kernel: Kernel, target: Target, bounded: bool) -> Launch:
+    """The launch that the model expects to be fastest; the least hungry one where nothing fits."""
+    ranked = ranked_launches(kernel, target, bounded)
+    return ranked[0] if ranked else least_hungry(kernel, target)
+
+
+def ranked_launches(kernel: Kernel, target: Target, bounded: bool) -> list[Launch]:
+    """Launches that fit, the expected fastest first."""
+    facts = footprint(kernel)
+    costs = {launch: cost(sized, need, launch, target, bounded) for launch, sized, need in _all(facts, target) if need.fits}
+    return sorted(costs, key=lambda launch: costs[launch])
+
+
+def least_hungry(kernel: Kernel, target: Target) -> Launch:
+    """The launch of smallest need that starts at all, for kernels that cannot keep their values in registers."""
+    starting = [(need.registers, need.shared_bytes, i, launch) for i, (launch, _, need) in enumerate(_all(footprint(kernel), target)) if need.launches]
+    return min(starting)[3] if starting else SMALLEST
+
+
+def legal_launches() -> Iterator[Launch]:
+    """Every combination that is tried, for any kernel."""
+    for q, kv, warps, stages in product(TILES, TILES, WARPS, STAGES):
+        yield Launch(q, kv, warps, stages)
+
+
+def _all(facts: Footprint, target: Target) -> Iterator[tuple[Launch, Footprint, Resources]]:
+    for launch in legal_launches():
+        sized = facts.sized(launch.q, launch.kv)
+        yield launch, sized, resources(sized, launch, target)
+
+
+def cost(facts: Footprint, need: Resources, launch: Launch, target: Target, bounded: bool) -> float:
+    """Expected seconds per pair of a query and a key on one multiprocessor, tiles that are seen in part included."""
+    device = devices_of(target.name)[0]
+    share = 1e12 / device.multiprocessors
+    storage = Storage.BFLOAT16 if facts.width == 2 else Storage.FLOAT32
+    narrow = target.matrix_groups and facts.width == 2 and not grouped(facts, launch, target)
+    rate = device.tflops(storage) * share * (NARROW if narrow else 1.0)
+    multiply = facts.flops / (rate * _filled(facts, launch))
+    elementwise = facts.scores * facts.pairs * ELEMENTWISE / (device.float32_tflops * share / 2)
+    load = sum(t.bytes for t in (*facts.staged, *facts.read)) / (2 * device.gigabytes * 1e9 / device.multiprocessors)
+    hidden = need.blocks > 1 or launch.num_stages > 1
+    work = max(multiply + elementwise / need.blocks, load) if hidden else multiply + elementwise + load
+    step = work + STEP_LATENCY / (need.blocks * (2 if launch.num_stages > 1 else 1))
+    unseen = (launch.q + launch.kv) / TYPICAL_LENGTH if bounded else 0.0
+    return step / facts.pairs * (1 + unseen)
+
+
+def _filled(facts: Footprint, launch: Launch) -> float:
+    """How much of the matrix units' rate short products reach."""
+    narrowest = min((min(p.columns, p.depth) for p in facts.products), default=64)
+    rows = min((p.rows for p in facts.products), default=64)
+    return narrowest / (narrowest + 16) * min(1.0, rows / (16 * launch.num_warps))
