@@ -17,7 +17,8 @@ class IllegalSchedule(AttnEngineError, ValueError):
 
 class OutOfSharedMemory(AttnEngineError, ValueError):
     template = (
-        "Kernel {kernel} needs {needed} bytes of shared memory with {tiles}, and a block on {target} has {limit}."
+        "Kernel {kernel} needs {needed} bytes of shared memory in tiles of {tiles}; "
+        "a block on {target} has {limit}."
     )
     advice = "{instead}"
 

@@ -117,19 +117,23 @@ class _Reader:
         self.outer = {s.name: s.value for s in walk(body) if isinstance(s, Let) and id(s) not in own}
         products = list(dict.fromkeys(p for s in inside for p in _dots(s)))
         roles = self.operands(products)
-        loads = (v for n, v in self.inner.items() if isinstance(v, Load) and v.axes and n not in roles["staged"])
+        loads = (
+            v for n, v in self.inner.items() if isinstance(v, Load) and v.axes and n not in roles["staged"]
+        )
         sizes = ((a, padded(n) if a in COLUMNS else n) for a, n in self.kernel.tile)
+        carried = (self.inner[n].axes for n in self.inner if n in self.outer and self.inner[n].axes)
+        stored = (s for s in walk(body) if isinstance(s, StoreTile))
         return Footprint(
-            self.width,
-            tuple(sizes),
-            tuple(Product(self.oriented(p)) for p in products),
-            *(tuple(roles[role].values()) for role in _ROLES),
-            tuple(Tile(x.tensor, x.axes, self.width if x.dtype is DType.ELEMENT else 4) for x in loads),
-            tuple(Tile("", self.inner[n].axes, 4) for n in self.inner if n in self.outer and self.inner[n].axes),
-            tuple(
-                Tile(s.tensor, tuple(a for i in s.indices for a in i.axes), self.width)
-                for s in walk(body)
-                if isinstance(s, StoreTile)
+            width=self.width,
+            sizes=tuple(sizes),
+            products=tuple(Product(self.oriented(p)) for p in products),
+            resident=tuple(roles["resident"].values()),
+            staged=tuple(roles["staged"].values()),
+            made=tuple(roles["made"].values()),
+            read=tuple(Tile(x.tensor, x.axes, self.width if x.dtype is DType.ELEMENT else 4) for x in loads),
+            carried=tuple(Tile("", axes, 4) for axes in carried),
+            stored=tuple(
+                Tile(s.tensor, tuple(a for i in s.indices for a in i.axes), self.width) for s in stored
             ),
         )
 

@@ -7,7 +7,6 @@ fastest is taken. The expectation is arithmetic from vendors' figures, not a mea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -16,6 +15,7 @@ from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.resources import Resources, grouped, resources
 from attn_engine.codegen.schedule import Edges, Gradients, Launch, Schedule
 from attn_engine.codegen.targets import Target, devices_of
+from attn_engine.codegen.tuned_defaults import TUNED
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.passes.mask_range import plan_mask
 from attn_engine.ir.program import Attention
@@ -24,18 +24,27 @@ from attn_engine.ir.tile import Kernel
 TILES = (16, 32, 64, 128)
 WARPS = (4, 8)
 STAGES = (1, 2, 3)
+WORTH_TRYING = 16  # launches of a kernel
 SMALLEST = Launch(16, 16, 4, 1)  # where nothing fits without spilling
 # Of the cost model: seconds. A step waits for its loads and barriers unless another block runs meanwhile.
-STEP_LATENCY = 0.6e-6
+STEP_LATENCY = 1e-6
 TYPICAL_LENGTH = 4096
-ELEMENTWISE = 24  # instructions per pair and tile of pairs, for a normaliser and a score_mod
-NARROW = 0.4  # of the peak: products of one warp on targets whose warps multiply in groups
+ELEMENTWISE = 4  # instructions per element of a tile of pairs, for a normaliser and a score_mod
+ALONE = 0.4  # of the peak: products of single warps on targets whose warps multiply in groups
+L2 = 2.0  # times the bandwidth of device memory
 DELTA_ELEMENTS = 8192  # of a tile of dO and O, whose products are summed by row
 
 
-def default_schedule(program: Attention, target: Target) -> Schedule:
-    """Of the program's forward pass, dQ and dK/dV; where listed blocks are, within_blocks comes after it."""
-    forward, d_query, d_key_value = (best_launch(k, target, is_bounded(program)) for k in kernels_of(program))
+def default_schedule(program: Attention, target: Target, device: str = "") -> Schedule:
+    """Of the program's forward pass, dQ and dK/dV; where listed blocks are, within_blocks comes after it.
+
+    device: a product by the name that CUDA gives it, whose measured launches come first.
+    """
+    bounded, about = is_bounded(program), (program.element, program.dim_qk, program.dim_v)
+    forward, d_query, d_key_value = (
+        TUNED.get((device, k.name, *about, bounded)) or best_launch(k, target, bounded)
+        for k in kernels_of(program)
+    )
     delta_rows = max(16, min(128, DELTA_ELEMENTS // max(16, 1 << (program.dim_v - 1).bit_length())))
     return Schedule(
         forward.q,
@@ -67,7 +76,9 @@ def kernels_of(program: Attention) -> tuple[Kernel, Kernel, Kernel]:
 
 def is_bounded(program: Attention) -> bool:
     """Whether tiles are skipped: then large ones also visit pairs that nobody sees."""
-    return program.listed is not None or plan_mask(program.mask.result if program.mask else None, "kv").bounded
+    return (
+        program.listed is not None or plan_mask(program.mask.result if program.mask else None, "kv").bounded
+    )
 
 
 @lru_cache(maxsize=512)
@@ -80,13 +91,26 @@ def best_launch(kernel: Kernel, target: Target, bounded: bool) -> Launch:
 def ranked_launches(kernel: Kernel, target: Target, bounded: bool) -> list[Launch]:
     """Launches that fit, the expected fastest first."""
     facts = footprint(kernel)
-    costs = {launch: cost(sized, need, launch, target, bounded) for launch, sized, need in _all(facts, target) if need.fits}
+    costs = {
+        launch: cost(sized, need, launch, target, bounded)
+        for launch, sized, need in _all(facts, target)
+        if need.fits
+    }
     return sorted(costs, key=lambda launch: costs[launch])
+
+
+def launches_worth_trying(kernel: Kernel, target: Target) -> list[Launch]:
+    """The most promising ones, for a search that measures."""
+    return ranked_launches(kernel, target, bounded=False)[:WORTH_TRYING]
 
 
 def least_hungry(kernel: Kernel, target: Target) -> Launch:
     """The launch of smallest need that starts at all, for kernels that cannot keep their values in registers."""
-    starting = [(need.registers, need.shared_bytes, i, launch) for i, (launch, _, need) in enumerate(_all(footprint(kernel), target)) if need.launches]
+    starting = [
+        (need.registers, need.shared_bytes, i, launch)
+        for i, (launch, _, need) in enumerate(_all(footprint(kernel), target))
+        if need.launches
+    ]
     return min(starting)[3] if starting else SMALLEST
 
 
@@ -103,24 +127,27 @@ def _all(facts: Footprint, target: Target) -> Iterator[tuple[Launch, Footprint, 
 
 
 def cost(facts: Footprint, need: Resources, launch: Launch, target: Target, bounded: bool) -> float:
-    """Expected seconds per pair of a query and a key on one multiprocessor, tiles that are seen in part included."""
+    """Expected seconds per pair of a query and a key on one multiprocessor, tiles that are seen in part included.
+
+    A step multiplies, computes and loads; what runs at once hides all but the longest of the three.
+    """
     device = devices_of(target.name)[0]
-    share = 1e12 / device.multiprocessors
+    units = device.multiprocessors
     storage = Storage.BFLOAT16 if facts.width == 2 else Storage.FLOAT32
-    narrow = target.matrix_groups and facts.width == 2 and not grouped(facts, launch, target)
-    rate = device.tflops(storage) * share * (NARROW if narrow else 1.0)
-    multiply = facts.flops / (rate * _filled(facts, launch))
-    elementwise = facts.scores * facts.pairs * ELEMENTWISE / (device.float32_tflops * share / 2)
-    load = sum(t.bytes for t in (*facts.staged, *facts.read)) / (2 * device.gigabytes * 1e9 / device.multiprocessors)
-    hidden = need.blocks > 1 or launch.num_stages > 1
-    work = max(multiply + elementwise / need.blocks, load) if hidden else multiply + elementwise + load
-    step = work + STEP_LATENCY / (need.blocks * (2 if launch.num_stages > 1 else 1))
+    multiply = facts.flops / (device.tflops(storage) * 1e12 / units * filled(facts, launch, target))
+    compute = facts.scores * facts.pairs * ELEMENTWISE / (device.float32_tflops * 1e12 / units / 2)
+    load = sum(t.bytes for t in (*facts.staged, *facts.read)) / (L2 * device.gigabytes * 1e9 / units)
+    longest, total = max(multiply, compute, load), multiply + compute + load
+    at_once = min(need.blocks, 3) + (0.5 if launch.num_stages > 1 else 0.0)
+    step = longest + (total - longest + STEP_LATENCY) / (1 + at_once)
     unseen = (launch.q + launch.kv) / TYPICAL_LENGTH if bounded else 0.0
     return step / facts.pairs * (1 + unseen)
 
 
-def _filled(facts: Footprint, launch: Launch) -> float:
-    """How much of the matrix units' rate short products reach."""
+def filled(facts: Footprint, launch: Launch, target: Target) -> float:
+    """How much of the matrix units' rate the shapes of the products reach."""
     narrowest = min((min(p.columns, p.depth) for p in facts.products), default=64)
     rows = min((p.rows for p in facts.products), default=64)
-    return narrowest / (narrowest + 16) * min(1.0, rows / (16 * launch.num_warps))
+    alone = target.matrix_groups and facts.width == 2 and not grouped(facts, launch, target)
+    share = narrowest / (narrowest + 16) * min(1.0, rows / (8 * launch.num_warps))
+    return share * (ALONE if alone else 1.0)

@@ -160,9 +160,9 @@ BASE = 48  # addresses, positions, bounds
 # (forward), three (dQ) and four (dK/dV). Compilers schedule loads early, so that these lie on both sides of 255.
 WIDE_NO_SPILL = 150  # elements of 32 bits: their products are not the matrix units'
 NO_SPILL = {
-    ("sm_80", 4): (300, 180, 190), ("sm_80", 8): (240, 240, 224),
-    ("sm_90", 4): (300, 300, 224), ("sm_90", 8): (205, 260, 280),
-    ("sm_100", 4): (190, 220, 224), ("sm_100", 8): (176, 220, 100),
+    ("sm_80", 4): (300, 180, 190), ("sm_80", 8): (300, 280, 224),
+    ("sm_90", 4): (300, 300, 224), ("sm_90", 8): (330, 280, 230),
+    ("sm_100", 4): (190, 220, 224), ("sm_100", 8): (330, 280, 100),
     ("gfx942", 4): (300, 400, 190), ("gfx942", 8): (120, 136, 160),
 }  # fmt: skip
 
@@ -176,7 +176,9 @@ def register_estimate(facts: Footprint, launch: Launch, target: Target) -> int:
     carried = sum(t.elements for t in facts.carried)
     pairs = facts.scores * facts.pairs
     loaded = _bytes((*facts.staged, *facts.read)) // 4
-    share = 1 if launch.num_stages < 2 else 4  # without a pipeline they pass through registers, else addresses do
+    share = (
+        1 if launch.num_stages < 2 else 4
+    )  # without a pipeline they pass through registers, else addresses do
     resident = _bytes(facts.resident) // 4 if target.amd else 0
     return BASE + (carried + pairs + loaded // share + resident) // threads
 

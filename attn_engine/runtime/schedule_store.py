@@ -106,7 +106,7 @@ def _read(data: Any, part: str) -> Stored:
 def _field(name: str, value: Any) -> int | Launch | None:
     if name == "d_query":
         known = cast("dict[str, Any] | None", value)
-        return known and Launch(**{key: _count(key, n) for key, n in known.items()})
+        return None if known is None else Launch(**{key: _count(key, n) for key, n in known.items()})
     return _count(name, value)
 
 

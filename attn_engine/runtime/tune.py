@@ -48,7 +48,7 @@ class Sample:
 
 
 class Stopwatch:
-    """Seconds that a schedule takes for one direction of a sample. Kernels are kept from one measurement to the next."""
+    """Seconds that a schedule takes for one direction of a sample. Kernels are kept for the next measurement."""
 
     def __init__(self, program: Attention, backend: Backend, part: str, sample: Sample) -> None:
         self._program, self._backend, self._part, self._sample = program, backend, part, sample

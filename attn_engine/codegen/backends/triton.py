@@ -80,6 +80,7 @@ class TritonRenderer(Addressing):
     }  # fmt: skip
 
     arguments: list[list[str]]  # in groups, one line of the signature each
+    _said: list[str]  # bases named before the statement above
 
     # -- the file
 
@@ -217,7 +218,6 @@ class TritonRenderer(Addressing):
 
     _source = ""
     _depth = 1
-    _said: ClassVar[list[str]] = []  # bases named before the statement above
 
     def let(self, s: Let) -> list[str]:
         name = self._renamed.get(s.name, s.name)
