@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from attn_engine.codegen.footprint import Footprint, Tile, footprint
 from attn_engine.codegen.schedule import Launch
 from attn_engine.codegen.targets import Target
+from attn_engine.ir.expr import COLUMNS
 from attn_engine.ir.tile import Kernel
 
 GROUP_ROWS = 64  # of a product of four warps
 WARP_ROWS = 16  # of a product of one
-BARRIERS = 2048  # bytes: of pipelines, and for reductions between warps
+BARRIERS = 2176  # bytes: of pipelines, and for reductions between warps
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,8 @@ def shared_bytes(facts: Footprint, launch: Launch, target: Target) -> int:
         return max(_passing_through(facts), _amd_loop(facts, launch)) + BARRIERS
     loop = _one_stage(facts, launch, target) if launch.num_stages < 2 else _pipeline(facts, launch, target)
     stores = max((t.bytes for t in facts.stored), default=0)  # turned into rows before they are written
-    return max(_bytes(facts.resident) + loop, stores + stores // 8) + BARRIERS
+    more = BARRIERS if _pieces(facts) else 0
+    return max(_bytes(facts.resident) + loop, stores + stores // 8) + BARRIERS + more
 
 
 def grouped(facts: Footprint, launch: Launch, target: Target) -> bool:
@@ -160,10 +162,10 @@ BASE = 48  # addresses, positions, bounds
 # (forward), three (dQ) and four (dK/dV). Compilers schedule loads early, so that these lie on both sides of 255.
 WIDE_NO_SPILL = 150  # elements of 32 bits: their products are not the matrix units'
 NO_SPILL = {
-    ("sm_80", 4): (300, 180, 190), ("sm_80", 8): (300, 280, 224),
-    ("sm_90", 4): (300, 300, 224), ("sm_90", 8): (330, 280, 230),
-    ("sm_100", 4): (190, 220, 224), ("sm_100", 8): (330, 280, 100),
-    ("gfx942", 4): (300, 400, 190), ("gfx942", 8): (120, 136, 160),
+    ("sm_80", 4): (300, 223, 163), ("sm_80", 8): (288, 205, 129),
+    ("sm_90", 4): (304, 368, 227), ("sm_90", 8): (330, 280, 279),
+    ("sm_100", 4): (191, 223, 211), ("sm_100", 8): (288, 280, 107),
+    ("gfx942", 4): (353, 400, 195), ("gfx942", 8): (127, 153, 119),
 }  # fmt: skip
 
 
@@ -180,7 +182,13 @@ def register_estimate(facts: Footprint, launch: Launch, target: Target) -> int:
         1 if launch.num_stages < 2 else 4
     )  # without a pipeline they pass through registers, else addresses do
     resident = _bytes(facts.resident) // 4 if target.amd else 0
-    return BASE + (carried + pairs + loaded // share + resident) // threads
+    wanted = BASE + (carried + pairs + loaded // share + resident) // threads
+    return wanted + wanted // 4 if _pieces(facts) else wanted
+
+
+def _pieces(facts: Footprint) -> bool:
+    """Whether a head dimension is cut: more tiles of fewer columns each."""
+    return any(axis in COLUMNS and axis[-1].isdigit() for axis, _ in facts.sizes)
 
 
 def spills_above(facts: Footprint, launch: Launch, target: Target) -> int:
