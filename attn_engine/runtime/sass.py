@@ -60,10 +60,14 @@ class Instructions:
 
 @dataclass(frozen=True, slots=True)
 class Loop(Instructions):
-    """A loop without another one inside; waits for a barrier count as instructions. first, last: addresses."""
+    """A loop without another one inside; waits for a barrier count as instructions. first, last: addresses.
+
+    trip: the shortest way through it once, such as a tile without a mask where the mask stands under a branch.
+    """
 
     first: int = 0
     last: int = 0
+    trip: Instructions = field(default_factory=lambda: Instructions({}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +222,39 @@ def _successors(lines: list[_Line], labels: Mapping[str, int]) -> list[tuple[int
 
 def _innermost(lines: list[_Line], labels: Mapping[str, int]) -> tuple[Loop, ...]:
     """Natural loops that are work and contain no other such loop."""
-    bodies = sorted(_bodies(_successors(lines, labels)), key=min)
+    successors = _successors(lines, labels)
+    bodies = sorted(_bodies(successors), key=min)
     work = [body for body in bodies if not _waits(body, lines)]
     return tuple(
-        Loop(Counter(lines[i].opcode for i in body), lines[min(body)].address, lines[max(body)].address)
+        Loop(
+            Counter(lines[i].opcode for i in body),
+            lines[min(body)].address,
+            lines[max(body)].address,
+            Instructions(Counter(lines[i].opcode for i in _shortest_trip(body, successors))),
+        )
         for body in work
         if not any(other < body for other in work)
     )
+
+
+def _shortest_trip(body: frozenset[int], successors: list[tuple[int, ...]]) -> list[int]:
+    """The fewest instructions that lead from the first of a loop back to it."""
+    head = min(body)
+    came, level = {head: head}, [head]
+    while level:
+        following: list[int] = []
+        for i in level:
+            if head in successors[i]:
+                way = [i]
+                while way[-1] != head:
+                    way.append(came[way[-1]])
+                return way
+            for n in successors[i]:
+                if n in body and n not in came:
+                    came[n] = i
+                    following.append(n)
+        level = following
+    return []
 
 
 def _blocks(successors: list[tuple[int, ...]]) -> dict[int, range]:
