@@ -31,6 +31,7 @@ class Schedule:
 
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
     few_row_kernels: heads of few query rows get forward kernels of their own, with keys in lanes.
+    folded: normalisers in powers of two, the scale of the scores folded in; for elements of 16 bits and scales > 0.
     split_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
     lanes: what lies across a CPU's vectors in the forward kernel; backward_lanes: in the one-kernel backward pass.
@@ -50,6 +51,7 @@ class Schedule:
     backward_lanes: Lanes = Lanes.QUERIES
     few_row_kernels: bool = False
     split_tasks: int = 0
+    folded: bool = False
 
     def __str__(self) -> str:
         kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
@@ -146,8 +148,9 @@ def gpu_schedule(dim_qk: int, dim_v: int, element_bytes: int) -> Schedule:
     Up to 64 dimensions that holds for gfx942 too. float32 counts twice: its products need twice the room.
     """
     widest = max(dim_qk, dim_v) * (2 if element_bytes >= 4 else 1)
+    folded = element_bytes == 2
     if widest <= 64:
-        return Schedule(128, 64, 32, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 4, 1)
+        return Schedule(128, 64, 32, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 4, 1, folded=folded)
     if widest <= 128:
-        return Schedule(64, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 8, 1)
-    return Schedule(64, 32, 32, 32, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 1, 8, 1)
+        return Schedule(64, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 8, 1, folded=folded)
+    return Schedule(64, 32, 32, 32, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 1, 8, 1, folded=folded)
