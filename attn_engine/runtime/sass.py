@@ -5,11 +5,12 @@ Read by the disassemblers that triton's wheel carries (cuobjdump, nvdisasm): no 
 
 from __future__ import annotations
 
+import heapq
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -60,9 +61,9 @@ class Instructions:
 
 @dataclass(frozen=True, slots=True)
 class Loop(Instructions):
-    """A loop without another one inside; waits for a barrier count as instructions. first, last: addresses.
+    """A loop without another one inside; waits for a barrier count as instructions.
 
-    trip: the shortest way through it once, such as a tile without a mask where the mask stands under a branch.
+    first, last: addresses. trip: the shortest way through it, which leaves out a mask that stands under a branch.
     """
 
     first: int = 0
@@ -223,38 +224,22 @@ def _successors(lines: list[_Line], labels: Mapping[str, int]) -> list[tuple[int
 def _innermost(lines: list[_Line], labels: Mapping[str, int]) -> tuple[Loop, ...]:
     """Natural loops that are work and contain no other such loop."""
     successors = _successors(lines, labels)
-    bodies = sorted(_bodies(successors), key=min)
-    work = [body for body in bodies if not _waits(body, lines)]
-    return tuple(
-        Loop(
-            Counter(lines[i].opcode for i in body),
-            lines[min(body)].address,
-            lines[max(body)].address,
-            Instructions(Counter(lines[i].opcode for i in _shortest_trip(body, successors))),
-        )
-        for body in work
-        if not any(other < body for other in work)
-    )
+    blocks = _blocks(successors)
 
+    def counted(chosen: Iterable[int]) -> Counter[str]:
+        return Counter(lines[i].opcode for block in chosen for i in blocks[block])
 
-def _shortest_trip(body: frozenset[int], successors: list[tuple[int, ...]]) -> list[int]:
-    """The fewest instructions that lead from the first of a loop back to it."""
-    head = min(body)
-    came, level = {head: head}, [head]
-    while level:
-        following: list[int] = []
-        for i in level:
-            if head in successors[i]:
-                way = [i]
-                while way[-1] != head:
-                    way.append(came[way[-1]])
-                return way
-            for n in successors[i]:
-                if n in body and n not in came:
-                    came[n] = i
-                    following.append(n)
-        level = following
-    return []
+    found: list[Loop] = []
+    loops = _loops(blocks, successors)
+    work = {
+        head: body for head, body in loops.items() if not _waits([lines[i] for b in body for i in blocks[b]])
+    }
+    for head, body in sorted(work.items()):
+        if not any(other < body for other in work.values()):
+            first, last = lines[min(body)].address, lines[blocks[max(body)][-1]].address
+            trip = Instructions(counted(_shortest(head, body, blocks, successors)))
+            found.append(Loop(counted(body), first, last, trip))
+    return tuple(found)
 
 
 def _blocks(successors: list[tuple[int, ...]]) -> dict[int, range]:
@@ -267,21 +252,20 @@ def _blocks(successors: list[tuple[int, ...]]) -> dict[int, range]:
     return {first: range(first, end) for first, end in pairwise(ordered)}
 
 
-def _bodies(successors: list[tuple[int, ...]]) -> list[frozenset[int]]:
-    """The instructions of each loop: those that reach a jump back without passing what it jumps back to."""
+def _loops(blocks: Mapping[int, range], successors: list[tuple[int, ...]]) -> dict[int, set[int]]:
+    """The blocks of each loop by its head: those that reach a jump back to it without passing it."""
     import networkx
 
-    blocks = _blocks(successors)
     graph: Any = networkx.DiGraph((b, to) for b, block in blocks.items() for to in successors[block[-1]])
     if 0 not in graph:
-        return []
+        return {}
     graph = graph.subgraph(networkx.descendants(graph, 0) | {0})
     parents: Mapping[int, int] = networkx.immediate_dominators(graph, 0)
     loops: dict[int, set[int]] = {}
     for block, head in graph.edges:
         if _dominates(head, block, parents):
             loops.setdefault(head, set()).update(_reaching(graph, block, head))
-    return [frozenset(i for block in body for i in blocks[block]) for body in loops.values()]
+    return loops
 
 
 def _dominates(head: int, block: int, parents: Mapping[int, int]) -> bool:
@@ -302,7 +286,26 @@ def _reaching(graph: Any, block: int, head: int) -> set[int]:
     return seen
 
 
-def _waits(body: frozenset[int], lines: list[_Line]) -> bool:
+def _shortest(
+    head: int, body: set[int], blocks: Mapping[int, range], successors: list[tuple[int, ...]]
+) -> list[int]:
+    """The blocks on the way with the fewest instructions from a loop's head back to it."""
+    ways: list[tuple[int, tuple[int, ...]]] = [(len(blocks[head]), (head,))]
+    seen: set[int] = set()
+    while ways:
+        length, way = heapq.heappop(ways)
+        if way[-1] in seen:
+            continue
+        seen.add(way[-1])
+        following = successors[blocks[way[-1]][-1]]
+        if head in following:
+            return list(way)
+        for block in body.intersection(following) - seen:
+            heapq.heappush(ways, (length + len(blocks[block]), (*way, block)))
+    return []
+
+
+def _waits(body: Sequence[_Line]) -> bool:
     """Whether a loop only polls a barrier or asks for registers again, or lies behind the end, never reached."""
-    kinds = {lines[i].opcode.partition(".")[0] for i in body}
+    kinds = {line.opcode.partition(".")[0] for line in body}
     return kinds == {"BRA"} or (len(body) <= _LONGEST_WAIT and bool(kinds & _POLLS))

@@ -88,6 +88,15 @@ def test_loops_are_those_of_the_jumps_not_of_the_text() -> None:
     assert inner.count("MOV") == 0
 
 
+def test_a_trip_is_the_shortest_way_through_a_loop() -> None:
+    work, _ = parse(TEXT, USAGE)
+    (inner,) = work.loops
+    # past the wait's slow way, and from the first BSYNC to where it says that threads meet
+    assert inner.trip.count("SYNCS") == 1
+    assert (inner.trip.count("HGMMA"), inner.trip.total) == (2, 10)
+    assert inner.total == 12 + 3
+
+
 def test_a_kernel_that_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     report = compiled(showcase("forward"), "sm_90")
@@ -97,7 +106,8 @@ def test_a_kernel_that_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert loop is not None
     assert 0 < loop.count("HGMMA") <= code.count("HGMMA")
     assert loop.count("MUFU.EX2") > 0
-    assert loop.total < code.total
+    assert loop.trip.total < loop.total < code.total, "a whole tile needs no mask"
+    assert loop.trip.count("HGMMA") == loop.count("HGMMA")
     with pytest.raises(KeyError):
         read_cubin(report.cubin, "backward")
 
