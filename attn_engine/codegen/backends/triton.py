@@ -26,9 +26,10 @@ from attn_engine.codegen.backends.triton_address import (
 from attn_engine.codegen.backends.triton_functions import HELPERS, helper_lines
 from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
 from attn_engine.codegen.backends.triton_types import TYPES, element_storage, widened
+from attn_engine.codegen.lower.columns import cut_columns
 from attn_engine.codegen.lower.emit import Names
 from attn_engine.codegen.render import ATOM, ordered
-from attn_engine.ir.expr import Call, Expr, Full, Load, Var, transform
+from attn_engine.ir.expr import COLUMNS, Call, Expr, Full, Load, Var, transform
 from attn_engine.ir.ops import DType, Op, Storage
 from attn_engine.ir.tile import (
     Accumulate,
@@ -83,6 +84,7 @@ class TritonRenderer(Addressing):
     # -- the file
 
     def render(self, kernel: Kernel) -> str:
+        kernel = cut_columns(kernel)
         self.element = element_storage(kernel)
         self.kernel = replace(kernel, body=map_expressions(kernel.body, self._widened))
         self.learn(self.kernel)
@@ -108,8 +110,9 @@ class TritonRenderer(Addressing):
         ]
         for axis, size in self.kernel.tile:
             block = block_size(self.kernel, axis)
-            if axis in ("d", "dv") and block != size:
-                lines.append(f"{_dimension(axis)} = tl.constexpr({size})")
+            if axis in COLUMNS and block != size:
+                columns = self.kernel.first_column(axis) + size
+                lines.append(f"{_dimension(axis)} = tl.constexpr({columns})")
             if re.search(rf"\b{BLOCKS[axis]}\b", body):
                 lines.append(f"{BLOCKS[axis]} = tl.constexpr({block})")
         return [*lines, "", ""]
@@ -154,7 +157,8 @@ class TritonRenderer(Addressing):
         for axis, _ in self.kernel.tile:
             name = f"{axis}_tile" if axis in ("q", "kv") else f"{axis}_idx"
             if axis in self.kernel.grid or re.search(rf"\b{name}\b", body):
-                tiles.append(f"{name} = tl.arange(0, {BLOCKS[axis]})")
+                first = self.kernel.first_column(axis)
+                tiles.append(f"{name} = {f'{first} + ' if first else ''}tl.arange(0, {BLOCKS[axis]})")
         lines: list[str] = []
         for axis, program in zip(self.kernel.grid, _program_ids(self.kernel.grid), strict=True):
             if axis in ("q", "kv"):
@@ -190,14 +194,18 @@ class TritonRenderer(Addressing):
     # -- statements
 
     def block(self, body: tuple[Stmt, ...], depth: int) -> list[str]:
-        outer, self._depth = self._depth, depth
+        outer, self._depth, self._said = self._depth, depth, []
         lines = super().block(body, depth)
-        self._depth = outer
+        self._depth, self._said = outer, []
         return lines or ["    " * depth + "pass"]
 
     def statement(self, s: Stmt) -> list[str]:
         self._hoisted = []
         lines = super().statement(s)
+        # The pieces of one tile have one base: it is said once.
+        own = re.compile(rf"tl\.load|\b{s.name if isinstance(s, Let) else 'tl'}\b")
+        still_true = [x for x in self._hoisted if not own.search(x)]
+        self._hoisted, self._said = [x for x in self._hoisted if x not in self._said], still_true
         if isinstance(s, Let):
             comment, assignment = lines[:-1], lines[-1]
             said = s.source == self._source  # the line above came from the same line of the user's
@@ -209,6 +217,7 @@ class TritonRenderer(Addressing):
 
     _source = ""
     _depth = 1
+    _said: ClassVar[list[str]] = []  # bases named before the statement above
 
     def let(self, s: Let) -> list[str]:
         name = self._renamed.get(s.name, s.name)
@@ -378,4 +387,4 @@ def _program_ids(grid: tuple[str, ...]) -> list[str]:
 
 
 def _dimension(axis: str) -> str:
-    return "DIM_QK" if axis == "d" else "DIM_V"
+    return "DIM_V" if axis.startswith("dv") else "DIM_QK"
