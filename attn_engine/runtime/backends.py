@@ -125,8 +125,8 @@ class TritonBackend:
 
     def options(self, kernel: Kernel, schedule: Schedule) -> TritonOptions:
         if kernel.name in ("forward", "decode", "merge", "dq", "delta", "adjoints"):
-            return TritonOptions(schedule.num_warps, schedule.num_stages)
-        return TritonOptions(schedule.backward_warps, schedule.backward_stages)
+            return TritonOptions(schedule.num_warps, schedule.num_stages, schedule.descriptors)
+        return TritonOptions(schedule.backward_warps, schedule.backward_stages, schedule.descriptors)
 
     def source(self, kernel: Kernel, schedule: Schedule) -> str:
         return render_triton(with_header(kernel, self.name, VERSION), self.options(kernel, schedule))
@@ -140,8 +140,14 @@ class TritonBackend:
             )
         from attn_engine.runtime.triton_launch import compile_triton
 
-        source = self.source(kernel, schedule)
-        return compile_triton(kernel, source, self.options(kernel, schedule), interpret=self.interpret)
+        options = self.options(kernel, schedule)
+        return compile_triton(
+            kernel,
+            self.source(kernel, schedule),
+            options,
+            interpret=self.interpret,
+            pointers=lambda: self.source(kernel, replace(schedule, descriptors=False)),
+        )
 
 
 def interpreter_schedule(schedule: Schedule) -> Schedule:

@@ -48,7 +48,7 @@ def forward_in_powers_of_two(rule: OnlineRule) -> OnlineRule:
             ),
             out_scale=convert.plain(rule.out_scale),
             output=convert.plain(rule.output),
-            saved=tuple((name, convert.plain(e)) for name, e in rule.saved),
+            saved=tuple((name, convert.row_value(e)) for name, e in rule.saved),
             powers_of_two=True,
         )
     except _Refused:
@@ -109,6 +109,14 @@ class _Converter:
     def counted(self, root: Expr) -> Expr:
         """The value over ln 2."""
         return _as_counted(self._of(root))
+
+    def row_value(self, root: Expr) -> Expr:
+        """The value itself; of a sum, only the part that is in powers of two is converted."""
+        if isinstance(root, Call) and root.op in (Op.ADD, Op.SUB):
+            a, b = (self._of(e) for e in root.args)
+            if a[1] != b[1]:
+                self._done[root] = root.with_operands((_as_plain(a), _as_plain(b))), False
+        return self.plain(root)
 
     def moved(self, notes: Mapping[Expr, str]) -> dict[Expr, str]:
         """Names or source lines of nodes, for what the nodes have become."""
