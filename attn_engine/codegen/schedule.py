@@ -32,6 +32,7 @@ class Schedule:
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
     few_row_kernels: heads of few query rows get forward kernels of their own, with keys in lanes.
     folded: normalisers in powers of two, the scale of the scores folded in; for elements of 16 bits and scales > 0.
+    sections: where the mask gives tiles different work, heavy tiles of many heads are handed out before light ones.
     descriptors: tiles that loops read are loaded through tensor descriptors, where a target has what runs them.
     split_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
@@ -54,6 +55,7 @@ class Schedule:
     split_tasks: int = 0
     folded: bool = False
     descriptors: bool = False
+    sections: bool = False
 
     def __str__(self) -> str:
         kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
@@ -154,7 +156,7 @@ def gpu_schedule(dim_qk: int, dim_v: int, element_bytes: int, target: str = "sm_
     """
     short = element_bytes == 2
     tiles = _gpu_tiles(max(dim_qk, dim_v) * (2 if element_bytes >= 4 else 1))
-    return replace(tiles, folded=short, descriptors=short and target in TENSOR_MEMORY)
+    return replace(tiles, folded=short, descriptors=short and target in TENSOR_MEMORY, sections=True)
 
 
 def _gpu_tiles(widest: int) -> Schedule:

@@ -14,6 +14,7 @@ from torch import Tensor
 from attn_engine.codegen.backends.triton import TritonOptions, argument_names
 from attn_engine.codegen.backends.triton_address import GRID_SIZES, captured, stride_names
 from attn_engine.codegen.backends.triton_descriptors import TileDescriptor, tile_descriptors
+from attn_engine.codegen.backends.triton_grid import section_size
 from attn_engine.errors import BackendNotInstalled, LaunchFailed
 from attn_engine.ir.ops import DType, Number
 from attn_engine.ir.tile import Kernel
@@ -48,6 +49,7 @@ class TritonKernel:
         self._pointers = cache(pointers) if pointers is not None else None
         known = _arguments(kernel, described)
         self._values = [known[name] for name in argument_names(kernel, options.descriptors)]
+        self._kernel = kernel
         self._grid = [
             (_LENGTHS.get(a) or GRID_SIZES[a], kernel.block(a) if a in _LENGTHS else 1) for a in kernel.grid
         ]
@@ -61,6 +63,8 @@ class TritonKernel:
         scalars: the kernel's run-time numbers. sizes: "batches", "heads", "kv_heads", "q_len", "kv_len" and, where the
         grid has splits, "splits". Raises LaunchFailed with Triton's own error as its cause.
         """
+        if self._kernel.sections:
+            sizes = {**sizes, "section": section_size(self._kernel, sizes)}
         grid = self.grid({**scalars, **sizes})
         if 0 in grid:
             return
@@ -78,6 +82,10 @@ class TritonKernel:
     def grid(self, sizes: Mapping[str, Number]) -> tuple[int, int, int]:
         """How many program instances there are along each of the launch's three dimensions."""
         counts = [-(-int(sizes[size]) // block) for size, block in self._grid]
+        if self._kernel.sections:
+            tiles, heads, batches = counts
+            section = section_size(self._kernel, sizes)
+            return tiles * section, heads * batches // section, 1
         shared = 1
         for count in counts[2:]:
             shared *= count
@@ -185,7 +193,7 @@ def _arguments(kernel: Kernel, described: Sequence[TileDescriptor]) -> dict[str,
         return lambda call: call[2][name]
 
     found: dict[str, Callable[[_Call], Any]] = {
-        n: size(n) for n in (*GRID_SIZES.values(), *_LENGTHS.values())
+        n: size(n) for n in (*GRID_SIZES.values(), *_LENGTHS.values(), "section")
     }
     found |= {s.name: number(s.name, float if s.dtype is DType.FLOAT else int) for s in kernel.scalars}
     for p in kernel.params:

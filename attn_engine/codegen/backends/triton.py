@@ -29,7 +29,7 @@ from attn_engine.codegen.backends.triton_descriptors import (
     tile_load,
 )
 from attn_engine.codegen.backends.triton_functions import HELPERS, helper_lines
-from attn_engine.codegen.backends.triton_grid import program_ids, tile_positions, unread
+from attn_engine.codegen.backends.triton_grid import positions, tile_positions, unread
 from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
 from attn_engine.codegen.backends.triton_types import TYPES, element_storage, widened
 from attn_engine.codegen.lower.columns import cut_columns
@@ -49,7 +49,7 @@ from attn_engine.ir.tile import (
     walk,
 )
 
-SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
+SIZES = ("batches", "heads", "kv_heads", "section", "q_len", "kv_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class TritonRenderer(Addressing):
         self._names_of: dict[object, str] = {}
         self._renamed = self._renamings()
         body = self.block(self.kernel.body, depth=1)
-        body = [*self._positions("\n".join(body)), *body]
+        body = [*positions(self.kernel, "\n".join(body)), *body]
         body = [line for line in body if not unread(line, body)]
         text = "\n".join(body)
         self.arguments = self._arguments(text)
@@ -181,30 +181,12 @@ class TritonRenderer(Addressing):
             "):  # fmt: skip",
         ]
 
-    def _positions(self, body: str) -> list[str]:
-        """What this program instance is: its grid indices and its tile's positions, as far as the body reads them."""
-        tiles: list[str] = []
-        for axis, _ in self.kernel.tile:
-            name = f"{axis}_tile" if axis in ("q", "kv") else f"{axis}_idx"
-            if axis in self.kernel.grid or re.search(rf"\b{name}\b", body):
-                first = self.kernel.first_column(axis)
-                tiles.append(f"{name} = {f'{first} + ' if first else ''}tl.arange(0, {BLOCKS[axis]})")
-        lines: list[str] = []
-        for axis, program in zip(self.kernel.grid, program_ids(self.kernel.grid), strict=True):
-            if axis in ("q", "kv"):
-                if self.kernel.heavy_last and axis == self.kernel.grid[0]:
-                    program = f"(tl.num_programs(0) - 1 - {program})"
-                lines += [f"{axis}_start = {program} * {BLOCKS[axis]}", *tile_positions(axis)]
-            elif re.search(rf"\b{axis}\b", body):
-                lines.append(f"{axis} = {program}.to(tl.int64)")
-        return [f"    {line}" for line in [*tiles, *lines]]
-
     # -- names
 
     def _renamings(self) -> dict[str, str]:
         """New names for a user's values that would hide the file's own names."""
         own = {"tl", "triton", "float", *HELPERS, *BLOCKS.values(), *DIMENSION_CONSTANTS.values()}
-        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")}
+        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {"place", "section"}
         for p in self.kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
         taken = Names(own | {s.name for s in walk(self.kernel.body) if isinstance(s, Let)})

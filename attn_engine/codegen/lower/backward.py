@@ -142,7 +142,9 @@ def lower_d_query(program: Attention, schedule: Schedule, captures: tuple[Captur
     ]
     outputs = (wide(program, "dQ", output=True), *(buffer_param(program, c) for c in sums))
     grid = ("q", "head", "batch")
-    return backward_kernel(program, "dq", grid, ORDER_Q, tiles, outputs, body, tests=sweep.tests)
+    return backward_kernel(
+        program, "dq", grid, ORDER_Q, tiles, outputs, body, tests=sweep.tests, sections=schedule.sections
+    )
 
 
 def lower_d_key_value(
@@ -166,7 +168,17 @@ def lower_d_key_value(
     outputs += [buffer_param(program, c) for c in columns]
     if not with_query:
         grid = ("kv", "kv_head", "batch")
-        return backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), body, tests=sweep.tests)
+        return backward_kernel(
+            program,
+            name,
+            grid,
+            ORDER_KV,
+            tiles,
+            tuple(outputs),
+            body,
+            tests=sweep.tests,
+            sections=schedule.sections,
+        )
     outputs.append(Param("dQ_parts", compute_storage(program), DQ_PARTS_SHAPE, True))
     outputs += {c.buffer: buffer_param(program, c, parts=True) for c in parts}.values()
     n = tiles["kv"]
@@ -359,6 +371,8 @@ def backward_kernel(
     more_scalars: tuple[Var, ...] = (),
     tests: TileTests | None = None,
     read: RowReads | None = None,
+    *,
+    sections: bool = False,
 ) -> Kernel:
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
     inputs = (
@@ -377,5 +391,6 @@ def backward_kernel(
         body=tuple(body),
         header=(f"{program.name}: backward" + (f", {name}" if name != "backward" else ""),),
         heavy_last=grid[:1] == ("q",) and later_rows_see_more(plan),
+        sections=sections and grid[:1] in (("q",), ("kv",)) and later_rows_see_more(plan),
         tables=tests.tables if tests else (),
     )

@@ -92,6 +92,7 @@ def forward_kernel(
         body=(*keys.body, *end),
         header=(f"{program.name}: {name}",),
         heavy_last=not split and later_rows_see_more(mask_plan(program)),
+        sections=schedule.sections and not split and later_rows_see_more(mask_plan(program)),
         lanes=schedule.lanes,
         tables=tests.tables if tests else (),
     )
