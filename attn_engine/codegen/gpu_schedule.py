@@ -13,7 +13,7 @@ from itertools import product
 from attn_engine.codegen.footprint import Footprint, footprint
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.resources import Resources, grouped, resources
-from attn_engine.codegen.schedule import Edges, Gradients, Launch, Schedule
+from attn_engine.codegen.schedule import TENSOR_MEMORY, Edges, Gradients, Launch, Schedule
 from attn_engine.codegen.targets import Target, devices_of
 from attn_engine.codegen.tuned_defaults import TUNED
 from attn_engine.ir.ops import Storage
@@ -45,6 +45,7 @@ def default_schedule(program: Attention, target: Target, device: str = "") -> Sc
         TUNED.get((device, k.name, *about, bounded)) or best_launch(k, target, bounded)
         for k in kernels_of(program)
     )
+    short = program.element in (Storage.BFLOAT16, Storage.FLOAT16)
     delta_rows = max(16, min(128, DELTA_ELEMENTS // max(16, 1 << (program.dim_v - 1).bit_length())))
     return Schedule(
         forward.q,
@@ -57,6 +58,9 @@ def default_schedule(program: Attention, target: Target, device: str = "") -> Sc
         forward.num_stages,
         d_key_value.num_warps,
         d_key_value.num_stages,
+        folded=short,
+        descriptors=short and target.name in TENSOR_MEMORY,
+        sections=True,
         d_query=d_query,
         delta_rows=delta_rows,
     )

@@ -44,6 +44,9 @@ class Schedule:
 
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
     few_row_kernels: heads of few query rows get forward kernels of their own, with keys in lanes.
+    folded: normalisers in powers of two, the scale of the scores folded in; for elements of 16 bits and scales > 0.
+    sections: where the mask gives tiles different work, heavy tiles of many heads are handed out before light ones.
+    descriptors: tiles that loops read are loaded through tensor descriptors, where a target has what runs them.
     split_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
     lanes: what lies across a CPU's vectors in the forward kernel; backward_lanes: in the one-kernel backward pass.
@@ -65,6 +68,9 @@ class Schedule:
     backward_lanes: Lanes = Lanes.QUERIES
     few_row_kernels: bool = False
     split_tasks: int = 0
+    folded: bool = False
+    descriptors: bool = False
+    sections: bool = False
     d_query: Launch | None = None
     delta_rows: int = 0
 
@@ -190,14 +196,22 @@ def torch_schedule() -> Schedule:
     return Schedule(128, 256, 128, 256, Edges.SPLIT, Gradients.ONE_KERNEL)
 
 
-def gpu_schedule(dim_qk: int, dim_v: int, element_bytes: int) -> Schedule:
+TENSOR_MEMORY = ("sm_90", "sm_100")  # targets that load tiles through tensor descriptors
+
+
+def gpu_schedule(dim_qk: int, dim_v: int, element_bytes: int, target: str = "sm_90") -> Schedule:
     """Tiles that compile without spills for sm_80, sm_90 and sm_100 with a soft-cap, ALiBi and a mask (measured).
 
     Up to 64 dimensions that holds for gfx942 too. float32 counts twice: its products need twice the room.
     """
-    widest = max(dim_qk, dim_v) * (2 if element_bytes >= 4 else 1)
+    short = element_bytes == 2
+    tiles = _gpu_tiles(max(dim_qk, dim_v) * (2 if element_bytes >= 4 else 1))
+    return replace(tiles, folded=short, descriptors=short and target in TENSOR_MEMORY, sections=True)
+
+
+def _gpu_tiles(widest: int) -> Schedule:
     if widest <= 64:
-        return Schedule(128, 64, 32, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 4, 1)
+        return Schedule(128, 64, 32, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 4, 2)
     if widest <= 128:
-        return Schedule(64, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 8, 1)
+        return Schedule(128, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 8, 2)
     return Schedule(64, 32, 32, 32, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 1, 8, 1)

@@ -156,6 +156,7 @@ class Kernel:
     """One kernel: parameters, what its program ids are, and what a program instance does.
 
     grid: axes of the launch, fastest first, such as ("q", "head", "batch"); a tile axis counts tiles, others ones.
+    sections: the launch may take heads in sections that fit a cache, and tile by tile all heads of a section.
     """
 
     name: str
@@ -170,6 +171,7 @@ class Kernel:
     lanes: Lanes = Lanes.QUERIES
     tables: tuple[TileTable, ...] = ()
     first_columns: tuple[tuple[str, int], ...] = ()  # where pieces of "d", "dv" begin if not at 0
+    sections: bool = False
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)

@@ -125,7 +125,7 @@ class TritonBackend:
 
     def options(self, kernel: Kernel, schedule: Schedule) -> TritonOptions:
         launch = schedule.launch(kernel.name)
-        return TritonOptions(launch.num_warps, launch.num_stages)
+        return TritonOptions(launch.num_warps, launch.num_stages, schedule.descriptors)
 
     def source(self, kernel: Kernel, schedule: Schedule) -> str:
         return render_triton(with_header(kernel, self.name, VERSION), self.options(kernel, schedule))
@@ -139,8 +139,14 @@ class TritonBackend:
             )
         from attn_engine.runtime.triton_launch import compile_triton
 
-        source = self.source(kernel, schedule)
-        return compile_triton(kernel, source, self.options(kernel, schedule), interpret=self.interpret)
+        options = self.options(kernel, schedule)
+        return compile_triton(
+            kernel,
+            self.source(kernel, schedule),
+            options,
+            interpret=self.interpret,
+            pointers=lambda: self.source(kernel, replace(schedule, descriptors=False)),
+        )
 
 
 def interpreter_schedule(schedule: Schedule) -> Schedule:

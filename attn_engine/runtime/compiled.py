@@ -6,7 +6,7 @@ All tensors here are in logical order, (batch, head, row, dimension), with any s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -130,6 +130,8 @@ class CompiledAttention:
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in order, and pooled weights."""
+        if self.schedule.folded and scalars["scale"] <= 0:
+            return self.unfolded.forward(q, k, v, captured, scalars, out)
         packing = choose_packing(self.program, self.schedule, q, k)
         if packing is Packing.NONE:
             return self.of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
@@ -137,6 +139,11 @@ class CompiledAttention:
         compiled = self.of_rows(packing, packed.q.shape[2])
         numbers = {**scalars, GROUP.name: packed.group}
         return packed.finish(compiled._forward(packed.q, k, v, captured, numbers, packed.out))
+
+    @cached_property
+    def unfolded(self) -> CompiledAttention:
+        """The kernels for a scale that is not positive: it cannot be taken out of a maximum."""
+        return CompiledAttention(self.program, self.backend, replace(self.schedule, folded=False))
 
     def of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""
@@ -216,6 +223,10 @@ class CompiledAttention:
         d_rows: gradients (B, H, Sq) of saved row values by name, of those that have one. d_pools: what the kernels
         read of the gradient of pooled sums (`pools.pooled_gradients`).
         """
+        if self.schedule.folded and scalars["scale"] <= 0:
+            return self.unfolded.backward(
+                d_out, inputs, out, saved, captured, scalars, gradients, learned, d_rows, d_pools
+            )
         q, k, v = inputs
         dq, dk, dv = gradients
         rows = (*d_rows, *(p.name for p in self.program.rule.pooled if d_pools and p.kind == "sum"))
