@@ -1,6 +1,6 @@
 """What a kernel needs of a GPU, predicted: shared memory, registers, how many blocks fit, whether it launches.
 
-Shared memory follows Triton's pipeline (measured with 3.7 on every target, see docs/gpu_schedules.md):
+Shared memory follows Triton's pipeline (measured with 3.7 on every target, see docs/schedules.md):
 
 - NVIDIA: operands loaded before the loop stay in shared memory. Operands loaded in it have a buffer for every stage
   but one, and one more where groups of four warps multiply (wgmma, tcgen05), for the product still reads its buffer
