@@ -52,7 +52,10 @@ def test_packed_heads_give_the_reference(
     names = {"forward"} if splits == 1 else {"decode", "merge"}
     assert {name for name, _ in launched} == names
     if splits == 1:
-        assert sorted(launched[0][1]) in ([1, 2, 3], [1, 1, 6])  # one tile for each of 2 kv heads and 3 batches
+        assert sorted(launched[0][1]) in (
+            [1, 2, 3],
+            [1, 1, 6],
+        )  # one tile for each of 2 kv heads and 3 batches
 
 
 def test_tiles_follow_the_rows() -> None:
