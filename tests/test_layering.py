@@ -65,8 +65,8 @@ ONLY_BOTH_BRANCHES = {
     "__main__.py",
     "__init__.py",
 }
-# Imported by everybody, so they import nobody (but errors.py its base, and that the locations).
-STANDALONE = {"errors.py", "error_base.py", "locations.py", "version.py"}
+# Imported by everybody, so they import nobody (but the errors their base, and that the locations).
+STANDALONE = {"errors.py", "schedule_errors.py", "error_base.py", "locations.py", "version.py"}
 LAZY = {
     "triton",
     "tilelang",
@@ -122,8 +122,8 @@ def target_layer(module: str) -> str:
 
 def forbidden(path: Path, module: str) -> bool:
     own = layer(path)
-    if module in ("attn_engine.locations", "attn_engine.error_base"):
-        return path.name in STANDALONE - {"errors.py", "error_base.py"}
+    if module in ("attn_engine.locations", "attn_engine.error_base", "attn_engine.schedule_errors"):
+        return path.name in STANDALONE - {"errors.py", "schedule_errors.py", "error_base.py"}
     if module in ("attn_engine.errors", "attn_engine.version"):
         return path.name in STANDALONE
     if module.split(".")[0] == "attn_engine":

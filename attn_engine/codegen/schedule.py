@@ -26,6 +26,19 @@ class Gradients(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Launch:
+    """How one kernel is cut and launched: rows of its tiles, warps of a program instance, stages of its loads."""
+
+    q: int
+    kv: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.q} x {self.kv} ({self.num_warps} warps, {self.num_stages} stages)"
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """Tile sizes and loop structure.
 
@@ -38,6 +51,8 @@ class Schedule:
     split_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
     lanes: what lies across a CPU's vectors in the forward kernel; backward_lanes: in the one-kernel backward pass.
+    d_query: tiles and launch options of dQ; None: those of the forward pass. delta_rows: query rows of a program of the
+    kernel of row sums; 0: block_q.
     """
 
     block_q: int
@@ -57,15 +72,45 @@ class Schedule:
     folded: bool = False
     descriptors: bool = False
     sections: bool = False
+    d_query: Launch | None = None
+    delta_rows: int = 0
     short_tiles: bool = False
+
+    @property
+    def forward_launch(self) -> Launch:
+        return Launch(self.block_q, self.block_kv, self.num_warps, self.num_stages)
+
+    @property
+    def d_query_launch(self) -> Launch:
+        return self.d_query or self.forward_launch
+
+    @property
+    def d_key_value_launch(self) -> Launch:
+        return Launch(self.backward_q, self.backward_kv, self.backward_warps, self.backward_stages)
+
+    def launch(self, kernel: str) -> Launch:
+        """Of the kernel of that name."""
+        if kernel in ("dq", "adjoints"):
+            return self.d_query_launch
+        if kernel == "delta" and self.delta_rows:
+            return Launch(self.delta_rows, self.block_kv)
+        return self.forward_launch if kernel in FORWARD_KERNELS else self.d_key_value_launch
 
     def __str__(self) -> str:
         kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
         edges = "loops of their own" if self.edges is Edges.SPLIT else "a branch in the loop"
+        if self.d_query is not None:
+            kernels = f"dK and dV, {self.d_query.q} x {self.d_query.kv} in dQ"
         return (
             f"forward {self.block_q} x {self.block_kv} (queries x keys), "
             f"backward {self.backward_q} x {self.backward_kv} in {kernels}, masked tiles in {edges}"
         )
+
+
+FORWARD_KERNELS = ("forward", "decode", "merge", "delta")
+# What may differ between schedules of one program and backend: tiles and launch options, by direction.
+FORWARD_FIELDS = ("block_q", "block_kv", "num_warps", "num_stages")
+BACKWARD_FIELDS = ("backward_q", "backward_kv", "backward_warps", "backward_stages", "d_query")
 
 
 def cpu_schedule(lanes: int, *, masked: bool = True) -> Schedule:
@@ -130,8 +175,13 @@ def within_blocks(schedule: Schedule, listed: ListedBlocks | None) -> Schedule:
     """The schedule in tiles that listed blocks can be cut into."""
     if listed is None:
         return schedule
+    d_query = schedule.d_query
+    if d_query is not None:
+        q, kv = tile_within(listed.q, d_query.q), tile_within(listed.kv, d_query.kv)
+        d_query = replace(d_query, q=q, kv=kv)
     tiles = replace(
         schedule,
+        d_query=d_query,
         block_q=tile_within(listed.q, schedule.block_q),
         block_kv=tile_within(listed.kv, schedule.block_kv),
         backward_q=tile_within(listed.q, schedule.backward_q),

@@ -82,7 +82,7 @@ def test_a_users_name_is_not_taken() -> None:
     engine = AttentionEngine([meta_tensor(None, None, None, 96)] * 3, score_mod, backend="triton")
     text = engine.source()
     assert "query_2 = score * 0.5" in text
-    assert "query_3 = tl.load(" in text
+    assert "query_2_2 = tl.load(" in text
 
 
 class CutTiles:

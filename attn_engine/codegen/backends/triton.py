@@ -92,6 +92,7 @@ class TritonRenderer(Addressing):
     }  # fmt: skip
 
     arguments: list[list[str]]  # in groups, one line of the signature each
+    _said: list[str]  # bases named before the statement above
 
     def __init__(self, *, descriptors: bool = False) -> None:
         self._with_descriptors = descriptors
@@ -229,7 +230,6 @@ class TritonRenderer(Addressing):
 
     _source = ""
     _depth = 1
-    _said: ClassVar[list[str]] = []  # bases named before the statement above
 
     def let(self, s: Let) -> list[str]:
         name = self._renamed.get(s.name, s.name)

@@ -25,7 +25,7 @@ from attn_engine.ir.tile import Kernel, Let, Section, Stmt, StoreTile
 def lower_adjoints(program: Attention, schedule: Schedule) -> Kernel:
     """The values of every pass in `adjoints`, of one q tile."""
     rule, names = program.rule, reserved_names(program)
-    tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
+    tiles = {"q": schedule.d_query_launch.q, "kv": schedule.d_query_launch.kv}
     sweep = Sweep(program, schedule, names, "kv", tiles)
     roots = [e for p in rule.adjoints for e in (*p.new_states, *(value for _, value in p.values))]
     if PROBS in postorder(*roots):

@@ -102,7 +102,7 @@ def lower_backward(program: Attention, schedule: Schedule, learned: tuple[str, .
 def lower_delta(program: Attention, schedule: Schedule) -> Kernel:
     """delta = <dO, O> per row: the one reduction that a normaliser's gradient needs."""
     out, product = tile("out", "q", "dv"), tile("product", "q", "dv")
-    tiles = {"q": schedule.block_q}
+    tiles = {"q": schedule.delta_rows or schedule.block_q}
     return Kernel(
         name="delta",
         params=(wide(program, "O"), wide(program, "dO"), rows(program, "Delta", output=True)),
@@ -123,7 +123,7 @@ def lower_delta(program: Attention, schedule: Schedule) -> Kernel:
 def lower_d_query(program: Attention, schedule: Schedule, captures: tuple[CaptureGradient, ...]) -> Kernel:
     """dQ of one q tile, and the captured gradients that are sums over a query row."""
     names, sums = reserved_names(program), [c for c in captures if c.route is Route.ROW]
-    tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
+    tiles = {"q": schedule.d_query_launch.q, "kv": schedule.d_query_launch.kv}
     sweep = Sweep(program, schedule, names, "kv", tiles)
     update: list[Stmt] = [Let("d_query", D_QUERY + Dot(rounded(D_SCORE, "K"), KEY))]
     update += [Let(c.total.name, c.total + Reduce("sum", c.value, "kv")) for c in sums]

@@ -38,7 +38,7 @@ def pieces(columns: int) -> tuple[int, ...]:
     >>> [pieces(n) for n in (128, 192, 576, 96, 80, 40, 24, 120, 112)]
     [(128,), (128, 64), (512, 64), (64, 32), (64, 16), (32, 8), (24,), (120,), (64, 32, 16)]
     """
-    cuts = [(columns,)]
+    cuts: list[tuple[int, ...]] = [(columns,)]
     while len(cuts) < MOST_PIECES and (rest := cuts[-1][-1]) > SMALLEST and padded(rest) != rest:
         largest = 1 << (rest.bit_length() - 1)
         cuts.append((*cuts[-1][:-1], largest, rest - largest))
