@@ -25,7 +25,7 @@ def positions(kernel: Kernel, body: str) -> list[str]:
         if axis in kernel.grid or re.search(rf"\b{name}\b", body):
             first = kernel.first_column(axis)
             tiles.append(f"{name} = {f'{first} + ' if first else ''}tl.arange(0, {BLOCKS[axis]})")
-    lines = list(_PLACE) if kernel.sections else []
+    lines: list[str] = list(_PLACE) if kernel.sections else []
     for axis, program in zip(kernel.grid, program_ids(kernel), strict=True):
         if axis in ("q", "kv"):
             lines += [f"{axis}_start = {program} * {BLOCKS[axis]}", *tile_positions(axis)]
