@@ -45,6 +45,9 @@ def lower(
         lower_one = lower_pooled_forward if program.rule.pooled else lower_forward
         module = Module("forward", (lower_one(program, schedule),))
     elif direction == "decode":
+        folded = forward_in_powers_of_two(program.rule) if schedule.folded else program.rule
+        if isinstance(derive_merge(folded), MergeRule):
+            program = replace(program, rule=folded)
         merge = derive_merge(program.rule)
         assert isinstance(merge, MergeRule), "keys are split where the parts can be merged"
         module = lower_decode(program, schedule, merge)

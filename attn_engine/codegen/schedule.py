@@ -45,6 +45,7 @@ class Schedule:
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
     few_row_kernels: heads of few query rows get forward kernels of their own, with keys in lanes.
     folded: normalisers in powers of two, the scale of the scores folded in; for elements of 16 bits and scales > 0.
+    short_tiles: forward kernels for heads of few query rows have tiles of 16, 32 or 64 rows.
     sections: where the mask gives tiles different work, heavy tiles of many heads are handed out before light ones.
     descriptors: tiles that loops read are loaded through tensor descriptors, where a target has what runs them.
     split_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
@@ -73,6 +74,7 @@ class Schedule:
     sections: bool = False
     d_query: Launch | None = None
     delta_rows: int = 0
+    short_tiles: bool = False
 
     @property
     def forward_launch(self) -> Launch:
@@ -196,6 +198,19 @@ def torch_schedule() -> Schedule:
     return Schedule(128, 256, 128, 256, Edges.SPLIT, Gradients.ONE_KERNEL)
 
 
+def short_query_schedule(schedule: Schedule, rows: int) -> Schedule:
+    """A GPU's forward pass for heads of few query rows: the smallest tile that holds them, of 16, 32 or 64 rows.
+
+    Half the warps and tiles of 64 or more keys: such calls wait for keys and values, not for products.
+    """
+    tile = next((n for n in _SHORT_TILES if rows <= n < schedule.block_q), None)
+    return (
+        schedule if tile is None or not schedule.short_tiles else replace(schedule, block_q=tile, num_warps=4)
+    )
+
+
+_SHORT_TILES = (16, 32, 64)
+MULTIPROCESSORS = 128  # program instances that a large GPU runs at once, roughly
 TENSOR_MEMORY = ("sm_90", "sm_100")  # targets that load tiles through tensor descriptors
 
 
@@ -206,7 +221,14 @@ def gpu_schedule(dim_qk: int, dim_v: int, element_bytes: int, target: str = "sm_
     """
     short = element_bytes == 2
     tiles = _gpu_tiles(max(dim_qk, dim_v) * (2 if element_bytes >= 4 else 1))
-    return replace(tiles, folded=short, descriptors=short and target in TENSOR_MEMORY, sections=True)
+    return replace(
+        tiles,
+        folded=short,
+        descriptors=short and target in TENSOR_MEMORY,
+        sections=True,
+        short_tiles=True,
+        split_tasks=MULTIPROCESSORS,
+    )
 
 
 def _gpu_tiles(widest: int) -> Schedule:

@@ -24,7 +24,13 @@ from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
 from attn_engine.codegen.lower.row_values import row_gradient_param
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import Gradients, Schedule, few_rows_schedule, tile_of_few_rows
+from attn_engine.codegen.schedule import (
+    Gradients,
+    Schedule,
+    few_rows_schedule,
+    short_query_schedule,
+    tile_of_few_rows,
+)
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
@@ -148,14 +154,18 @@ class CompiledAttention:
     def of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""
         tile = 0 if self.program.rule.pooled else tile_of_few_rows(self.schedule, rows)
-        if packing is Packing.NONE and tile == 0:
+        kv_block = self.program.listed.kv if self.program.listed else 0
+        schedule = (
+            few_rows_schedule(tile, self.schedule.block_q, kv_block)
+            if tile
+            else short_query_schedule(self.schedule, rows)
+        )
+        if packing is Packing.NONE and schedule is self.schedule:
             return self
-        found = self._variants.get((packing, tile))
+        found = self._variants.get((packing, schedule.block_q))
         if found is None:
-            kv_block = self.program.listed.kv if self.program.listed else 0
-            schedule = few_rows_schedule(tile, self.schedule.block_q, kv_block) if tile else self.schedule
             found = CompiledAttention(pack_heads(self.program, packing), self.backend, schedule)
-            self._variants[packing, tile] = found
+            self._variants[packing, schedule.block_q] = found
         return found
 
     def _forward(

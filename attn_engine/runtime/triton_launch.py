@@ -63,8 +63,6 @@ class TritonKernel:
         scalars: the kernel's run-time numbers. sizes: "batches", "heads", "kv_heads", "q_len", "kv_len" and, where the
         grid has splits, "splits". Raises LaunchFailed with Triton's own error as its cause.
         """
-        if self._kernel.sections:
-            sizes = {**sizes, "section": section_size(self._kernel, sizes)}
         grid = self.grid({**scalars, **sizes})
         if 0 in grid:
             return
@@ -85,7 +83,7 @@ class TritonKernel:
         if self._kernel.sections:
             tiles, heads, batches = counts
             section = section_size(self._kernel, sizes)
-            return tiles * section, heads * batches // section, 1
+            return section, tiles, heads * batches // section
         shared = 1
         for count in counts[2:]:
             shared *= count
@@ -193,7 +191,7 @@ def _arguments(kernel: Kernel, described: Sequence[TileDescriptor]) -> dict[str,
         return lambda call: call[2][name]
 
     found: dict[str, Callable[[_Call], Any]] = {
-        n: size(n) for n in (*GRID_SIZES.values(), *_LENGTHS.values(), "section")
+        n: size(n) for n in (*GRID_SIZES.values(), *_LENGTHS.values())
     }
     found |= {s.name: number(s.name, float if s.dtype is DType.FLOAT else int) for s in kernel.scalars}
     for p in kernel.params:

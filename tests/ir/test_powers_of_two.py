@@ -145,3 +145,10 @@ def test_only_folded_schedules_change_kernels() -> None:
     kernel = lower(program, schedule, "forward").kernels[0]
     assert "scale_log2" not in str(kernel.body)
     assert "scale_log2" in str(lower(program, replace(schedule, folded=True), "forward").kernels[0].body)
+
+
+def test_a_factor_made_of_a_saved_maximum_stays_outside() -> None:
+    rule = GAINING["softmax"]()
+    shifted = replace(rule, recompute=call(Op.EXP, LOGIT - saved_var("lse")) * saved_var("row_max"))
+    found = backward_in_powers_of_two(shifted)
+    assert found.recompute is call(Op.EXP2, LOGIT - saved_var("lse") * LOG2_E) * saved_var("row_max")

@@ -49,7 +49,7 @@ from attn_engine.ir.tile import (
     walk,
 )
 
-SIZES = ("batches", "heads", "kv_heads", "section", "q_len", "kv_len")
+SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class TritonRenderer(Addressing):
     def _renamings(self) -> dict[str, str]:
         """New names for a user's values that would hide the file's own names."""
         own = {"tl", "triton", "float", *HELPERS, *BLOCKS.values(), *DIMENSION_CONSTANTS.values()}
-        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {"place", "section"}
+        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {"place"}
         for p in self.kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
         taken = Names(own | {s.name for s in walk(self.kernel.body) if isinstance(s, Let)})

@@ -34,7 +34,8 @@ class TileDescriptor:
 def tile_descriptors(kernel: Kernel) -> tuple[TileDescriptor, ...]:
     """The tensors of 16-bit elements that loops over tiles read, and nothing else reads otherwise."""
     kernel = cut_columns(kernel)
-    in_loops = {id(s) for loop in walk(kernel.body) if _is_tile_loop(loop) for s in walk(loop.body)}
+    loops = (s for s in walk(kernel.body) if isinstance(s, Loop) and s.axis is not None)
+    in_loops = {id(s) for loop in loops for s in walk(loop.body)}
     found: dict[str, dict[str, TileDescriptor]] = {}
     others: set[str] = set()
     for s in walk(kernel.body):
@@ -72,10 +73,6 @@ def _descriptor(kernel: Kernel, load: Load) -> TileDescriptor:
     rows, columns = (index.axes[0] for index in load.indices[2:])
     shape = (1, 1, kernel.block(rows), padded(kernel.block(columns)))
     return TileDescriptor(descriptor_name(load.tensor, columns), load.tensor, columns, shape)
-
-
-def _is_tile_loop(s: Stmt) -> bool:
-    return isinstance(s, Loop) and s.axis is not None
 
 
 def _is_axis(index: Expr | None, axis: str) -> bool:

@@ -11,6 +11,11 @@ from attn_engine.ir.tile import Kernel
 
 SECTION_NUMBERS = 2**23  # 16 MiB of 16-bit elements: a third of the L2 cache of an H100
 
+_PLACE = (
+    "# heads come in sections that share a cache; in each of them the heavy tiles come first",
+    "place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)",
+)
+
 
 def positions(kernel: Kernel, body: str) -> list[str]:
     """What this program instance is: its grid indices and its tile's positions, as far as the body reads them."""
@@ -20,7 +25,7 @@ def positions(kernel: Kernel, body: str) -> list[str]:
         if axis in kernel.grid or re.search(rf"\b{name}\b", body):
             first = kernel.first_column(axis)
             tiles.append(f"{name} = {f'{first} + ' if first else ''}tl.arange(0, {BLOCKS[axis]})")
-    lines = section_lines(kernel)
+    lines: list[str] = list(_PLACE) if kernel.sections else []
     for axis, program in zip(kernel.grid, program_ids(kernel), strict=True):
         if axis in ("q", "kv"):
             lines += [f"{axis}_start = {program} * {BLOCKS[axis]}", *tile_positions(axis)]
@@ -45,12 +50,13 @@ def unread(line: str, body: list[str]) -> bool:
 def program_ids(kernel: Kernel) -> list[str]:
     """What a program instance is along each axis of the grid. A launch has three dimensions: further axes share the
     third."""
-    grid, first = kernel.grid, "tl.program_id(0)"
+    grid, tiles = kernel.grid, 1 if kernel.sections else 0
+    first = f"tl.program_id({tiles})"
     if kernel.heavy_last:
-        first = f"(tl.num_programs(0) - 1 - {first})"
+        first = f"(tl.num_programs({tiles}) - 1 - {first})"
     if kernel.sections:
         heads = GRID_SIZES[grid[1]]
-        return [f"{first} // section", f"(place % {heads})", f"(place // {heads})"]
+        return [first, f"(place % {heads})", f"(place // {heads})"]
     if len(grid) <= 3:
         return [first, *(f"tl.program_id({i})" for i in range(1, len(grid)))][: len(grid)]
     shared, divisor, ids = grid[2:], "", [first, "tl.program_id(1)"]
@@ -61,25 +67,15 @@ def program_ids(kernel: Kernel) -> list[str]:
     return ids
 
 
-def section_lines(kernel: Kernel) -> list[str]:
-    """Which of all heads a program instance has, where they come in sections."""
-    if not kernel.sections:
-        return []
-    return [
-        "# heads come in sections that share a cache; in each of them the heavy tiles come first",
-        "place = tl.program_id(1) * section + tl.program_id(0) % section",
-    ]
-
-
 def section_size(kernel: Kernel, sizes: Mapping[str, Number]) -> int:
     """Heads of a section: as many as divide their number and read no more than a part of the L2 cache.
 
     The programs of a query head read its keys and values, which its group shares; those of a kv head the queries and
     gradients of its group, one head after the other. From shapes alone, so that equal calls run in the same order.
     """
-    count = int(sizes[GRID_SIZES[kernel.grid[1]]]) * int(sizes["batches"])
+    count = max(1, int(sizes[GRID_SIZES[kernel.grid[1]]]) * int(sizes["batches"]))
     group = int(sizes["heads"]) // max(1, int(sizes["kv_heads"]))
     rows = int(sizes["kv_len"]) if kernel.grid[0] == "q" else int(sizes["q_len"])
     numbers = rows * (kernel.block("d") + kernel.block("dv"))
     together = (group if kernel.grid[0] == "q" else 1) * max(1, SECTION_NUMBERS // max(1, numbers))
-    return max(n for n in range(1, max(1, count) + 1) if max(1, count) % n == 0 and n <= together)
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= together)

@@ -68,7 +68,7 @@ def _step(sweep: Sweep, p: RowPass, masked: Masked) -> list[Stmt]:
     program, rule, names = sweep.program, sweep.program.rule, sweep.names.copy()
     seen = None if masked is False else visibility(program, names, sweep.known, ("kv",), masked)
     known = {**sweep.known, **row_bindings(rule), DELTA: tile("delta", "q")}
-    emitter = Emitter(names, known, adjuster(seen.var if seen else None))
+    emitter = Emitter(names, known, adjuster(program.rule, seen.var if seen else None))
     read = set(postorder(*p.new_states))
     emitter.lets += [Let("key", load_tile("K"))]
     score_lets(program, emitter)

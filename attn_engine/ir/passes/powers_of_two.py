@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from attn_engine.ir.evaluate import evaluate
-from attn_engine.ir.expr import Call, Const, Expr, Reduce, Var, call, postorder, rebuild
+from attn_engine.ir.expr import Call, Const, Expr, Reduce, Var, call, postorder, rebuild, substitute
 from attn_engine.ir.ops import DType, Number, Op
 from attn_engine.ir.passes.rule_analysis import tile_extremum
 from attn_engine.ir.passes.simplify import simplify
@@ -253,8 +253,10 @@ def _saved_sum(m: Expr, factor: Expr, rule: OnlineRule) -> Expr | None:
 
 def _never_negative(root: Expr, rule: OnlineRule) -> bool:
     """Whether a row's value is certainly >= 0: made of exponentials, their sums and quotients."""
-    saved = {saved_var(name): e for name, e in rule.saved}
-    states = {s.var: new for s, new in _states(rule) if s.initial >= 0}
+    made = substitute(
+        root, {saved_var(name): e for name, e in rule.saved}
+    )  # of the states after the last tile
+    states: dict[Expr, Expr] = {s.var: new for s, new in _states(rule) if s.initial >= 0}
 
     def holds(e: Expr) -> bool:
         match e:
@@ -269,10 +271,10 @@ def _never_negative(root: Expr, rule: OnlineRule) -> bool:
             case Reduce(_, x):
                 return holds(x)
             case Var():
-                return e in states or (e in saved and holds(saved[e]))
+                return e in states
             case _:
                 return False
 
-    while failing := {state for state, new in states.items() if not holds(new)}:
-        states = {state: new for state, new in states.items() if state not in failing}
-    return holds(root)
+    while any(not holds(new) for new in states.values()):
+        states = {state: new for state, new in states.items() if holds(new)}
+    return holds(made)
