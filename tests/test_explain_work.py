@@ -12,7 +12,7 @@ from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.schedule import Edges, Gradients, Schedule, cpu_schedule
 from attn_engine.codegen.work import Sizes, backward_work, forward_work, visited_share
 from attn_engine.explain_work import ASSUMED, sizes_of_call
-from attn_engine.library.masks import causal, prefix, sliding_window
+from attn_engine.library import causal, prefix, sliding_window
 
 SIZES = Sizes(2, 8, 2, 300, 200)
 FEW = Schedule(64, 32, 16, 64, Edges.BRANCH, Gradients.TWO_KERNELS)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 
+from attn_engine.codegen.compiled_launches import COMPILED
 from attn_engine.codegen.footprint import Footprint, footprint
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.resources import Resources, grouped, resources
@@ -40,12 +41,14 @@ def default_schedule(program: Attention, target: Target, device: str = "") -> Sc
 
     device: a product by the name that CUDA gives it, whose measured launches come first.
     """
+    short = program.element in (Storage.BFLOAT16, Storage.FLOAT16)
     bounded, about = is_bounded(program), (program.element, program.dim_qk, program.dim_v)
     forward, d_query, d_key_value = (
-        TUNED.get((device, k.name, *about, bounded)) or best_launch(k, target, bounded)
+        TUNED.get((device, k.name, *about, bounded))
+        or (COMPILED.get((target.name, k.name, *about[1:])) if short else None)
+        or best_launch(k, target, bounded)
         for k in kernels_of(program)
     )
-    short = program.element in (Storage.BFLOAT16, Storage.FLOAT16)
     delta_rows = max(16, min(128, DELTA_ELEMENTS // max(16, 1 << (program.dim_v - 1).bit_length())))
     return Schedule(
         forward.q,

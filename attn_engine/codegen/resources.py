@@ -158,13 +158,14 @@ def _bytes(tiles: tuple[Tile, ...]) -> int:
 # -- registers
 
 BASE = 48  # addresses, positions, bounds
+WIDE_HEADS = 768  # columns of keys and values beyond which compilers were seen to need twice as much
 # Estimates up to which no compiled kernel spilled, for blocks of up to 4 and of 8 warps: of a step with two products
 # (forward), three (dQ) and four (dK/dV). Compilers schedule loads early, so that these lie on both sides of 255.
 WIDE_NO_SPILL = 150  # elements of 32 bits: their products are not the matrix units'
 NO_SPILL = {
     ("sm_80", 4): (300, 223, 163), ("sm_80", 8): (288, 205, 129),
     ("sm_90", 4): (304, 368, 227), ("sm_90", 8): (330, 280, 279),
-    ("sm_100", 4): (191, 223, 211), ("sm_100", 8): (288, 280, 107),
+    ("sm_100", 4): (191, 223, 167), ("sm_100", 8): (288, 280, 107),
     ("gfx942", 4): (353, 400, 195), ("gfx942", 8): (127, 153, 119),
 }  # fmt: skip
 
@@ -183,7 +184,8 @@ def register_estimate(facts: Footprint, launch: Launch, target: Target) -> int:
     )  # without a pipeline they pass through registers, else addresses do
     resident = _bytes(facts.resident) // 4 if target.amd else 0
     wanted = BASE + (carried + pairs + loaded // share + resident) // threads
-    return wanted + wanted // 4 if _pieces(facts) else wanted
+    columns = sum(n for axis, n in facts.sizes if axis in COLUMNS)
+    return wanted * 2 if columns > WIDE_HEADS else wanted + wanted // 4 if _pieces(facts) else wanted
 
 
 def _pieces(facts: Footprint) -> bool:

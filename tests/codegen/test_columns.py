@@ -16,7 +16,7 @@ from attn_engine.ir.ops import Storage
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, expressions, walk
 from attn_engine.ir.verify import verify_kernel
-from attn_engine.library.masks import causal
+from attn_engine.library import causal
 from attn_engine.runtime.backends import TileProgram
 from attn_engine.runtime.compiled import CompiledAttention
 from tests.runtime.rules import program, softmax

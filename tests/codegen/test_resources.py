@@ -30,7 +30,7 @@ from attn_engine.codegen.resources import Resources, predict, resources
 from attn_engine.codegen.schedule import Launch, Schedule
 from attn_engine.codegen.targets import DEVICES, TARGETS, Target, devices_of, target_named
 from attn_engine.ir.program import Attention
-from attn_engine.library.masks import causal, sliding_window
+from attn_engine.library import causal, sliding_window
 from attn_engine.runtime.aot_report import SHARED_LIMITS
 from attn_engine.runtime.backends import TritonBackend
 from attn_engine.runtime.gpu_target import target_of

@@ -24,7 +24,7 @@ from attn_engine.ir.program import (
     OnlineRule,
     saved_var,
 )
-from attn_engine.library.normalisers import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
+from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
 from attn_engine.runtime.backends import backend_named
 from attn_engine.runtime.compiled import CompiledAttention
 from tests.runtime import rules

@@ -16,7 +16,7 @@ from attn_engine import AttentionEngine, errors, meta_tensor
 from attn_engine.codegen.gpu_schedule import kernels_of, launches_worth_trying
 from attn_engine.codegen.schedule import Edges, Gradients, Launch, Schedule, cpu_schedule
 from attn_engine.codegen.targets import TARGETS
-from attn_engine.library.masks import causal
+from attn_engine.library import causal
 from attn_engine.runtime import schedule_choice
 from attn_engine.runtime.backends import backend_named
 from attn_engine.runtime.schedule_choice import candidates
