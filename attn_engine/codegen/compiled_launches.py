@@ -13,14 +13,23 @@ from attn_engine.codegen.schedule import Launch
 Row = tuple[str, str, int, int]  # target, kernel, dim_qk, dim_v
 
 COMPILED: Mapping[Row, Launch] = {
+    ("sm_80", "forward", 64, 64): Launch(128, 64, 4, 2),
+    ("sm_80", "dq", 64, 64): Launch(64, 128, 4, 2),
+    ("sm_90", "forward", 64, 64): Launch(128, 64, 4, 2),
+    ("sm_90", "dq", 64, 64): Launch(128, 128, 8, 2),
     ("sm_100", "dkdv", 64, 64): Launch(64, 32, 4, 2),
+    ("sm_80", "dkdv", 96, 96): Launch(16, 64, 4, 2),
     ("sm_100", "forward", 96, 96): Launch(32, 64, 4, 2),
     ("sm_100", "dq", 96, 96): Launch(32, 32, 4, 2),
     ("sm_100", "dkdv", 96, 96): Launch(64, 16, 4, 2),
+    ("sm_80", "dkdv", 128, 128): Launch(64, 64, 8, 2),
+    ("sm_90", "dq", 128, 128): Launch(128, 128, 8, 2),
     ("sm_100", "dkdv", 128, 128): Launch(64, 32, 4, 2),
+    ("sm_80", "dkdv", 256, 256): Launch(32, 32, 8, 2),
     ("sm_100", "dkdv", 256, 256): Launch(64, 32, 8, 2),
     ("sm_100", "dq", 192, 128): Launch(32, 32, 4, 2),
     ("sm_100", "dkdv", 192, 128): Launch(16, 32, 4, 2),
+    ("gfx942", "dkdv", 192, 128): Launch(16, 64, 4, 2),
     ("sm_80", "forward", 576, 512): Launch(32, 32, 8, 2),
     ("sm_80", "dkdv", 576, 512): Launch(16, 16, 8, 2),
     ("sm_90", "forward", 576, 512): Launch(64, 16, 8, 2),

@@ -38,7 +38,9 @@ from attn_engine.runtime.schedule_choice import with_d_key_value, with_forward
 from attn_engine.runtime.triton_aot import compile_ahead
 
 NOISE = 16  # bytes that compilers keep on the stack of some kernels, outside their loops
-MARGIN, MORE = 1.3, 10 * 1024  # what is predicted above what is taken: this factor, or so many bytes
+# What may be predicted above what is taken: this factor, or so many bytes; twice the factor where the rule is coarse,
+# without a pipeline and for AMD, whose weights need not pass through shared memory.
+MARGIN, MORE = 1.3, 20 * 1024
 BACKEND = TritonBackend("triton", interpret=False)
 DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (256, 256), (192, 128), (576, 512))
 
@@ -123,9 +125,9 @@ def compiled(row: Row) -> Row:
 def check(row: Row) -> None:
     need = predicted(row)
     assert need.shared_bytes >= row.shared, f"{row}: {need}, but {row.shared} bytes are taken"
-    assert need.shared_bytes <= max(MARGIN * row.shared, row.shared + MORE), (
-        f"{row}: {need}, {row.shared} taken"
-    )
+    factor = MARGIN if row.launch.num_stages > 1 and not TARGETS[row.target].amd else 2 * MARGIN
+    most = max(factor * row.shared, row.shared + MORE)
+    assert need.shared_bytes <= most, f"{row}: {need}, but {row.shared} bytes are taken"
     assert not (need.fits and row.spilled > NOISE), f"{row}: {need}, but it spills {row.spilled} bytes"
 
 
@@ -190,7 +192,7 @@ def test_the_default_launches(dims: tuple[int, int], target: Target) -> None:
 def test_no_configuration_is_offered_that_cannot_launch() -> None:
     """The whole space of launches, for every kernel, target and some head dimensions."""
     offered = refused = 0
-    for dims, target in product(((40, 40), (64, 64), (128, 128), (576, 512)), TARGETS.values()):
+    for dims, target in product(((40, 40), (128, 128), (576, 512)), TARGETS.values()):
         for kernel in kernels_of(showcase(*dims)):
             for launch in ranked_launches(kernel, target, bounded=True):
                 need = resources(footprint(kernel).sized(launch.q, launch.kv), launch, target)
@@ -200,12 +202,12 @@ def test_no_configuration_is_offered_that_cannot_launch() -> None:
                     str(need),
                 )
                 offered += 1
+            tried = set(launches_worth_trying(kernel, target))
             for launch in legal_launches():
                 need = resources(footprint(kernel).sized(launch.q, launch.kv), launch, target)
                 assert need.launches == (need.blocks >= 1)
                 if need.shared_bytes > target.shared_limit:
-                    assert not need.launches
-                    assert launch not in launches_worth_trying(kernel, target)
+                    assert not need.launches and launch not in tried
                     refused += 1
     assert offered > 1000 and refused > 300, (offered, refused)
 
