@@ -85,7 +85,7 @@ def resources(facts: Footprint, launch: Launch, target: Target) -> Resources:
             target.shared_total // max(1, shared + target.shared_reserved),
             target.registers // (given * threads),
         )
-    spills = wanted > spills_above(facts, launch, target)
+    spills = may_spill(facts, launch, target)
     return Resources(shared, given, blocks, launch.num_warps, target.most_warps, spills, target.name)
 
 
@@ -159,9 +159,10 @@ def _bytes(tiles: tuple[Tile, ...]) -> int:
 
 BASE = 48  # addresses, positions, bounds
 WIDE_HEADS = 768  # columns of keys and values beyond which compilers were seen to need twice as much
+# Threads multiply elements of 32 bits by themselves: up to so many multiplications of a product without spilling.
+WIDE_PRODUCT = 65536
 # Estimates up to which no compiled kernel spilled, for blocks of up to 4 and of 8 warps: of a step with two products
 # (forward), three (dQ) and four (dK/dV). Compilers schedule loads early, so that these lie on both sides of 255.
-WIDE_NO_SPILL = 150  # elements of 32 bits: their products are not the matrix units'
 NO_SPILL = {
     ("sm_80", 4): (300, 223, 163), ("sm_80", 8): (288, 205, 129),
     ("sm_90", 4): (304, 368, 227), ("sm_90", 8): (330, 280, 279),
@@ -193,12 +194,13 @@ def _pieces(facts: Footprint) -> bool:
     return any(axis in COLUMNS and axis[-1].isdigit() for axis, _ in facts.sizes)
 
 
-def spills_above(facts: Footprint, launch: Launch, target: Target) -> int:
-    """The largest estimate for which the verdict is that nothing spills."""
+def may_spill(facts: Footprint, launch: Launch, target: Target) -> bool:
+    """Whether a thread may want more registers than it can have; False is certain for what the table holds."""
     if facts.width > 2:
-        return WIDE_NO_SPILL
+        return any(p.flops // 2 > WIDE_PRODUCT for p in facts.products)
     by_products = NO_SPILL[target.name, 4 if launch.num_warps <= 4 else 8]
-    return by_products[min(max(len(facts.products), 2), 4) - 2]
+    most = by_products[min(max(len(facts.products), 2), 4) - 2]
+    return register_estimate(facts, launch, target) > most
 
 
 def most_registers(launch: Launch, target: Target) -> int:
