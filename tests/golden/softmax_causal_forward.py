@@ -54,7 +54,7 @@ def forward(
         other=0.0,
     )
 
-    # -- row state of OnlineSoftmax
+    # -- row state of OnlineSoftmax, maxima in powers of two
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.full([BLOCK_Q], 0.0, tl.float32)
     out = tl.full([BLOCK_Q, BLOCK_DV], 0.0, tl.float32)

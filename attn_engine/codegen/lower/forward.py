@@ -129,8 +129,9 @@ def forward_roots(rule: OnlineRule) -> list[Expr]:
 
 def empty_row_state(rule: OnlineRule) -> list[Stmt]:
     """A row that has met no key."""
+    counted = ", maxima in powers of two" if rule.powers_of_two and rule.states else ""
     return [
-        Section(f"row state of {rule.name}"),
+        Section(f"row state of {rule.name}{counted}"),
         *(Let(s.name, Full(s.initial, ("q",))) for s in rule.states),
         Let(OUT.name, Full(0.0, OUT.axes)),
     ]
