@@ -14,7 +14,8 @@ from attn_engine.codegen.compiled_launches import COMPILED
 from attn_engine.codegen.footprint import Footprint, footprint
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.resources import Resources, grouped, resources
-from attn_engine.codegen.schedule import MULTIPROCESSORS, TENSOR_MEMORY, Edges, Gradients, Launch, Schedule
+from attn_engine.codegen.schedule import MULTIPROCESSORS, MULTIPROCESSORS,
+    TENSOR_MEMORY, Edges, Gradients, Launch, Schedule
 from attn_engine.codegen.targets import Target, devices_of
 from attn_engine.codegen.tuned_defaults import TUNED
 from attn_engine.ir.ops import Storage
@@ -64,6 +65,8 @@ def default_schedule(program: Attention, target: Target, device: str = "") -> Sc
         folded=short,
         descriptors=short and target.name in TENSOR_MEMORY,
         sections=True,
+        short_tiles=True,
+        split_tasks=MULTIPROCESSORS,
         d_query=d_query,
         delta_rows=delta_rows,
         short_tiles=True,

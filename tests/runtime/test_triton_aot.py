@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from attn_engine import AttentionEngine, meta_tensor
+from attn_engine.codegen.gpu_schedule import default_schedule
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import gpu_schedule
+from attn_engine.codegen.schedule import Schedule
+from attn_engine.codegen.targets import target_named
 from attn_engine.ir.tile import Kernel
 from attn_engine.library import causal
 from attn_engine.runtime.backends import TritonBackend
@@ -35,7 +37,7 @@ def showcase(
     dims: int = 64,
     mask: Callable[..., Any] | None = None,
     target: str = "sm_90",
-) -> Kernel:
+) -> tuple[Kernel, Schedule]:
     """A kernel of the heaviest built-in description: soft-cap and learned ALiBi slopes under a causal mask."""
     slopes = torch.zeros(8, requires_grad=True)
     engine = AttentionEngine(
@@ -44,17 +46,16 @@ def showcase(
         mask_mod=mask or causal(),
         backend="triton",
     )
-    schedule = gpu_schedule(dims, dims, element.itemsize, target)
+    schedule = default_schedule(engine.program, target_named(target))
     kernels = [
         k for d in ("forward", "backward") for k in lower(engine.program, schedule, d, ("slopes",)).kernels
     ]
-    return next(k for k in kernels if k.name == name)
+    return next(k for k in kernels if k.name == name), schedule
 
 
-def compiled(kernel: Kernel, target: str, element: torch.dtype = torch.bfloat16) -> AotReport:
+def compiled(made: tuple[Kernel, Schedule], target: str) -> AotReport:
     """With the schedule and the options of a launch."""
-    dims = kernel.block("d") if any(axis == "d" for axis, _ in kernel.tile) else 64
-    schedule = gpu_schedule(dims, dims, element.itemsize, target)
+    kernel, schedule = made
     options = BACKEND.options(kernel, schedule)
     return compile_ahead(kernel, BACKEND.source(kernel, schedule), target, options)
 
@@ -95,7 +96,7 @@ def test_skipping_tiles_while_the_loop_runs_does_not_spill(name: str, target: st
 
 @pytest.mark.parametrize("element", [torch.float16, torch.float32])
 def test_other_elements_compile(element: torch.dtype) -> None:
-    report = compiled(showcase("forward", element, dims=24), "sm_90", element)
+    report = compiled(showcase("forward", element, dims=24), "sm_90")
     assert report.shared_bytes <= SHARED_LIMITS["sm_90"], report
     assert ("wgmma.mma_async" in dict(report.products)) == (element is torch.float16), (
         report
@@ -110,7 +111,7 @@ def test_a_kernel_too_large_does_not_fit() -> None:
 
 def test_unknown_target() -> None:
     with pytest.raises(KeyError):
-        compile_ahead(showcase("delta"), "", "sm_1")
+        compile_ahead(showcase("delta")[0], "", "sm_1")
 
 
 def test_disassembler_is_in_the_wheel() -> None:
