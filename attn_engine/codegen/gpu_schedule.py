@@ -14,8 +14,14 @@ from attn_engine.codegen.compiled_launches import COMPILED
 from attn_engine.codegen.footprint import Footprint, footprint
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.resources import Resources, grouped, resources
-from attn_engine.codegen.schedule import MULTIPROCESSORS, MULTIPROCESSORS,
-    TENSOR_MEMORY, Edges, Gradients, Launch, Schedule
+from attn_engine.codegen.schedule import (
+    MULTIPROCESSORS,
+    TENSOR_MEMORY,
+    Edges,
+    Gradients,
+    Launch,
+    Schedule,
+)
 from attn_engine.codegen.targets import Target, devices_of
 from attn_engine.codegen.tuned_defaults import TUNED
 from attn_engine.ir.ops import Storage
