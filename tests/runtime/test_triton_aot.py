@@ -64,7 +64,7 @@ def compiled(made: tuple[Kernel, Schedule], target: str) -> AotReport:
 @pytest.mark.parametrize("name", KERNELS)
 def test_showcase_fits_the_target(name: str, target: str) -> None:
     report = compiled(showcase(name, target=target), target)
-    assert 0 < report.registers <= 255, report
+    assert 0 < report.registers <= target_named(target).most_registers, report
     assert report.spill_bytes <= NOISE, report
     assert 0 < report.shared_bytes <= SHARED_LIMITS[target], report
     units = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
