@@ -22,6 +22,11 @@ from attn_engine.locations import Location as Location
 from attn_engine.locations import definition_of as definition_of
 from attn_engine.locations import is_user_code as is_user_code
 from attn_engine.locations import location_of as location_of
+from attn_engine.schedule_errors import IllegalSchedule as IllegalSchedule
+from attn_engine.schedule_errors import NothingToTune as NothingToTune
+from attn_engine.schedule_errors import OutOfSharedMemory as OutOfSharedMemory
+from attn_engine.schedule_errors import StoreIgnored as StoreIgnored
+from attn_engine.schedule_errors import UnknownTarget as UnknownTarget
 
 # ---- q, k, v and their descriptions
 

@@ -74,8 +74,9 @@ ONLY_BOTH_BRANCHES = {
     "__main__.py",
     "__init__.py",
 }
-# Imported by everybody, so they import nobody (but errors.py its base, and that the locations).
-STANDALONE = {"errors.py", "device_errors.py", "error_base.py", "locations.py", "version.py"}
+# Imported by everybody, so they import nobody (but the errors their base, and that the locations).
+ERRORS = {"errors.py", "device_errors.py", "schedule_errors.py", "error_base.py"}
+STANDALONE = ERRORS | {"locations.py", "version.py"}
 LAZY = {
     "triton",
     "tilelang",
@@ -135,8 +136,9 @@ def target_layer(module: str) -> str:
 
 def forbidden(path: Path, module: str) -> bool:
     own = layer(path)
-    if module in ("attn_engine.locations", "attn_engine.error_base", "attn_engine.device_errors"):
-        return path.name in STANDALONE - {"errors.py", "device_errors.py", "error_base.py"}
+    name = module.removeprefix("attn_engine.")
+    if name == "locations" or (f"{name}.py" in ERRORS and name != "errors"):
+        return path.name in STANDALONE - ERRORS
     if module in ("attn_engine.errors", "attn_engine.version"):
         return path.name in STANDALONE
     if module.split(".")[0] == "attn_engine":

@@ -8,6 +8,7 @@ from typing import Any
 
 from attn_engine.codegen.backends.triton import TritonOptions, argument_names
 from attn_engine.codegen.backends.triton_address import captured, stride_names
+from attn_engine.codegen.backends.triton_descriptors import tile_descriptors
 from attn_engine.errors import BackendNotInstalled
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import Kernel
@@ -48,7 +49,7 @@ def compile_ahead(
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     begin = time.perf_counter()
     compiled = triton.compile(
-        ASTSource(fn=function, **_signature(kernel)),
+        ASTSource(fn=function, **_signature(kernel, options.descriptors)),
         target=gpu,
         options={"num_warps": options.num_warps, "num_stages": options.num_stages},
     )
@@ -64,14 +65,20 @@ def compile_ahead(
     )  # fmt: skip
 
 
-def _signature(kernel: Kernel) -> dict[str, Any]:
+def _signature(kernel: Kernel, descriptors: bool) -> dict[str, Any]:
     """Types and facts that a launch of the kernel would hand to the compiler."""
-    names = argument_names(kernel)
+    names = argument_names(kernel, descriptors)
     types = dict.fromkeys(names, "i32")
     types |= {s.name: "fp32" for s in kernel.scalars if s.dtype is DType.FLOAT}
     constants: dict[tuple[int, ...], int] = {}
     facts: dict[tuple[int, ...], list[list[Any]]] = {}
+    described = tile_descriptors(kernel) if descriptors else ()
+    for d in described:
+        element = _POINTERS[kernel.param(d.tensor).storage].removeprefix("*")
+        types[d.name] = f"tensordesc<{element}{list(d.shape)}>"
     for p in kernel.params:
+        if any(d.tensor == p.name for d in described):
+            continue
         types[p.name] = _POINTERS[p.storage]
         facts[(names.index(p.name),)] = _ALIGNED
         strides = [n for n in stride_names(p) if n in names]
