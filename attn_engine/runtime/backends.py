@@ -29,10 +29,15 @@ from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.compiled import Backend, Launchable
 from attn_engine.runtime.storage import TORCH_DTYPES
+from attn_engine.runtime.tilelang_backend import TileLangBackend
 from attn_engine.version import VERSION
 
-NAMES = ("auto", "cpu", "torch", "triton", "triton-interpreter", "reference")
-DEVICES = {"cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda"}
+NAMES = (
+    "auto", "cpu", "torch", "triton", "triton-interpreter", "tilelang", "tilelang-cpu", "reference",
+)  # fmt: skip
+DEVICES = {
+    "cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda", "tilelang-cpu": "cpu", "tilelang": "cuda",
+}  # fmt: skip
 
 
 class CpuBackend:
@@ -181,6 +186,10 @@ def backend_named(name: str) -> Backend:
             return TritonBackend("triton", interpret=False)
         case "triton-interpreter":
             return TritonBackend("triton-interpreter", interpret=True)
+        case "tilelang":
+            return TileLangBackend("tilelang", on_cpu=False)
+        case "tilelang-cpu":
+            return TileLangBackend("tilelang-cpu", on_cpu=True)
         case _:
             raise UnknownBackend(backend=name, known=", ".join(repr(n) for n in NAMES))
 

@@ -1,0 +1,73 @@
+"""Generated TileLang: launched on a GPU, or compiled by way of C for the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from attn_engine.codegen.backends.tilelang import render_tilelang
+from attn_engine.codegen.backends.tilelang_types import TileLangOptions
+from attn_engine.codegen.lower.capture import CaptureGradient, runs_side_by_side
+from attn_engine.codegen.pipeline import with_header
+from attn_engine.codegen.schedule import Schedule, gpu_schedule
+from attn_engine.errors import GradientNotSupported, UnsupportedOnBackend
+from attn_engine.ir.ops import Storage
+from attn_engine.ir.program import Attention
+from attn_engine.ir.tile import Kernel
+from attn_engine.runtime.compiled import Launchable
+from attn_engine.runtime.storage import TORCH_DTYPES
+from attn_engine.version import VERSION
+
+_OWN_QUERIES = ("forward", "decode", "merge", "dq", "delta", "adjoints")
+
+
+@dataclass(frozen=True)
+class TileLangBackend:
+    """`on_cpu`: the same text with TileLang's CPU target: for tests, in float32 and float64."""
+
+    name: str
+    on_cpu: bool
+
+    def schedule(self, program: Attention) -> Schedule:
+        chosen = gpu_schedule(program.dim_qk, program.dim_v, TORCH_DTYPES[program.element].itemsize)
+        return small_tiles(chosen) if self.on_cpu else chosen
+
+    def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
+        wide = program.element in (Storage.FLOAT32, Storage.FLOAT64)
+        if wide != self.on_cpu:
+            instead = 'Use backend="triton", or bfloat16 or float16 tensors: TileLang would round products to 10 bits.'
+            if self.on_cpu:
+                instead = 'Use float32 tensors: TileLang\'s CPU target has no arithmetic for this dtype.'
+            raise UnsupportedOnBackend(backend=self.name, feature=program.element.value, instead=instead)
+        if (clash := runs_side_by_side(tuple(captures))) is not None and not self.on_cpu:
+            raise GradientNotSupported(
+                backend=self.name,
+                what=f"{clash.load.tensor!r}: several pairs of one tile read the same element of it, and the order of "
+                "their sum would not be fixed",
+                instead='Index it with q_idx and kv_idx themselves, detach it, or use backend="cpu".',
+            )
+
+    def options(self, kernel: Kernel, schedule: Schedule) -> TileLangOptions:
+        if self.on_cpu:
+            return TileLangOptions(cpu=True)
+        if kernel.name in _OWN_QUERIES:
+            return TileLangOptions(32 * schedule.num_warps, schedule.num_stages)
+        return TileLangOptions(32 * schedule.backward_warps, schedule.backward_stages)
+
+    def source(self, kernel: Kernel, schedule: Schedule) -> str:
+        return render_tilelang(with_header(kernel, self.name, VERSION), self.options(kernel, schedule))
+
+    def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable:
+        source = self.source(kernel, schedule)
+        if self.on_cpu:
+            from attn_engine.runtime.tilelang_cpu import compile_tilelang_cpu
+
+            return compile_tilelang_cpu(kernel, source)
+        from attn_engine.runtime.tilelang_launch import compile_tilelang
+
+        return compile_tilelang(kernel, source)
+
+
+def small_tiles(schedule: Schedule) -> Schedule:
+    """Tiles that small shapes in tests fill more than one of."""
+    return replace(schedule, block_q=32, block_kv=32, backward_q=32, backward_kv=32)
