@@ -110,9 +110,10 @@ class TileLangRenderer(TileLangFile):
             case Fill(buffer, value):
                 return f"T.fill({buffer}, {self.number(value)})"
             case CopyIn(buffer, Load(tensor, _, indices), ahead):
-                # Nothing may wait for a copy before a loop that runs no trip: it is made by the threads themselves.
+                # Before a loop that may run no trip nothing waits for a bulk copy, and a block must not end with one
+                # under way: the threads copy themselves.
                 shared = self.buffers[buffer].scope is Scope.SHARED and not self.options.cpu
-                how = ", disable_tma=True" if shared and not ahead else ""
+                how = ", disable_tma=True" if shared and not ahead and not self.placed.waits else ""
                 return f"T.copy({self.corner(tensor, indices)}, {buffer}{how})"
             case CopyOut(tensor, indices, buffer):
                 return f"T.copy({buffer}, {self.corner(tensor, indices)})"

@@ -9,9 +9,11 @@ from dataclasses import replace
 
 from attn_engine.codegen.backends.tilelang_types import (
     BLOCKS,
+    BYTES,
     COUNTERS,
     COUNTS,
     DIMENSIONS,
+    LINE,
     TileLangOptions,
     dtype_name,
     stride_names,
@@ -19,12 +21,20 @@ from attn_engine.codegen.backends.tilelang_types import (
 from attn_engine.codegen.backends.triton_address import GRID_SIZES, captured, tile_axis
 from attn_engine.codegen.backends.triton_layout import WIDTH
 from attn_engine.codegen.lower.emit import Names
-from attn_engine.codegen.lower.placed import Buffer, PlacedKernel
+from attn_engine.codegen.lower.placed import Buffer, CopyIn, CopyOut, PlacedKernel, walk_placed
 from attn_engine.codegen.render import ATOM, Renderer
 from attn_engine.ir.expr import Call, Const, Expr, Full, Load, Var, substitute
 from attn_engine.ir.ops import DType, Number, Op, Storage
 from attn_engine.ir.printer import INFIX
 from attn_engine.ir.tile import If, Kernel, Let, Loop, Param, Stmt, map_expressions, walk
+
+# TileLang knows nothing of run-time strides, and copies element by element what may begin anywhere.
+ALIGNED = '''
+def begin_aligned(elements, *strides):
+    """Rows begin at whole 16 bytes, which the launch sees to: copies may move as many at once."""
+    for stride in strides:
+        T.evaluate(T.assume(stride % elements == 0))
+'''
 
 _LENGTHS = {"q": "q_len", "kv": "kv_len"}
 
@@ -61,6 +71,7 @@ class TileLangFile(Renderer):
                 *self._dynamic(),
                 "",
                 "",
+                *([] if self.options.cpu else [*ALIGNED.strip().splitlines(), "", ""]),
                 "@T.prim_func",
                 f"def {kernel.name}(",
                 *(f"    {line}" for line in self._arguments()),
@@ -122,10 +133,19 @@ class TileLangFile(Renderer):
             return [*sizes[:2], " * ".join(sizes[2:])], [*names[:2], "_and_".join(names[2:])]
         return sizes, names
 
+    def _copied(self) -> list[Param]:
+        """Tensors that are copied in or out by whole tiles."""
+        copies = walk_placed(self.placed.body)
+        names = {s.load.tensor if isinstance(s, CopyIn) else s.tensor for s in copies if isinstance(s, CopyIn | CopyOut)}
+        return [p for p in self.kernel.params if p.name in names]
+
     def positions(self) -> list[str]:
         """What this block is: where its tile starts, and grid indices that share a dimension of the launch."""
         lines: list[str] = []
         grid = self.kernel.grid
+        for p in [] if self.options.cpu else self._copied():
+            star = "*" * (len(p.shape) > 2)
+            lines.append(f"begin_aligned({LINE // BYTES[p.storage]}, {star}{p.name}_strides)")
         if len(grid) > 3:
             shared, third = list(grid[2:]), self._grid()[1][2]
             for axis in shared[:-1]:
@@ -226,7 +246,9 @@ class TileLangFile(Renderer):
         """One element, zero where a position lies past the end; other indices of captured tensors are clamped."""
         param = self.kernel.param(e.tensor)
         places = [
-            self._clamped(i, size) if captured(param) and tile_axis(i) is None else self.expr(i)
+            self._clamped(i, size)
+            if (captured(param) and tile_axis(i) is None) or size in ("q_blocks", "kv_blocks")
+            else self.expr(i)
             for i, size in zip(e.indices, param.shape, strict=True)
         ]
         inside = self.conditions(e.tensor, tuple(i for i in e.indices), positions_only=True)

@@ -12,6 +12,8 @@ from attn_engine.ir.tile import Kernel, Param
 COUNTERS = {"q": "qi", "kv": "ki", "d": "di", "dv": "vi"}
 BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
 DIMENSIONS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
+LINE = 16  # bytes: what one copy instruction moves, and where rows must begin
+BYTES = {Storage.FLOAT64: 8, Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.BFLOAT16: 2}
 SMALLEST_BLOCK = 16  # what a matrix unit multiplies
 
 # Numbers of a kernel that are never below zero: their quotients need no rounding toward minus infinity.

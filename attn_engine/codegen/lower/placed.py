@@ -5,7 +5,7 @@
            | Gemm(target, left, right, transpose_left, transpose_right, clear) | ReduceInto(target, kind, source, axis)
            | Map(axes, steps)
     step   = Let | StoreTile | Accumulate
-    kernel = PlacedKernel(kernel, buffers, body)
+    kernel = PlacedKernel(kernel, buffers, body, waits)
 
 Names of buffers are read as tiles in a Map and as whole buffers elsewhere; a Let outside a Map holds one number. A Let
 in a Map writes an element of the buffer of that name, or a number of that trip where there is no such buffer.
@@ -128,11 +128,15 @@ Placed = Section | Let | Steps | Branch | Fill | CopyIn | CopyOut | Copy | Gemm 
 
 @dataclass(frozen=True, slots=True)
 class PlacedKernel:
-    """The kernel that it was made from says parameters, grid and block sizes."""
+    """The kernel that it was made from says parameters, grid and block sizes.
+
+    waits: whether every loop over tiles runs a trip, which waits for what was copied before it.
+    """
 
     kernel: Kernel
     buffers: tuple[Buffer, ...]
     body: tuple[Placed, ...]
+    waits: bool = True
 
     def buffer(self, name: str) -> Buffer:
         return next(b for b in self.buffers if b.name == name)

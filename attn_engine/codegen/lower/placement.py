@@ -53,7 +53,7 @@ def place(kernel: Kernel, *, rounds: bool) -> PlacedKernel:
     """The kernel with its tiles in buffers. rounds: elements are narrower than what products add up in."""
     placer = _Placer(kernel, rounds)
     body = fused(tuple(placer.block(kernel.body)), kernel.order[0])
-    return PlacedKernel(kernel, tuple(without_locals(body, placer.buffers)), body)
+    return PlacedKernel(kernel, tuple(without_locals(body, placer.buffers)), body, placer.waits)
 
 
 class _Placer:
@@ -64,6 +64,7 @@ class _Placer:
         self._names = Names({s.name for s in walk(kernel.body) if isinstance(s, Let)})
         self._loops = 0  # loops over tiles so far
         self._loop = 0  # the one that this statement is in
+        self.waits = True
         self._loaded_in: dict[str, int] = {}
         self._renamed: dict[Expr, Expr] = {}
 
@@ -103,6 +104,7 @@ class _Placer:
         if pipelined:
             self._loops += 1
             self._loop = self._loops
+            self.waits &= c.once
         body = tuple(self.block(c.body))
         self._loop, self._renamed = outer, renamed
         return [*before, Steps(c.var, self.read(c.first), self.read(c.stop), body, pipelined)]

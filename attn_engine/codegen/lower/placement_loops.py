@@ -6,10 +6,10 @@ blocks times their tiles, are therefore one run of steps wherever the number of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attn_engine.codegen.lower.values import scalar
-from attn_engine.ir.expr import Call, Const, Expr, Load, Var, variables
+from attn_engine.ir.expr import Call, Const, Expr, Load, Var, call, variables
 from attn_engine.ir.ops import Op
 from attn_engine.ir.passes.simplify import simplify
 from attn_engine.ir.tile import If, Let, Loop, Section, Stmt, walk
@@ -19,7 +19,8 @@ STEP = scalar("step")
 
 @dataclass(frozen=True, slots=True)
 class CountedLoop:
-    """before; for var from first to stop: body. over_tiles: whether a trip is about one tile."""
+    """before; for var from first to stop: body. over_tiles: whether a trip is about one tile. once: whether there is a
+    trip at least."""
 
     before: tuple[Let, ...]
     var: str
@@ -27,15 +28,27 @@ class CountedLoop:
     stop: Expr
     body: tuple[Stmt, ...]
     over_tiles: bool
+    once: bool = False
 
 
 def counted(s: Loop, blocks: dict[str, int]) -> CountedLoop:
-    """The loop with trips counted, one by one, from the loop's own bounds. blocks: rows of a tile of each axis."""
+    """The loop with trips counted, one by one, from the loop's own bounds. blocks: rows of a tile of each axis.
+
+    A loop that masks its tiles runs one trip where it has none to do, in which everything is masked: what was copied
+    before the loop is waited for in its first trip.
+    """
     if s.axis is not None:
         n, var = blocks[s.axis], f"{s.axis}_tile"
         start = Let(s.var, scalar(var) * n)
-        return CountedLoop((), var, tiles(s.lo, n), tiles(s.hi, n), (start, *s.body), over_tiles=True)
+        first, stop = tiles(s.lo, n), tiles(s.hi, n)
+        stop = simplify(call(Op.MAX, stop, first + 1)) if masks(s) else stop
+        return CountedLoop((), var, first, stop, (start, *s.body), over_tiles=True, once=masks(s))
     return _joined(s, blocks) or CountedLoop((), s.var, s.lo, s.hi, s.body, over_tiles=False)
+
+
+def masks(loop: Loop) -> bool:
+    """Whether the body masks a tile of which nothing is visible, also one past the end of the axis."""
+    return bool(loop.title) and not loop.title.endswith(("full_step", "tile"))
 
 
 def tiles(bound: Expr, n: int) -> Expr:
@@ -59,17 +72,18 @@ def _joined(outer: Loop, blocks: dict[str, int]) -> CountedLoop | None:
         return None  # it starts a sum for each trip
     before, inside = _apart(lets, outer.var)
     trips, end = _fixed_trips(inner, n)
-    hoisted: list[Let] = []
+    hoisted, once = list[Let](), False
     if trips is None:
         changing = {outer.var, *(let.name for let in inside)}
         if changing & {v.name for e in (inner.lo, inner.hi) for v in variables(e)}:
             return None
-        count = Let(f"{inner.axis}_steps", simplify(tiles(inner.hi, n) - tiles(inner.lo, n)))
-        hoisted, trips = [*before, count], count.var
+        trips = simplify(tiles(inner.hi, n) - tiles(inner.lo, n))
+        count = Let(f"{inner.axis}_steps", call(Op.MAX, trips, 1) if masks(inner) else trips)
+        hoisted, trips, once = [*before, count], count.var, masks(inner)
     else:
         inside = lets
     body = inner.body if end is None else (If(scalar(inner.var) < end, inner.body),)
-    return _one_loop(outer, inner, trips, n, tuple(hoisted), inside, body)
+    return replace(_one_loop(outer, inner, trips, n, tuple(hoisted), inside, body), once=once)
 
 
 def _one_loop(
