@@ -18,6 +18,7 @@ from attn_engine.runtime.compiled import Launchable
 from attn_engine.runtime.storage import TORCH_DTYPES
 from attn_engine.version import VERSION
 
+SHOWN = "sm_90a"  # what `engine.source` shows
 _OWN_QUERIES = ("forward", "decode", "merge", "dq", "delta", "adjoints")
 
 
@@ -47,25 +48,35 @@ class TileLangBackend:
                 instead='Index it with q_idx and kv_idx themselves, detach it, or use backend="cpu".',
             )
 
-    def options(self, kernel: Kernel, schedule: Schedule) -> TileLangOptions:
+    def options(self, kernel: Kernel, schedule: Schedule, arch: str) -> TileLangOptions:
         if self.on_cpu:
             return TileLangOptions(cpu=True)
-        if kernel.name in _OWN_QUERIES:
-            return TileLangOptions(32 * schedule.num_warps, schedule.num_stages)
-        return TileLangOptions(32 * schedule.backward_warps, schedule.backward_stages)
+        own = kernel.name in _OWN_QUERIES
+        warps = schedule.num_warps if own else schedule.backward_warps
+        stages = schedule.num_stages if own else schedule.backward_stages
+        return TileLangOptions(32 * warps, stages_for(arch, stages))
 
     def source(self, kernel: Kernel, schedule: Schedule) -> str:
-        return render_tilelang(with_header(kernel, self.name, VERSION), self.options(kernel, schedule))
+        return self.source_for(kernel, schedule, SHOWN)
+
+    def source_for(self, kernel: Kernel, schedule: Schedule, arch: str) -> str:
+        """The text for an architecture: they differ in how many copies run ahead."""
+        return render_tilelang(with_header(kernel, self.name, VERSION), self.options(kernel, schedule, arch))
 
     def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable:
-        source = self.source(kernel, schedule)
         if self.on_cpu:
             from attn_engine.runtime.tilelang_cpu import compile_tilelang_cpu
 
-            return compile_tilelang_cpu(kernel, source)
+            return compile_tilelang_cpu(kernel, self.source(kernel, schedule))
         from attn_engine.runtime.tilelang_launch import compile_tilelang
 
-        return compile_tilelang(kernel, source)
+        return compile_tilelang(kernel, lambda arch: self.source_for(kernel, schedule, arch))
+
+
+def stages_for(arch: str, stages: int) -> int:
+    """TileLang 0.1.15 lowers loops of run-time length with two stages only where copies are bulk copies."""
+    bulk = arch.startswith(("sm_9", "sm_10", "sm_11"))
+    return stages if bulk else min(stages, 1)
 
 
 def small_tiles(schedule: Schedule) -> Schedule:

@@ -114,11 +114,14 @@ class TileLangFile(Renderer):
 
     def _tensor(self, p: Param) -> str:
         shape = ", ".join(DIMENSIONS.get(size, size) for size in p.shape) + "," * (len(p.shape) == 1)
-        names = stride_names(p)
-        some = [f"{'*' * (len(names) > 1)}{p.name}_strides"] if names else []
-        strides = ", ".join([*some, *([] if captured(p) else ["1"])])
-        strides += "," * (len(p.shape) == 1)
-        return f'T.StridedTensor(({shape}), ({strides}), "{p.storage.value}")'
+        own, many = f"{p.name}_strides", len(stride_names(p)) > 1
+        if captured(p):
+            strides = own if many else f"({own},)"
+        elif len(p.shape) == 1:
+            strides = "(1,)"
+        else:
+            strides = f"({'*' * many}{own}, 1)"
+        return f'T.StridedTensor(({shape}), {strides}, "{p.storage.value}")'
 
     def _grid(self) -> tuple[list[str], list[str]]:
         """Sizes and names of the launch; it has three dimensions, which further axes share the last of."""
@@ -220,6 +223,8 @@ class TileLangFile(Renderer):
                 return f'T.cast({self.expr(x)}, "{kind}")'
             case Call(Op.DIV, (a, b)) if a.dtype is not DType.FLOAT and b.dtype is not DType.FLOAT:
                 return super().call(Call(Op.DIV, (Call(Op.TO_FLOAT, (a,)), b)), axes, parent)
+            case Call(Op.ABS, (x,)) if self.options.cpu:  # its C has no fabs
+                return f"T.max({self.expr(x)}, -{self.expr(x, None, ATOM)})"
             case Call(Op.NOT):
                 return self.function(e.op, [self.expr(a) for a in e.args])
             case _:
@@ -312,5 +317,3 @@ def _with_names(body: tuple[Stmt, ...], new: dict[str, str]) -> tuple[Stmt, ...]
         done.append(s)
     return tuple(done)
 
-
-_ = ATOM
