@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from attn_engine.codegen.lower.values import scalar
-from attn_engine.ir.expr import Call, Const, Expr, Load, Var, call, variables
+from attn_engine.ir.expr import Call, Const, Expr, Full, Load, Var, call, variables
 from attn_engine.ir.ops import Op
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.tile import If, Let, Loop, Section, Stmt, walk
+from attn_engine.ir.tile import If, Let, Loop, Section, Stmt, StoreTile, walk
 
 STEP = scalar("step")
 
@@ -63,51 +63,73 @@ def tiles(bound: Expr, n: int) -> Expr:
 
 def _joined(outer: Loop, blocks: dict[str, int]) -> CountedLoop | None:
     """A loop around one loop over tiles as a single loop; None where they cannot be one."""
-    *between, inner = (s for s in outer.body if not isinstance(s, Section))
-    if not (isinstance(inner, Loop) and inner.axis is not None and _only_loop(inner)):
+    parts = _around_one_loop(outer)
+    if parts is None:
         return None
-    n = blocks[inner.axis]
-    lets = [s for s in between if isinstance(s, Let) and (not s.value.axes or isinstance(s.value, Load))]
-    if len(lets) < len(between):
-        return None  # it starts a sum for each trip
+    lets, starts, inner, ends = parts
+    n = blocks[inner.axis or ""]
     before, inside = _apart(lets, outer.var)
     trips, end = _fixed_trips(inner, n)
-    hoisted, once = list[Let](), False
-    if trips is None:
-        changing = {outer.var, *(let.name for let in inside)}
-        if changing & {v.name for e in (inner.lo, inner.hi) for v in variables(e)}:
-            return None
-        trips = simplify(tiles(inner.hi, n) - tiles(inner.lo, n))
-        count = Let(f"{inner.axis}_steps", call(Op.MAX, trips, 1) if masks(inner) else trips)
-        hoisted, trips, once = [*before, count], count.var, masks(inner)
-    else:
-        inside = lets
-    body = inner.body if end is None else (If(scalar(inner.var) < end, inner.body),)
-    return replace(_one_loop(outer, inner, trips, n, tuple(hoisted), inside, body), once=once)
+    if trips is not None:
+        body = inner.body if end is None else (If(scalar(inner.var) < end, inner.body),)
+        return None if starts or ends else _one_loop(outer, inner, trips, n, Around(tuple(lets)), body)
+    changing = {outer.var, *(let.name for let in inside)}
+    if changing & {v.name for e in (inner.lo, inner.hi) for v in variables(e)}:
+        return None
+    if (starts or ends) and not masks(inner):
+        return None  # there may be no trip in which to start or to end a sum
+    trips = simplify(tiles(inner.hi, n) - tiles(inner.lo, n))
+    count = Let(f"{inner.axis}_steps", call(Op.MAX, trips, 1) if masks(inner) else trips)
+    around = Around(tuple(inside), tuple(starts), tuple(ends))
+    one = _one_loop(outer, inner, count.var, n, around, inner.body)
+    return replace(one, before=(*before, count), once=masks(inner))
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """Statements of the outer loop: in every trip, before the inner loop's first one, after its last one."""
+
+    always: tuple[Stmt, ...]
+    starts: tuple[Stmt, ...] = ()
+    ends: tuple[Stmt, ...] = ()
+
+
+def _around_one_loop(outer: Loop) -> tuple[list[Let], list[Stmt], Loop, list[Stmt]] | None:
+    """(Lets of numbers and loads, sums that start, the only loop, what is stored after it), where that is all."""
+    body = [s for s in outer.body if not isinstance(s, Section)]
+    loops = [i for i, s in enumerate(body) if isinstance(s, Loop)]
+    if len(loops) != 1:
+        return None
+    inner, pre, ends = body[loops[0]], body[: loops[0]], body[loops[0] + 1 :]
+    assert isinstance(inner, Loop)
+    if inner.axis is None or not _only_loop(inner) or not all(isinstance(s, StoreTile) for s in ends):
+        return None
+    starts = [s for s in pre if isinstance(s, Let) and isinstance(s.value, Full)]
+    lets = [
+        s for s in pre if isinstance(s, Let) and s not in starts and (not s.value.axes or isinstance(s.value, Load))
+    ]
+    return (lets, list(starts), inner, ends) if len(lets) + len(starts) == len(pre) else None
 
 
 def _one_loop(
-    outer: Loop,
-    inner: Loop,
-    trips: Expr,
-    n: int,
-    before: tuple[Let, ...],
-    inside: list[Let],
-    body: tuple[Stmt, ...],
+    outer: Loop, inner: Loop, trips: Expr, n: int, around: Around, body: tuple[Stmt, ...]
 ) -> CountedLoop:
-    if trips is Const(1):
-        own: list[Stmt] = [*inside, Let(inner.var, inner.lo)]
-        return CountedLoop(before, outer.var, outer.lo, outer.hi, (*own, *body), over_tiles=True)
-    first = Let(outer.var, simplify(outer.lo + STEP // trips))
-    start = Let(inner.var, simplify(inner.lo + STEP % trips * n))
     times = outer.hi - outer.lo
     match outer.hi:
         case Call(Op.ADD, (lo, length)) if lo is outer.lo:
             times = length
         case _:
             pass
-    count = simplify(times * trips)
-    return CountedLoop(before, STEP.name, Const(0), count, (first, *inside, start, *body), over_tiles=True)
+    if trips is Const(1):
+        own: tuple[Stmt, ...] = (*around.always, Let(inner.var, inner.lo))
+        return CountedLoop((), outer.var, outer.lo, outer.hi, (*own, *body), over_tiles=True)
+    trip = STEP % trips
+    first = Let(outer.var, simplify(outer.lo + STEP // trips))
+    start = Let(inner.var, simplify(inner.lo + trip * n))
+    starts = [If(trip.equals(0), around.starts)] if around.starts else []
+    ends = [If(trip.equals(trips - 1), around.ends)] if around.ends else []
+    steps = (first, *around.always, start, *starts, *body, *ends)
+    return CountedLoop((), STEP.name, Const(0), simplify(times * trips), steps, over_tiles=True)
 
 
 def _only_loop(loop: Loop) -> bool:
