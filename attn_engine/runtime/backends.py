@@ -36,7 +36,8 @@ NAMES = (
     "auto", "cpu", "torch", "triton", "triton-interpreter", "tilelang", "tilelang-cpu", "reference",
 )  # fmt: skip
 DEVICES = {
-    "cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda", "tilelang-cpu": "cpu", "tilelang": "cuda",
+    "cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda",
+    "tilelang-cpu": "cpu", "tilelang": "cuda",
 }  # fmt: skip
 
 

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from attn_engine.codegen.backends.tilelang import render_tilelang
-from attn_engine.codegen.backends.tilelang_types import TileLangOptions
+from attn_engine.codegen.backends.tilelang_types import AMD_LINE, LINE, TileLangOptions
 from attn_engine.codegen.lower.capture import CaptureGradient, runs_side_by_side
 from attn_engine.codegen.pipeline import with_header
-from attn_engine.codegen.schedule import Schedule, gpu_schedule
+from attn_engine.codegen.schedule import Edges, Gradients, Schedule
 from attn_engine.errors import GradientNotSupported, UnsupportedOnBackend
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.compiled import Launchable
-from attn_engine.runtime.storage import TORCH_DTYPES
 from attn_engine.version import VERSION
 
 SHOWN = "sm_90a"  # what `engine.source` shows
@@ -30,7 +29,7 @@ class TileLangBackend:
     on_cpu: bool
 
     def schedule(self, program: Attention) -> Schedule:
-        chosen = gpu_schedule(program.dim_qk, program.dim_v, TORCH_DTYPES[program.element].itemsize)
+        chosen = tilelang_schedule(max(program.dim_qk, program.dim_v))
         return small_tiles(chosen) if self.on_cpu else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
@@ -38,7 +37,7 @@ class TileLangBackend:
         if wide != self.on_cpu:
             instead = 'Use backend="triton", or bfloat16 or float16 tensors: TileLang would round products to 10 bits.'
             if self.on_cpu:
-                instead = 'Use float32 tensors: TileLang\'s CPU target has no arithmetic for this dtype.'
+                instead = "Use float32 tensors: TileLang's CPU target has no arithmetic for this dtype."
             raise UnsupportedOnBackend(backend=self.name, feature=program.element.value, instead=instead)
         if (clash := runs_side_by_side(tuple(captures))) is not None and not self.on_cpu:
             raise GradientNotSupported(
@@ -54,7 +53,8 @@ class TileLangBackend:
         own = kernel.name in _OWN_QUERIES
         warps = schedule.num_warps if own else schedule.backward_warps
         stages = schedule.num_stages if own else schedule.backward_stages
-        return TileLangOptions(32 * warps, stages_for(arch, stages))
+        line = AMD_LINE if arch.startswith("gfx") else LINE
+        return TileLangOptions(32 * warps, stages_for(arch, stages), line=line)
 
     def source(self, kernel: Kernel, schedule: Schedule) -> str:
         return self.source_for(kernel, schedule, SHOWN)
@@ -71,6 +71,17 @@ class TileLangBackend:
         from attn_engine.runtime.tilelang_launch import compile_tilelang
 
         return compile_tilelang(kernel, lambda arch: self.source_for(kernel, schedule, arch))
+
+
+def tilelang_schedule(widest: int) -> Schedule:
+    """Tiles for warp groups of 64 rows each: two of them where the accumulators fit into registers (no spills on sm_90a
+    with a soft-cap, ALiBi and a window up to 128 dimensions)."""
+    edges, two = Edges.BRANCH, Gradients.TWO_KERNELS
+    if widest <= 128:
+        return Schedule(128, 64, 64, 128, edges, two, num_warps=8, backward_warps=8, backward_stages=2)
+    return Schedule(
+        64, 64, 32, 64, edges, two, num_warps=4, num_stages=1, backward_warps=4, backward_stages=1
+    )
 
 
 def stages_for(arch: str, stages: int) -> int:

@@ -21,8 +21,8 @@ from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.cache import cache_folder, key_of, stored
 from attn_engine.runtime.cpu_compile import Compiler, find_compiler, run_compiler
 from attn_engine.runtime.source_module import load_source
-from attn_engine.runtime.tilelang_arguments import argument_values
 from attn_engine.runtime.tilelang_aot import import_tilelang
+from attn_engine.runtime.tilelang_arguments import argument_values
 
 NAME = "tilelang-cpu"
 _NUMBERS: dict[str, Any] = {
@@ -68,7 +68,9 @@ def compile_tilelang_cpu(kernel: Kernel, source: str) -> TileLangCpuKernel:
         raise BackendNotInstalled(backend=NAME, needs="a C++ compiler", instead="Install g++ or clang++.")
     key = key_of(source, version("tilelang"), *compiler.command, compiler.version, *compiler.flags)
     name = f"tilelang_{kernel.name}_{key}"
-    return TileLangCpuKernel(kernel, stored(name, lambda path: _build(path, kernel, source, tilelang, compiler)))
+    return TileLangCpuKernel(
+        kernel, stored(name, lambda path: _build(path, kernel, source, tilelang, compiler))
+    )
 
 
 def lower_to_c(kernel: Kernel, source: str, tilelang: Any) -> str:
@@ -83,7 +85,15 @@ def _build(folder: Path, kernel: Kernel, source: str, tilelang: Any, compiler: C
     text = folder / "kernel.cpp"
     text.write_text(lower_to_c(kernel, source, tilelang))
     include = Path(str(tilelang.__file__)).parent / "src"
-    command = [*compiler.command, *compiler.flags, "-w", f"-I{include}", str(text), "-o", str(folder / "kernel.so")]
+    command = [
+        *compiler.command,
+        *compiler.flags,
+        "-w",
+        f"-I{include}",
+        str(text),
+        "-o",
+        str(folder / "kernel.so"),
+    ]
     problem = run_compiler(command)
     if problem is not None:
         kept = cache_folder() / f"{folder.name}.cpp"

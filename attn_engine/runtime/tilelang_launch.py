@@ -79,7 +79,9 @@ class TileLangKernel:
         try:
             self._run(grid, tensors, scalars)
         except Exception as error:
-            raise LaunchFailed(kernel=self.name, backend="tilelang", reason=str(error) or repr(error)) from error
+            raise LaunchFailed(
+                kernel=self.name, backend="tilelang", reason=str(error) or repr(error)
+            ) from error
 
     def grid(self, sizes: Mapping[str, Number]) -> tuple[int, ...]:
         """How many blocks there are along each dimension of the launch; further axes share the third."""
@@ -103,7 +105,9 @@ class TileLangKernel:
             found.append(fit)
         return [*found, *(kind(scalars[name]) for name, kind in self._numbers)], back
 
-    def _run(self, grid: tuple[int, ...], tensors: Mapping[str, Tensor], scalars: Mapping[str, Number]) -> None:
+    def _run(
+        self, grid: tuple[int, ...], tensors: Mapping[str, Tensor], scalars: Mapping[str, Number]
+    ) -> None:
         for count, most in zip(grid, _MOST_BLOCKS, strict=False):
             if count > most:
                 raise ValueError(f"a grid of {grid} blocks; the device takes at most {_MOST_BLOCKS}")

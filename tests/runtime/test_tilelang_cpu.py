@@ -33,7 +33,7 @@ def later(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """options(tensors): the engine's; tensors(q_len, kv_len, heads): what it captures. q_len, kv_len, heads, kv_heads."""
+    """options(tensors): the engine's; tensors(q_len, kv_len, heads): what it captures. sizes: those and kv_heads."""
 
     options: Callable[[dict[str, Tensor]], dict[str, Any]]
     sizes: tuple[int, int, int, int] = (70, 70, 2, 1)
@@ -124,13 +124,14 @@ def test_like_the_reference(name: str, generator: torch.Generator) -> None:
     engine = AttentionEngine(meta, backend="tilelang-cpu", **options)
     shapes = ((2, q_len, heads, D), (2, kv_len, kv_heads, D), (2, kv_len, kv_heads, case.dim_v))
     q, k, v = (torch.randn(s, requires_grad=True) for s in shapes)
-    lists = (
+    lists: dict[str, Any] = (
         {"block_mask": create_block_mask(options["mask_mod"], 2, heads, q_len, kv_len, BLOCK_SIZE=32)}
         if case.lists
         else {}
     )
     o = engine(q, k, v, **lists)
     want = engine.reference(q, k, v, **lists)
+    assert isinstance(want, Tensor)
     torch.testing.assert_close(o, want.to(o.dtype), rtol=2e-5, atol=2e-5)
     if not case.backward:
         return

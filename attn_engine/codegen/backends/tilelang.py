@@ -31,15 +31,14 @@ from attn_engine.codegen.lower.placed import (
     Steps,
 )
 from attn_engine.codegen.lower.placement import place
-from attn_engine.ir.expr import Expr, Load, transform, variables
-from attn_engine.ir.ops import DType, Op
+from attn_engine.ir.expr import Expr, Load, transform
+from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import (
     Accumulate,
     Kernel,
     Let,
     Section,
     StoreTile,
-    expressions,
     map_expressions,
 )
 
@@ -81,9 +80,7 @@ class TileLangRenderer(TileLangFile):
         pad, lines, self._source = "    " * depth, list[str](), ""
         for s in body:
             head, inner = self.opened(s)
-            lines += [
-                f"{pad}{piece}".rstrip() for line in head for piece in wrapped_in(line, depth) if line or True
-            ]
+            lines += [f"{pad}{piece}".rstrip() for line in head for piece in wrapped_in(line, depth) if True]
             if isinstance(s, Steps | Branch):
                 lines += self.lines(s.body, depth + 1)
             lines += [f"{pad}    {piece}" for line in inner for piece in wrapped_in(line, depth + 1)]
@@ -194,6 +191,3 @@ def wrapped_in(line: str, depth: int) -> list[str]:
     inner = len(line) - len(line.lstrip())
     pad = " " * inner
     return [pad + piece for piece in wrapped(line.strip(), depth + inner // 4)] if line else [""]
-
-
-_ = (DType, variables, expressions)

@@ -13,7 +13,6 @@ from attn_engine.codegen.backends.tilelang_types import (
     COUNTERS,
     COUNTS,
     DIMENSIONS,
-    LINE,
     TileLangOptions,
     dtype_name,
     stride_names,
@@ -31,7 +30,7 @@ from attn_engine.ir.tile import If, Kernel, Let, Loop, Param, Stmt, map_expressi
 # TileLang knows nothing of run-time strides, and copies element by element what may begin anywhere.
 ALIGNED = '''
 def begin_aligned(elements, *strides):
-    """Rows begin at whole 16 bytes, which the launch sees to: copies may move as many at once."""
+    """Rows begin at multiples of so many, which the launch sees to: one instruction may copy them."""
     for stride in strides:
         T.evaluate(T.assume(stride % elements == 0))
 '''
@@ -61,25 +60,28 @@ class TileLangFile(Renderer):
         open_kernel = f"with T.Kernel({', '.join(grid)}{threads}) as ({', '.join(names)}):"
         if len(names) == 1:
             open_kernel = f"with T.Kernel({grid[0]}{threads}) as {names[0]}:"
-        return "\n".join(
-            [
-                *(f"# {line}" for line in kernel.header),
-                "import tilelang.language as T",
-                "",
-                *self._constants(text),
-                "",
-                *self._dynamic(),
-                "",
-                "",
-                *([] if self.options.cpu else [*ALIGNED.strip().splitlines(), "", ""]),
-                "@T.prim_func",
-                f"def {kernel.name}(",
-                *(f"    {line}" for line in self._arguments()),
-                "):  # fmt: skip",
-                f"    {open_kernel}",
-                *body,
-            ]
-        ) + "\n"
+        return (
+            "\n".join(
+                [
+                    *(f"# {line}" for line in kernel.header),
+                    "import tilelang.language as T",
+                    "",
+                    *self._constants(text),
+                    "",
+                    *self._dynamic(),
+                    "",
+                    "",
+                    *([] if self.options.cpu else [*ALIGNED.strip().splitlines(), "", ""]),
+                    "@T.prim_func",
+                    f"def {kernel.name}(",
+                    *(f"    {line}" for line in self._arguments()),
+                    "):  # fmt: skip",
+                    f"    {open_kernel}",
+                    *body,
+                ]
+            )
+            + "\n"
+        )
 
     def _constants(self, body: str) -> list[str]:
         used = body + "\n".join(self._arguments()) + " ".join(self._grid()[0])
@@ -106,7 +108,12 @@ class TileLangFile(Renderer):
     def _arguments(self) -> list[str]:
         sizes = {s for p in self.kernel.params for s in p.shape}
         numbers = [s for s in self.kernel.scalars if s.name not in sizes]
-        kinds = {DType.FLOAT: self.compute, DType.INT: "int32", DType.BOOL: "bool", DType.ELEMENT: self.compute}
+        kinds = {
+            DType.FLOAT: self.compute,
+            DType.INT: "int32",
+            DType.BOOL: "bool",
+            DType.ELEMENT: self.compute,
+        }
         return [
             *(f"{p.name}: {self._tensor(p)}," for p in self.kernel.params),
             *(f"{s.name}: T.{kinds[s.dtype]}," for s in numbers),
@@ -139,7 +146,11 @@ class TileLangFile(Renderer):
     def _copied(self) -> list[Param]:
         """Tensors that are copied in or out by whole tiles."""
         copies = walk_placed(self.placed.body)
-        names = {s.load.tensor if isinstance(s, CopyIn) else s.tensor for s in copies if isinstance(s, CopyIn | CopyOut)}
+        names = {
+            s.load.tensor if isinstance(s, CopyIn) else s.tensor
+            for s in copies
+            if isinstance(s, CopyIn | CopyOut)
+        }
         return [p for p in self.kernel.params if p.name in names]
 
     def positions(self) -> list[str]:
@@ -148,7 +159,7 @@ class TileLangFile(Renderer):
         grid = self.kernel.grid
         for p in [] if self.options.cpu else self._copied():
             star = "*" * (len(p.shape) > 2)
-            lines.append(f"begin_aligned({LINE // BYTES[p.storage]}, {star}{p.name}_strides)")
+            lines.append(f"begin_aligned({self.options.line // BYTES[p.storage]}, {star}{p.name}_strides)")
         if len(grid) > 3:
             shared, third = list(grid[2:]), self._grid()[1][2]
             for axis in shared[:-1]:
@@ -181,7 +192,16 @@ class TileLangFile(Renderer):
 
     def renamed(self, kernel: Kernel) -> Kernel:
         """Users' values that would hide the file's own names under other ones."""
-        own = {"T", "THREADS", "FULL_ROW", *COUNTERS.values(), *BLOCKS.values(), *DIMENSIONS.values(), "step", "float"}
+        own = {
+            "T",
+            "THREADS",
+            "FULL_ROW",
+            *COUNTERS.values(),
+            *BLOCKS.values(),
+            *DIMENSIONS.values(),
+            "step",
+            "float",
+        }
         own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "steps")}
         for p in kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
@@ -213,7 +233,9 @@ class TileLangFile(Renderer):
 
     def call(self, e: Call, axes: tuple[str, ...], parent: int) -> str:
         match e:
-            case Call(Op.FLOORDIV | Op.MOD, (a, b)) if not isinstance(b, Const) and is_count(a) and is_count(b):
+            case Call(Op.FLOORDIV | Op.MOD, (a, b)) if (
+                not isinstance(b, Const) and is_count(a) and is_count(b)
+            ):
                 name = "T.truncdiv" if e.op is Op.FLOORDIV else "T.truncmod"
                 return f"{name}({self.expr(a)}, {self.expr(b)})"
             case Call(Op.TO_FLOAT | Op.TO_INT, (x,)):
@@ -316,4 +338,3 @@ def _with_names(body: tuple[Stmt, ...], new: dict[str, str]) -> tuple[Stmt, ...]
             s = replace(s, body=_with_names(s.body, new))
         done.append(s)
     return tuple(done)
-

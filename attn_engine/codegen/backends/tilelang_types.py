@@ -13,6 +13,7 @@ COUNTERS = {"q": "qi", "kv": "ki", "d": "di", "dv": "vi"}
 BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
 DIMENSIONS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 LINE = 16  # bytes: what one copy instruction moves, and where rows must begin
+AMD_LINE = 8
 BYTES = {Storage.FLOAT64: 8, Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.BFLOAT16: 2}
 SMALLEST_BLOCK = 16  # what a matrix unit multiplies
 
@@ -27,6 +28,8 @@ COUNTS = frozenset(
 class TileLangOptions:
     """threads of a block, copies that run ahead, and whether the text is for TileLang's CPU target.
 
+    line: bytes that one instruction copies; 8 for AMD, where TileLang 0.1.15 has no vectors of more than four elements.
+
     A loop whose trips are counted at run time takes no second stage where copies are cp.async (sm_80, sm_89): TileLang
     0.1.15 does not lower it.
     """
@@ -34,6 +37,7 @@ class TileLangOptions:
     threads: int = 256
     num_stages: int = 2
     cpu: bool = False
+    line: int = LINE
 
 
 def dtype_name(dtype: DType, element: Storage, compute: str) -> str:

@@ -1,6 +1,7 @@
 """Placed programs: a kernel whose tiles live in buffers of a named memory, every copy and product a statement.
 
-    stmt   = Section(title) | Let(name, value, source) | Steps(var, first, stop, body, pipelined) | Branch(condition, body)
+    stmt   = Section(title) | Let(name, value, source)
+           | Steps(var, first, stop, body, pipelined) | Branch(condition, body)
            | Fill(buffer, value) | CopyIn(buffer, load) | CopyOut(tensor, indices, buffer) | Copy(target, source)
            | Gemm(target, left, right, transpose_left, transpose_right, clear) | ReduceInto(target, kind, source, axis)
            | Map(axes, steps)

@@ -29,7 +29,7 @@ from attn_engine.codegen.lower.placed import (
     Steps,
 )
 from attn_engine.codegen.lower.placement_loops import counted
-from attn_engine.codegen.lower.placement_maps import fused, is_cheap, without_locals
+from attn_engine.codegen.lower.placement_maps import fused, without_locals
 from attn_engine.codegen.render import ordered, oriented
 from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var, postorder, substitute
 from attn_engine.ir.ops import DType, Op
@@ -160,14 +160,16 @@ class _Placer:
             self._operands |= {own} if name in self._operands else set()
             name = own
         rows = ordered(load.axes, self.order) == self.order[:1]
-        scope = Scope.FRAGMENT if rows or name not in self._operands and len(load.axes) > 1 else Scope.SHARED
+        scope = (
+            Scope.FRAGMENT if rows or (name not in self._operands and len(load.axes) > 1) else Scope.SHARED
+        )
         self.declare(name, load.axes, load.dtype, scope)
         return CopyIn(name, load, ahead=self._loop > 0)
 
     def is_plain(self, load: Load) -> bool:
         """Whether a load is a tile of a tensor that no user's function reads: whole rows or columns in order."""
         shape = self.kernel.param(load.tensor).shape
-        plain = all(not i.axes or isinstance(i, Var) and i.name == f"{i.axes[0]}_idx" for i in load.indices)
+        plain = all(not i.axes or (isinstance(i, Var) and i.name == f"{i.axes[0]}_idx") for i in load.indices)
         return plain and not any("_size_" in size for size in shape) and bool(load.indices[-1].axes)
 
     def plain(self, value: Expr, name: str) -> tuple[list[Placed], Expr]:
@@ -212,7 +214,7 @@ class _Placer:
                 placed.append(Copy(rounded.name, name))
                 name = rounded.name
             names.append(name)
-        return [*placed, Gemm(target, *names, transpose_left, transpose_right, clear)]
+        return [*placed, Gemm(target, names[0], names[1], transpose_left, transpose_right, clear)]
 
     def named(self, e: Expr, wish: str) -> tuple[list[Placed], str]:
         """A name for a tile; statements that make it where it has none."""
@@ -256,6 +258,3 @@ def _operands(body: tuple[Stmt, ...]) -> set[str]:
     """Names of the tiles that products read as they were loaded."""
     nodes = (e for s in walk(body) for x in expressions(s) for e in postorder(x) if isinstance(e, Dot))
     return {x.name for e in nodes for x in e.operands if isinstance(x, Var)}
-
-
-__all__ = ["is_cheap", "place"]

@@ -106,9 +106,11 @@ def _around_one_loop(outer: Loop) -> tuple[list[Let], list[Stmt], Loop, list[Stm
         return None
     starts = [s for s in pre if isinstance(s, Let) and isinstance(s.value, Full)]
     lets = [
-        s for s in pre if isinstance(s, Let) and s not in starts and (not s.value.axes or isinstance(s.value, Load))
+        s
+        for s in pre
+        if isinstance(s, Let) and s not in starts and (not s.value.axes or isinstance(s.value, Load))
     ]
-    return (lets, list(starts), inner, ends) if len(lets) + len(starts) == len(pre) else None
+    return (lets, [*starts], inner, [*ends]) if len(lets) + len(starts) == len(pre) else None
 
 
 def _one_loop(

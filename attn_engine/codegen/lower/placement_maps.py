@@ -20,7 +20,7 @@ from attn_engine.codegen.lower.placed import (
     Steps,
     walk_placed,
 )
-from attn_engine.ir.expr import Load, postorder, variables
+from attn_engine.ir.expr import variables
 from attn_engine.ir.ops import DType
 from attn_engine.ir.tile import Let, expressions
 
@@ -36,9 +36,8 @@ def fused(body: tuple[Placed, ...], rows: str, outer: Mapping[str, Let] | None =
         match s:
             case Steps() | Branch():
                 done.append(replace(s, body=fused(s.body, rows, cheap)))
-            case Map(axes, (Let() as let,)) if is_cheap(let, rows):
+            case Map(_, (Let() as let,)) if is_cheap(let, rows):
                 cheap[let.name] = let
-                _ = axes
             case Map(axes, steps):
                 steps = _with_cheap(steps, cheap)
                 last = done[-1] if done else None
@@ -98,8 +97,3 @@ def without_locals(body: tuple[Placed, ...], buffers: Mapping[str, Buffer]) -> l
             case _:
                 pass
     return [b for name, b in buffers.items() if name in needed]
-
-
-def loads_in(steps: tuple[Step, ...]) -> list[Load]:
-    """Every load of the steps."""
-    return [e for s in steps for x in expressions(s) for e in postorder(x) if isinstance(e, Load)]
