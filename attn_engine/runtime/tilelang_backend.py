@@ -54,7 +54,9 @@ class TileLangBackend:
         warps = schedule.num_warps if own else schedule.backward_warps
         stages = schedule.num_stages if own else schedule.backward_stages
         line = AMD_LINE if arch.startswith("gfx") else LINE
-        return TileLangOptions(32 * warps, stages_for(arch, stages), line=line)
+        return TileLangOptions(
+            32 * warps, stages_for(arch, stages), line=line, specialised=has_bulk_copies(arch)
+        )
 
     def source(self, kernel: Kernel, schedule: Schedule) -> str:
         return self.source_for(kernel, schedule, SHOWN)
@@ -86,8 +88,12 @@ def tilelang_schedule(widest: int) -> Schedule:
 
 def stages_for(arch: str, stages: int) -> int:
     """TileLang 0.1.15 lowers loops of run-time length with two stages only where copies are bulk copies."""
-    bulk = arch.startswith(("sm_9", "sm_10", "sm_11"))
-    return stages if bulk else min(stages, 1)
+    return stages if has_bulk_copies(arch) else min(stages, 1)
+
+
+def has_bulk_copies(arch: str) -> bool:
+    """Whether the GPU copies tiles by descriptors: sm_90 and newer."""
+    return arch.startswith(("sm_9", "sm_10", "sm_11", "sm_12"))
 
 
 def small_tiles(schedule: Schedule) -> Schedule:

@@ -44,6 +44,8 @@ def dq(
     window: T.int32,
 ):  # fmt: skip
     with T.Kernel(T.ceildiv(q_len, BLOCK_Q), heads, batches, threads=THREADS) as (q_tile, head, batch):
+        T.annotate_producer_reg_dealloc(40)
+        T.annotate_consumer_reg_alloc(232)
         begin_aligned(8, *Q_strides)
         begin_aligned(8, *K_strides)
         begin_aligned(8, *V_strides)

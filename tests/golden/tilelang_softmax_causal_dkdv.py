@@ -41,6 +41,8 @@ def dkdv(
     scale: T.float32,
 ):  # fmt: skip
     with T.Kernel(T.ceildiv(kv_len, BLOCK_KV), kv_heads, batches, threads=THREADS) as (kv_tile, kv_head, batch):
+        T.annotate_producer_reg_dealloc(40)
+        T.annotate_consumer_reg_alloc(232)
         begin_aligned(8, *Q_strides)
         begin_aligned(8, *K_strides)
         begin_aligned(8, *V_strides)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+from collections.abc import Mapping
 from dataclasses import replace
 
 from attn_engine.codegen.backends.tilelang_types import (
@@ -20,7 +21,7 @@ from attn_engine.codegen.backends.tilelang_types import (
 from attn_engine.codegen.backends.triton_address import GRID_SIZES, captured, tile_axis
 from attn_engine.codegen.backends.triton_layout import WIDTH
 from attn_engine.codegen.lower.emit import Names
-from attn_engine.codegen.lower.placed import Buffer, CopyIn, CopyOut, PlacedKernel, walk_placed
+from attn_engine.codegen.lower.placed import Buffer, CopyIn, CopyOut, PlacedKernel, Steps, walk_placed
 from attn_engine.codegen.render import ATOM, Renderer
 from attn_engine.ir.expr import Call, Const, Expr, Full, Load, Var, substitute
 from attn_engine.ir.ops import DType, Number, Op, Storage
@@ -35,6 +36,7 @@ def begin_aligned(elements, *strides):
         T.evaluate(T.assume(stride % elements == 0))
 '''
 
+REGISTERS = (40, 232)  # of a copying and of a computing thread: 128 and 256 of them have 65536
 _LENGTHS = {"q": "q_len", "kv": "kv_len"}
 
 
@@ -44,7 +46,7 @@ class TileLangFile(Renderer):
     options: TileLangOptions
     placed: PlacedKernel
     buffers: dict[str, Buffer]
-    sizes: dict[str, int]
+    sizes: Mapping[str, int]
     element: Storage
     compute: str
     _loaded: dict[Expr, str]
@@ -172,7 +174,15 @@ class TileLangFile(Renderer):
                 if self.kernel.heavy_last and i == 0:
                     tile = f"(T.ceildiv({_LENGTHS[axis]}, {BLOCKS[axis]}) - 1 - {tile})"
                 lines.append(f"{axis}_start = {tile} * {BLOCKS[axis]}")
-        return [f"        {line}" for line in lines]
+        return [f"        {line}" for line in [*self._registers(), *lines]]
+
+    def _registers(self) -> list[str]:
+        """How registers are shared out: the 24 of copying warps, TileLang's choice, do not hold a window's bounds."""
+        ahead = any(isinstance(s, Steps) and s.pipelined for s in walk_placed(self.placed.body))
+        if self.options.cpu or not self.options.specialised or not ahead or self.options.num_stages < 2:
+            return []
+        producer, consumer = REGISTERS
+        return [f"T.annotate_producer_reg_dealloc({producer})", f"T.annotate_consumer_reg_alloc({consumer})"]
 
     def allocations(self) -> list[str]:
         lines: list[str] = []

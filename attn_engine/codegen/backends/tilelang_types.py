@@ -29,6 +29,7 @@ class TileLangOptions:
     """threads of a block, copies that run ahead, and whether the text is for TileLang's CPU target.
 
     line: bytes that one instruction copies; 8 for AMD, where TileLang 0.1.15 has no vectors of more than four elements.
+    specialised: warps of their own issue bulk copies (sm_90 and newer), and need few registers.
 
     A loop whose trips are counted at run time takes no second stage where copies are cp.async (sm_80, sm_89): TileLang
     0.1.15 does not lower it.
@@ -38,6 +39,7 @@ class TileLangOptions:
     num_stages: int = 2
     cpu: bool = False
     line: int = LINE
+    specialised: bool = True
 
 
 def dtype_name(dtype: DType, element: Storage, compute: str) -> str:
