@@ -19,7 +19,7 @@ from attn_engine.codegen.pipeline import lower, with_header
 from attn_engine.codegen.schedule import Edges, Gradients, Schedule
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
-from attn_engine.library.normalisers import OnlineRetention
+from attn_engine.library.dense.retention import OnlineRetention
 from attn_engine.runtime.tilelang_aot import cubin_of, find_nvcc, lower_tilelang
 from tests.test_golden import SHOWCASE
 

@@ -126,7 +126,7 @@ def dkdv(
                 distance = q_idx - kv_idx
                 # test_golden.py:38: return squashed - slopes[h] * distance
                 logit = squashed - slopes_value * distance
-                # normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+                # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
                 below_max = T.min(logit - safe_row_max[qi], 0.0)
                 probs[ki, qi] = T.exp2(below_max * 1.4426950408889634) * inverse_sum[qi]
             T.gemm(value, d_out, d_probs, transpose_B=True, clear_accum=True, policy=FULL_ROW)

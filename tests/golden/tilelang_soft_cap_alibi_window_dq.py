@@ -111,7 +111,7 @@ def dq(
                 distance = q_idx - kv_idx
                 # test_golden.py:38: return squashed - slopes[h] * distance
                 logit = squashed - slopes_value * distance
-                # normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+                # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
                 below_max = T.min(logit - safe_row_max[qi], 0.0)
                 probs[qi, ki] = T.exp2(below_max * 1.4426950408889634) * inverse_sum[qi]
             T.gemm(d_out, value, d_probs, transpose_B=True, clear_accum=True, policy=FULL_ROW)

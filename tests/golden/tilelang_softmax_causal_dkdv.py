@@ -103,7 +103,7 @@ def dkdv(
             T.gemm(key, query, score, transpose_B=True, clear_accum=True, policy=FULL_ROW)
             for ki, qi in T.Parallel(BLOCK_KV, BLOCK_Q):
                 score[ki, qi] = score[ki, qi] * scale
-                # normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+                # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
                 below_max = T.min(score[ki, qi] - safe_row_max[qi], 0.0)
                 probs[ki, qi] = T.exp2(below_max * 1.4426950408889634) * inverse_sum[qi]
             T.gemm(value, d_out, d_probs, transpose_B=True, clear_accum=True, policy=FULL_ROW)

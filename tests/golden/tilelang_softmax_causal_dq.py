@@ -96,7 +96,7 @@ def dq(
             T.gemm(query, key, score, transpose_B=True, clear_accum=True, policy=FULL_ROW)
             for qi, ki in T.Parallel(BLOCK_Q, BLOCK_KV):
                 score[qi, ki] = score[qi, ki] * scale
-                # normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+                # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
                 below_max = T.min(score[qi, ki] - safe_row_max[qi], 0.0)
                 probs[qi, ki] = T.exp2(below_max * 1.4426950408889634) * inverse_sum[qi]
             T.gemm(d_out, value, d_probs, transpose_B=True, clear_accum=True, policy=FULL_ROW)

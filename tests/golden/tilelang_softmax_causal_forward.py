@@ -96,18 +96,18 @@ def forward(
                     score[qi, ki] = T.if_then_else(visible, score[qi, ki], -T.infinity("float32"))
             T.reduce_max(score, tile_max, dim=1)
             for qi in T.Parallel(BLOCK_Q):
-                # normalisers.py:27: new_max = old_max.max(scores.get_reduce("max"))
+                # softmax.py:27: new_max = old_max.max(scores.get_reduce("max"))
                 new_max[qi] = T.max(row_max[qi], tile_max[qi])
                 safe_row_max[qi] = T.if_then_else(
                     new_max[qi] == -T.infinity("float32"), 0.0, new_max[qi]
                 )
-                # normalisers.py:28: rescale = torch.exp(old_max - new_max)
+                # softmax.py:28: rescale = torch.exp(old_max - new_max)
                 rescale[qi] = T.exp2((row_max[qi] - safe_row_max[qi]) * 1.4426950408889634)
             for qi, ki in T.Parallel(BLOCK_Q, BLOCK_KV):
                 probs[qi, ki] = T.exp2((score[qi, ki] - safe_row_max[qi]) * 1.4426950408889634)
             T.reduce_sum(probs, tile_sum, dim=1)
             for qi in T.Parallel(BLOCK_Q):
-                # normalisers.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.g ...
+                # softmax.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_r ...
                 new_sum[qi] = row_sum[qi] * rescale[qi] + tile_sum[qi]
             for qi, vi in T.Parallel(BLOCK_Q, DIM_V):
                 out[qi, vi] = out[qi, vi] * rescale[qi]
@@ -119,7 +119,7 @@ def forward(
 
         # -- normalise and store
         for qi in T.Parallel(BLOCK_Q):
-            # normalisers.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
+            # softmax.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
             inverse_sum[qi] = T.if_then_else(0.0 < row_sum[qi], 1.0 / row_sum[qi], 0.0)
         for qi, vi in T.Parallel(BLOCK_Q, DIM_V):
             O_tile[qi, vi] = out[qi, vi] * inverse_sum[qi]

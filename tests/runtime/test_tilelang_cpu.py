@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from attn_engine import AttentionEngine, OnlineFunc, create_block_mask, meta_tensor, online
-from attn_engine.library.normalisers import OnlineRelu, OnlineRetention, OnlineSigmoid
+from attn_engine.library.dense.relu import OnlineRelu
+from attn_engine.library.dense.retention import OnlineRetention
+from attn_engine.library.dense.sigmoid import OnlineSigmoid
 
 pytest.importorskip("tilelang")
 
