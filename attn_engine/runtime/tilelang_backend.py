@@ -39,7 +39,7 @@ class TileLangBackend:
             if self.on_cpu:
                 instead = "Use float32 tensors: TileLang's CPU target has no arithmetic for this dtype."
             raise UnsupportedOnBackend(backend=self.name, feature=program.element.value, instead=instead)
-        if (clash := runs_side_by_side(tuple(captures))) is not None and not self.on_cpu:
+        if (clash := runs_side_by_side(tuple(captures))) is not None:
             raise GradientNotSupported(
                 backend=self.name,
                 what=f"{clash.load.tensor!r}: several pairs of one tile read the same element of it, and the order of "
