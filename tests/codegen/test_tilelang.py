@@ -5,19 +5,20 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from attn_engine import AttentionEngine, meta_tensor
+from attn_engine import AttentionEngine, meta_tensor, online
 from attn_engine.codegen.backends.tilelang import render_tilelang
 from attn_engine.codegen.backends.tilelang_types import TileLangOptions
 from attn_engine.codegen.lower.placed import CopyIn, Gemm, Map, Scope, Steps, walk_placed
 from attn_engine.codegen.lower.placement import place
 from attn_engine.codegen.pipeline import lower, with_header
 from attn_engine.codegen.schedule import Edges, Gradients, Schedule
-from attn_engine.ir.program import Attention
+from attn_engine.ir.program import Attention, ListedBlocks
 from attn_engine.ir.tile import Kernel
 from attn_engine.library.dense.retention import OnlineRetention
 from attn_engine.runtime.tilelang_aot import cubin_of, find_nvcc, lower_tilelang
@@ -108,6 +109,33 @@ def test_a_rule_that_asks_for_the_mask_in_every_tile() -> None:
     options = {"online_func": OnlineRetention(), "mask_mod": lambda b, h, q_idx, kv_idx: kv_idx <= q_idx}
     (kernel,) = lower(program("", **options), TILES, "forward").kernels
     assert render_tilelang(kernel).count("visible = ") >= 1
+
+
+def two_passes(scores: Any) -> Any:
+    return torch.relu(scores - scores.sum() / 70.0)
+
+
+def test_loops_that_follow_each_other_own_what_they_load() -> None:
+    (kernel,) = lower(program("", online_func=online(two_passes)), TILES, "forward").kernels
+    placed = place(kernel, rounds=True)
+    first, second = (s for s in walk_placed(placed.body) if isinstance(s, Steps))
+    loaded = [{s.buffer for s in walk_placed(loop.body) if isinstance(s, CopyIn)} for loop in (first, second)]
+    assert not loaded[0] & loaded[1] and len(loaded[1]) == 2
+    assert "num_stages=2" not in render_tilelang(kernel)
+
+
+def test_sums_of_a_head_start_and_end_inside_the_one_loop() -> None:
+    shown = text("soft_cap_alibi_window", "dkdv")
+    assert shown.count("T.Pipelined(") == 1
+    assert "if T.truncmod(step, q_steps) == 0:\n                T.fill(d_slopes_columns_sum, 0.0)" in shown
+    assert "if T.truncmod(step, q_steps) == q_steps - 1:" in shown
+
+
+def test_nothing_is_copied_in_bulk_before_a_loop_that_may_run_no_trip() -> None:
+    one = replace(program("softmax_causal"), listed=ListedBlocks(128, 128, "heads", ragged=True))
+    (kernel,) = lower(one, TILES, "forward").kernels
+    assert "T.copy(Q[batch, head, q_start, 0], query, disable_tma=True)" in render_tilelang(kernel)
+    assert "disable_tma" not in text("softmax_causal", "forward")
 
 
 # -- lowered for GPUs that this machine does not have

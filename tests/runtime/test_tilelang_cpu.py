@@ -106,9 +106,10 @@ CASES: dict[str, Case] = {
     "relu": Case(rule(OnlineRelu)),
     "retention": Case(rule(OnlineRetention)),
     "two passes": Case(lambda _: {"online_func": online(centred)}),
+    "listed blocks, ragged": Case(lambda _: {"mask_mod": causal}, (100, 90, 2, 1), lists=True),
     "listed blocks": Case(lambda _: {"mask_mod": window}, (128, 128, 2, 1), lists=True),
 }
-FAST = ("causal, four query heads", "soft cap, alibi, window", "documents")
+FAST = ("soft cap, alibi, window",)
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,8 @@ class TileLangRenderer(TileLangFile):
 
     def counting(self, var: str, first: Expr, stop: Expr, pipelined: bool) -> str:
         ends = f"{self.expr(first)}, {self.expr(stop)}"
-        if pipelined and not self.options.cpu and self.options.num_stages:
-            return f"for {var} in T.Pipelined({ends}, num_stages={self.options.num_stages}):"
+        if pipelined and not self.options.cpu and self.stages:
+            return f"for {var} in T.Pipelined({ends}, num_stages={self.stages}):"
         return f"for {var} in T.serial({ends}):"
 
     def nest(self, axes: tuple[str, ...]) -> str:

@@ -176,10 +176,18 @@ class TileLangFile(Renderer):
                 lines.append(f"{axis}_start = {tile} * {BLOCKS[axis]}")
         return [f"        {line}" for line in [*self._registers(), *lines]]
 
+    @property
+    def stages(self) -> int:
+        """Copies that run ahead. Only the first loop of a kernel is given warps that copy, and TileLang 0.1.15 lowers
+        the others, whose lengths are run-time numbers, with one stage alone."""
+        return self.options.num_stages if self._loops() <= 1 else min(self.options.num_stages, 1)
+
+    def _loops(self) -> int:
+        return sum(isinstance(s, Steps) and s.pipelined for s in walk_placed(self.placed.body))
+
     def _registers(self) -> list[str]:
         """How registers are shared out: the 24 of copying warps, TileLang's choice, do not hold a window's bounds."""
-        ahead = any(isinstance(s, Steps) and s.pipelined for s in walk_placed(self.placed.body))
-        if self.options.cpu or not self.options.specialised or not ahead or self.options.num_stages < 2:
+        if self.options.cpu or not self.options.specialised or self.stages < 2 or not self._loops():
             return []
         producer, consumer = REGISTERS
         return [f"T.annotate_producer_reg_dealloc({producer})", f"T.annotate_consumer_reg_alloc({consumer})"]

@@ -29,7 +29,7 @@ from attn_engine.codegen.lower.placed import (
     Steps,
 )
 from attn_engine.codegen.lower.placement_loops import counted
-from attn_engine.codegen.lower.placement_maps import fused, without_locals
+from attn_engine.codegen.lower.placement_maps import fused, is_cheap, without_locals
 from attn_engine.codegen.render import ordered, oriented
 from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var, postorder, substitute
 from attn_engine.ir.ops import DType, Op
@@ -112,6 +112,7 @@ class _Placer:
     def let(self, name: str, value: Expr, source: str) -> list[Placed]:
         if not value.axes:
             return [Let(name, value, source)]
+        name = self.own_name(name, value)
         match value:
             case Load() if self.is_plain(value):
                 return [self.copy_in(name, value)]
@@ -128,6 +129,15 @@ class _Placer:
                 if isinstance(rest, Var) and rest.name == name:
                     return lets
                 return [*lets, self.mapped(Let(name, rest, source))]
+
+    def own_name(self, name: str, value: Expr) -> str:
+        """The name, or another where a buffer over other axes has it: names of one loop mean nothing in the next."""
+        known = self.buffers.get(name)
+        if known is None or known.axes == ordered(value.axes, self.order):
+            return name
+        own = self._names.fresh(name)
+        self._renamed[Var(name, value.dtype, value.axes)] = Var(own, value.dtype, value.axes)
+        return own
 
     def store(self, tensor: str, indices: tuple[Expr, ...], value: Expr) -> list[Placed]:
         """Tiles of the outputs go through a copy, all else element by element."""
@@ -230,7 +240,7 @@ class _Placer:
             if isinstance(step, Let)
             else tuple(a for i in (*step.indices, step.value) for a in i.axes)
         )
-        if isinstance(step, Let):
+        if isinstance(step, Let) and not is_cheap(step, self.order[0]):
             rows = ordered(axes, self.order) == self.order[:1] or len(axes) > 1
             scope = Scope.FRAGMENT if rows else Scope.SHARED
             self.declare(step.name, axes, step.value.dtype, scope)
