@@ -60,8 +60,8 @@ class AttentionEngine(EngineText):
     mask_mod: (b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx, custom_fwd_inputs) -> bool; True keeps the pair. It acts
         after score_mod; a row that keeps nothing gives 0.
     layout: how tensors lie, "bshd" (batch, length, heads, dim) or "bhsd"; strides are free.
-    backend: "auto" (by the tensors' device), "cpu", "torch", "triton", "triton-interpreter", or "reference" (dense,
-        float64, O(S^2) memory: the definition).
+    backend: "auto" (by the tensors' device), "cpu", "torch", "triton", "triton-interpreter", "tilelang",
+        "tilelang-cpu", or "reference" (dense, float64, O(S^2) memory: the definition).
     block_mask: the blocks that are visible at all, made ahead of the calls: `BlockLists`, or what gives some by
         `.lists()`. mask_mod (its own, where none is given) is asked in partial blocks alone. A call may bring another.
     schedule: tiles and launch options, such as `replace(engine.schedule, block_kv=32)`, which run so or are refused;

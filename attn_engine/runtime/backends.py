@@ -30,10 +30,16 @@ from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.compiled import Backend, Launchable
 from attn_engine.runtime.gpu_target import current_device_name, current_target
+from attn_engine.runtime.tilelang_backend import TileLangBackend
 from attn_engine.version import VERSION
 
-NAMES = ("auto", "cpu", "torch", "triton", "triton-interpreter", "reference")
-DEVICES = {"cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda"}
+NAMES = (
+    "auto", "cpu", "torch", "triton", "triton-interpreter", "tilelang", "tilelang-cpu", "reference",
+)  # fmt: skip
+DEVICES = {
+    "cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda",
+    "tilelang-cpu": "cpu", "tilelang": "cuda",
+}  # fmt: skip
 
 
 class CpuBackend:
@@ -188,6 +194,10 @@ def backend_named(name: str) -> Backend:
             return TritonBackend("triton", interpret=False)
         case "triton-interpreter":
             return TritonBackend("triton-interpreter", interpret=True)
+        case "tilelang":
+            return TileLangBackend("tilelang", on_cpu=False)
+        case "tilelang-cpu":
+            return TileLangBackend("tilelang-cpu", on_cpu=True)
         case _:
             raise UnknownBackend(backend=name, known=", ".join(repr(n) for n in NAMES))
 

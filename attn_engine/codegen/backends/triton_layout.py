@@ -29,7 +29,7 @@ def _parts(line: str) -> tuple[str, str, str]:
         return found[1], found[2], found[3]
     if found := re.match(r"(\w+ = )(tl\.load\(.*\))(\.to\([\w.]+\))$", line):
         return found[1], found[2], found[3]
-    if found := re.match(r"(\w+ = )(.*)$", line):
+    if found := re.match(r"(\w+(?:\[[\w, ]+\])? = )(.*)$", line):
         return found[1], found[2], ""
     return "", line, ""
 
