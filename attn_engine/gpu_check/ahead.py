@@ -6,21 +6,28 @@ makes no use of the matrix unit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from attn_engine.codegen.gpu_schedule import default_schedule
 from attn_engine.codegen.pipeline import lower
+from attn_engine.codegen.schedule import Schedule, within_blocks
+from attn_engine.codegen.targets import target_named
 from attn_engine.gpu_check.cases import Case, Sizes
 from attn_engine.gpu_check.checks import Failed, engine_of
 from attn_engine.gpu_check.jobs import timed
 from attn_engine.gpu_check.outcome import Outcome
+from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
-from attn_engine.runtime.aot_report import TARGETS, AotReport
+from attn_engine.runtime.aot_report import SHARED_LIMITS, TARGETS, AotReport
 from attn_engine.runtime.backends import TritonBackend, schedule_for
 from attn_engine.runtime.sass import PRODUCTS
+from attn_engine.runtime.tilelang_aot import LoweredKernel, cubin_of, find_nvcc, lower_tilelang
+from attn_engine.runtime.tilelang_backend import TileLangBackend
 from attn_engine.runtime.triton_aot import compile_ahead
 
 _SIZES = Sizes(1, 8, 8, 256, 256, 128, 128)
@@ -72,26 +79,53 @@ def jobs(backends: tuple[str, ...], targets: tuple[str, ...] = TARGETS) -> list[
 
 def _with_triton(case: Case, target: str) -> list[AotReport]:
     backend = TritonBackend("triton", interpret=False)
-    schedule, kernels = _kernels(case, backend)
+    program = _program(case, backend.name)
+    schedule = within_blocks(default_schedule(program, target_named(target)), program.listed)
     return [
-        compile_ahead(k, backend.source(k, schedule), target, backend.options(k, schedule)) for k in kernels
+        compile_ahead(k, backend.source(k, schedule), target, backend.options(k, schedule))
+        for k in _kernels(case, program, schedule)
     ]
 
 
-def _kernels(case: Case, backend: TritonBackend) -> tuple[Any, list[Kernel]]:
-    """The backend's schedule of a case, and the kernels of both directions."""
-    tensors = {name: x.requires_grad_(name in case.learned) for name, x in _tensors(case).items()}
-    program = engine_of(case, tensors, backend.name).program
+def _with_tilelang(case: Case, target: str) -> list[AotReport]:
+    """Compiled by nvcc where there is one; else, and for AMD, only lowered: what can be read of the text."""
+    backend = TileLangBackend("tilelang", on_cpu=False)
+    program = _program(case, backend.name)
     schedule = schedule_for(program, backend)
-    directions = ("forward", "backward")
-    return schedule, [k for d in directions for k in lower(program, schedule, d, case.learned).kernels]
+    reports: list[AotReport] = []
+    for kernel in _kernels(case, program, schedule):
+        lowered = lower_tilelang(backend.source_for(kernel, schedule, target), kernel.name, target)
+        compiles = target.startswith("sm_") and find_nvcc() is not None
+        reports.append(cubin_of(lowered) if compiles else _of_the_text(lowered))
+    return reports
+
+
+def _of_the_text(lowered: LoweredKernel) -> AotReport:
+    found = re.findall(r"wgmma|mma_sync|mfma|tcgen05", lowered.text)
+    return AotReport(
+        lowered.kernel, lowered.target, 0, 0, lowered.shared_bytes, SHARED_LIMITS[lowered.target],
+        tuple((name, found.count(name)) for name in dict.fromkeys(found)), lowered.seconds,
+    )  # fmt: skip
+
+
+def _program(case: Case, backend: str) -> Attention:
+    tensors = {name: x.requires_grad_(name in case.learned) for name, x in _tensors(case).items()}
+    return engine_of(case, tensors, backend).program
+
+
+def _kernels(case: Case, program: Attention, schedule: Schedule) -> list[Kernel]:
+    """Those of both directions."""
+    return [k for d in ("forward", "backward") for k in lower(program, schedule, d, case.learned).kernels]
 
 
 def _tensors(case: Case) -> dict[str, torch.Tensor]:
     return case.tensors(torch.Generator().manual_seed(0))
 
 
-COMPILERS: dict[str, Callable[[Case, str], list[AotReport]]] = {"triton": _with_triton}
+COMPILERS: dict[str, Callable[[Case, str], list[AotReport]]] = {
+    "triton": _with_triton,
+    "tilelang": _with_tilelang,
+}
 
 
 def facts_of(report: AotReport) -> dict[str, Any]:
