@@ -45,6 +45,8 @@ from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.operator import apply
 from attn_engine.runtime.reference import reference
+from attn_engine.runtime.strides import logical_view, of_logical
+from attn_engine.sequence_calls import sequence_places
 from attn_engine.traced_program import Description, TracedProgram
 
 
@@ -259,9 +261,9 @@ class AttentionEngine:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values, evaluated densely."""
         traced, captured, numbers, _ = self._bind(q, k, v, custom_inputs, named, block_mask)
-        q, k, v = (self._logical(x) for x in (q, k, v))
-        o, rows = reference(traced.program, q, k, v, captured, numbers, dtype)
-        return self._logical(o), rows
+        views = (self._logical(x) for x in (q, k, v))
+        o, rows = reference(traced.program, *views, captured, numbers, dtype)
+        return of_logical(o, self.layout, q.ndim == 3), rows
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> Any:
         """Run output and gradients against the float64 reference; print the report to read it.
@@ -332,9 +334,10 @@ class AttentionEngine:
         custom_inputs: Sequence[Tensor],
         named: dict[str, Tensor],
         block_mask: Any = None,
-    ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number], CallKind]:
+    ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number], CallKind | None]:
         """The program of this call, its captured tensors and lists, its numbers ("scale" first), all checked; and what
         is remembered of such calls."""
+        places = sequence_places(named, self._checks.custom_shapes) if named else None
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
@@ -342,8 +345,12 @@ class AttentionEngine:
             self._checks.check_shapes(q, k, v)
             listed = lists_of_call(lists, self._logical(q), self._logical(k))
             traced, tensors = traced.with_lists(listed.blocks), tensors | listed.tensors
+        if places is not None:
+            self._checks.check_shapes(q, k, v, places.layout)
+            spans = places.spans(self._logical(q), self._logical(k))
+            traced, tensors = traced.with_sequences(places.layout), tensors | spans
         kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)
-        return traced, tensors, {"scale": self.scale, **numbers}, kind
+        return traced, tensors, {"scale": self.scale, **numbers}, None if places else kind
 
     def _lists_of(self, block_mask: Any) -> BlockLists | None:
         """Those of this moment: of the call's mask, else of the engine's own."""
@@ -361,7 +368,7 @@ class AttentionEngine:
         return self._traced
 
     def _logical(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2) if self.layout == "bshd" else x
+        return logical_view(x, self.layout)
 
     def _call(self, traced: TracedProgram, device: str) -> tuple[Call, int]:
         name = backend_for(self.backend, device)

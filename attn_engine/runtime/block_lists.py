@@ -17,6 +17,7 @@ from attn_engine.codegen.schedule import SMALLEST_BLOCK
 from attn_engine.errors import AttnEngineError
 from attn_engine.ir.passes.mask_range import OTHER
 from attn_engine.ir.program import Attention, ListedBlocks
+from attn_engine.runtime.sequences import SPAN_NAMES
 
 
 class WrongBlockLists(AttnEngineError, ValueError):
@@ -75,8 +76,9 @@ _AS_MADE = "Make it with create_block_mask, or as attn_engine.masks.lists says."
 
 
 def tensor_names(program: Attention) -> tuple[str, ...]:
-    """The tensors of a call beside q, k and v: captured ones, then lists."""
-    return (*(c.name for c in program.captures), *(LIST_NAMES if program.listed else ()))
+    """The tensors of a call beside q, k and v: captured ones, then lists, then the rows of its sequences."""
+    lists, spans = LIST_NAMES if program.listed else (), SPAN_NAMES if program.sequences else ()
+    return (*(c.name for c in program.captures), *lists, *spans)
 
 
 def fits_tiles(block_q: int, block_kv: int) -> bool:

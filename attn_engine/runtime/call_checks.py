@@ -11,7 +11,7 @@ from torch import Tensor
 from attn_engine.errors import BackendDeviceMismatch, TransformNotSupported
 from attn_engine.ir.expr import Const, loads
 from attn_engine.ir.ops import Number
-from attn_engine.ir.program import Attention
+from attn_engine.ir.program import Attention, Sequences
 from attn_engine.runtime.bind import (
     Expected,
     call_signature,
@@ -24,6 +24,9 @@ from attn_engine.runtime.block_lists import check_lists
 from attn_engine.runtime.captured_indices import POSITIONS
 from attn_engine.runtime.compiled import sizes_of
 from attn_engine.runtime.launch_plan import CallKind
+from attn_engine.runtime.sequence_checks import check_sequences
+from attn_engine.runtime.sequences import sequences_of_call
+from attn_engine.runtime.strides import logical_view
 
 MOST_REMEMBERED = 1024
 
@@ -78,10 +81,15 @@ class CallChecks:
         found = passed.signatures.get(signature)
         if found is not None:
             return found
-        self.check_shapes(q, k, v)
-        sizes = sizes_of(self._logical(q), self._logical(k))
+        self.check_shapes(q, k, v, program.sequences)
+        layout = self.expected.layout
+        of_tensors = sizes = sizes_of(logical_view(q, layout), logical_view(k, layout))
+        if (tables := sequences_of_call(program, tensors)) is not None and program.sequences is not None:
+            check_sequences(program.sequences, tables, of_tensors)
+            sizes = tables.sizes(of_tensors)
+        declared = {**sizes, "q_len": of_tensors["q_len"], "kv_len": of_tensors["kv_len"]}
         for name, x in custom.items():
-            check_custom_input(name, x, self.custom_shapes[name], sizes)
+            check_custom_input(name, x, self.custom_shapes[name], declared)
         captured = {c.name: tensors[c.name] for c in program.captures}
         check_captured(program, captured, numbers, sizes, q.device)
         if program.listed is not None:
@@ -92,9 +100,9 @@ class CallChecks:
         found = passed.signatures[signature] = passed.kinds.setdefault(kind, CallKind())
         return found
 
-    def check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def check_shapes(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None = None) -> None:
         """The part that needs no contents: dtypes, devices and shapes of q, k and v."""
-        check_inputs(q, k, v, self.expected)
+        check_inputs(q, k, v, self.expected, sequences is not None and sequences.packed)
         if self.device is not None and q.device.type != self.device:
             instead = 'Move the tensors, or use backend="auto".'
             raise BackendDeviceMismatch(backend=self.backend, device=q.device, instead=instead)
@@ -105,9 +113,6 @@ class CallChecks:
         if found is None:
             return self._passed.setdefault(program, Passed(program, content_tensors(program)))
         return replace(found, program=program)
-
-    def _logical(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2) if self.expected.layout == "bshd" else x
 
 
 def content_tensors(program: Attention) -> frozenset[str]:

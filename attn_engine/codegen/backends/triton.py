@@ -36,6 +36,7 @@ from attn_engine.ir.tile import (
     Kernel,
     Let,
     Loop,
+    Narrow,
     Stmt,
     StoreTile,
     map_expressions,
@@ -43,6 +44,7 @@ from attn_engine.ir.tile import (
 )
 
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
+LENGTHS = {"q_len", "kv_len"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class TritonRenderer(Addressing):
         self.element = element_storage(kernel)
         self.kernel = replace(kernel, body=map_expressions(kernel.body, self._widened))
         self.learn(self.kernel)
+        self.narrowed = {}
         self._hoisted: list[str] = []
         self._names_of: dict[object, str] = {}
         self._renamed = self._renamings()
@@ -125,6 +128,7 @@ class TritonRenderer(Addressing):
             list(own_sizes),
         ]
         words = set(re.findall(r"\w+", body)) | {p.name for p in params}
+        words -= LENGTHS & {s.name for s in walk(self.kernel.body) if isinstance(s, Let)}
         return [kept for group in groups if (kept := [name for name in group if name in words])]
 
     def _signature(self) -> list[str]:
@@ -173,6 +177,7 @@ class TritonRenderer(Addressing):
         own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")}
         for p in self.kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
+        own -= LENGTHS  # a kernel over sequences sets them
         taken = Names(own | {s.name for s in walk(self.kernel.body) if isinstance(s, Let)})
         renamed: dict[str, str] = {}
         for s in walk(self.kernel.body):
@@ -229,6 +234,12 @@ class TritonRenderer(Addressing):
 
     def is_flat(self, s: Loop | If) -> bool:
         return isinstance(s, Loop) and s.axis is not None and s.is_one_tile(self.kernel.block(s.axis))
+
+    def narrow(self, s: Narrow) -> list[str]:
+        param = self.kernel.param(s.tensor)
+        stride = stride_names(param)[param.shape.index(f"{s.axis}_len")]
+        name = self.narrowed[s.tensor] = self._named((s.tensor, "rows"), f"{s.tensor}_rows")
+        return [f"{name} = {s.tensor} + tl.cast({self.expr(s.first)}, tl.int64) * {stride}"]
 
     def store(self, s: StoreTile) -> list[str]:
         axes = self._index_axes(s.indices)

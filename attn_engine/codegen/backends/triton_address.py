@@ -22,16 +22,20 @@ DIMENSION_WORDS = {
     "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
     "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
     "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
+    "tile_count": "tile", "span": "end", "place": "end",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
-GRID_SIZES = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
+GRID_SIZES = {
+    "head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits",
+    "tile": "tile_count", "turn": "batches",
+}  # fmt: skip
 NON_NEGATIVE = frozenset(
     f"{axis}_{what}" for axis in ("q", "kv", "d", "dv") for what in ("idx", "start", "len")
 ) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
 LISTED = frozenset(
-    {"q_bounds", "kv_bounds", "partial_listed", "full_listed"}
-)  # last sizes of lists of blocks
+    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "span", "place"}
+)  # last sizes of lists of blocks and of tables of sequences: no number in them is negative
 _SMALLEST_BLOCK = 16  # what a matrix unit multiplies
 
 
@@ -78,6 +82,7 @@ def tile_axis(index: Expr) -> str | None:
 class Addressing(Renderer):
     """The part of the Triton renderer that turns (tensor, indices) into an `Address`."""
 
+    narrowed: dict[str, str]  # tensors of which a sequence is seen, and where that begins
     lowest: dict[str, int]  # integer names and what they are never below
     wide: set[str]  # integer names that hold 64 bits
 
@@ -110,7 +115,7 @@ class Addressing(Renderer):
         to its range for reading (`clamp`) and masked for writing.
         """
         param = self.kernel.param(tensor)
-        base, offset, inside = [tensor], list[str](), list[str]()
+        base, offset, inside = [self.narrowed.get(tensor, tensor)], list[str](), list[str]()
         for index, size, stride in zip(indices, param.shape, stride_names(param), strict=True):
             axis = tile_axis(index)
             if axis in ("d", "dv"):
