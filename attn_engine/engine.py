@@ -261,7 +261,7 @@ class AttentionEngine:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values, evaluated densely."""
         traced, captured, numbers, _ = self._bind(q, k, v, custom_inputs, named, block_mask)
-        views = (self._logical(x) for x in (q, k, v))
+        views = self._logical(q), self._logical(k), self._logical(v)
         o, rows = reference(traced.program, *views, captured, numbers, dtype)
         return of_logical(o, self.layout, q.ndim == 3), rows
 

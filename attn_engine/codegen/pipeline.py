@@ -57,7 +57,10 @@ def lower(
     module = replace(module, kernels=tuple(without_unread(k) for k in module.kernels))
     if program.sequences is not None:
         # Sums for captured tensors, and what users are given per block of keys, keep a row for every position.
-        dense = [*(c.buffer for c in capture_gradients(program, learned)), *(p.name for p in program.rule.pooled)]
+        dense = [
+            *(c.buffer for c in capture_gradients(program, learned)),
+            *(p.name for p in program.rule.pooled),
+        ]
         module = replace(module, kernels=tuple(over_sequences(k, dense) for k in module.kernels))
     for kernel in module.kernels:
         verify_kernel(kernel)

@@ -58,7 +58,11 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, expected: Expected, packed: bo
             raise NotATensor(argument=name, got=type(x).__name__)
         if x.ndim != rank:
             raise WrongRank(
-                argument=name, got=x.ndim, shape=tuple(x.shape), expected=rank, layout=layouts[expected.layout]
+                argument=name,
+                got=x.ndim,
+                shape=tuple(x.shape),
+                expected=rank,
+                layout=layouts[expected.layout],
             )
     if packed:  # as a batch of one; what its meta tensors say of batch and length is about other calls
         named = {name: x.unsqueeze(0) for name, x in named.items()}

@@ -266,7 +266,9 @@ class CompiledAttention:
             tensors["dQ"] = dq
             if tables is not None:
                 fill_other_rows(tables, "q", {"dQ": dq}, {})
-        tensors.update({c.buffer: self._buffer(c, sizes, captured, splits, q.device) for c in direction.captures})
+        tensors.update(
+            {c.buffer: self._buffer(c, sizes, captured, splits, q.device) for c in direction.captures}
+        )
         self._launch(direction, tensors, captured, numbers, sizes, parts)
         numbers.update(sizes)
         self._order_diagonals(direction.captures, tensors)
@@ -293,7 +295,7 @@ class CompiledAttention:
 
     def backward_splits(self, sizes: Mapping[str, int], shared: Sequence[str] = ()) -> int:
         """Shares of the kv axis: from the sizes alone, so that the same call always adds in the same order."""
-        tasks = (1 if "batch" in shared else sizes["batches"])
+        tasks = 1 if "batch" in shared else sizes["batches"]
         tasks *= 1 if "kv_head" in shared else sizes["kv_heads"]
         tiles = -(-sizes["kv_len"] // self.schedule.backward_kv)
         return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
@@ -318,7 +320,12 @@ class CompiledAttention:
                 tensors[c.buffer] = tensors[c.buffer].flip(-1)
 
     def _buffer(
-        self, c: CaptureGradient, sizes: Mapping[str, int], captured: Tensors, splits: int, device: torch.device
+        self,
+        c: CaptureGradient,
+        sizes: Mapping[str, int],
+        captured: Tensors,
+        splits: int,
+        device: torch.device,
     ) -> Tensor:
         """Where the kernels put a captured gradient; zeros, because they add to it."""
         batches, heads, q_len, kv_len = (sizes[n] for n in ("batches", "heads", "q_len", "kv_len"))

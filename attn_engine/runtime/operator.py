@@ -234,7 +234,9 @@ def _(q, k, v, captured, scalars, key):
     call = registered(key)
     known = all(isinstance(size, int) for x in (q, k, v) for size in x.shape)
     rank = 3 if call.packed else 4
-    if known or any(x.ndim != rank for x in (q, k, v)):  # sizes that are symbols are checked when the graph runs
+    if known or any(
+        x.ndim != rank for x in (q, k, v)
+    ):  # sizes that are symbols are checked when the graph runs
         call.checks.shapes(q, k, v)
     rows = compute_dtype(call.compiled.program.element)
     logical = call.logical(q)

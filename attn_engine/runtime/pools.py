@@ -16,7 +16,11 @@ from attn_engine.ir.program import Attention, OnlineRule
 
 
 def empty_pools(
-    program: Attention, schedule: Schedule, sizes: Mapping[str, int], compute: torch.dtype, device: torch.device
+    program: Attention,
+    schedule: Schedule,
+    sizes: Mapping[str, int],
+    compute: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """(B, H, tiles of keys, Sq) by name, filled for the tiles that no row sees: those are never visited."""
     if not program.rule.pooled:

@@ -76,7 +76,7 @@ def _of_sequences(
     """Each sequence as a batch of the longest length, what lies beyond its end hidden."""
     tables, q = tables_in(tensors), inputs[0]
     of_q, of_kv = (PaddedRows(sequences, tables, axis, q.device) for axis in ("q", "kv"))
-    padded = (rows.padded(x) for rows, x in zip((of_q, of_kv, of_kv), inputs, strict=True))
+    padded = of_q.padded(inputs[0]), of_kv.padded(inputs[1]), of_kv.padded(inputs[2])
     inside = (of_q.valid[:, None, :, None] & of_kv.valid[:, None, None, :])[..., None, None]
     o, rows = _of_batch(program, *padded, tensors, scalars, dtype, inside)
     empty = saved_of_empty_row(program.rule)

@@ -17,9 +17,7 @@ class WrongSequences(AttnEngineError, ValueError):
     advice = "{instead}"
 
 
-_CUMULATIVE = (
-    "Sequence b has rows cu_len[b] to cu_len[b + 1] - 1: torch.tensor([0, *lengths]).cumsum(0) of int32 or int64."
-)
+_CUMULATIVE = "Sequence b has rows cu_len[b] to cu_len[b + 1] - 1: torch.tensor([0, *lengths]).cumsum(0) of int32 or int64."
 _PLACES = "Sequence b has rows start[b] to start[b] + len[b] - 1 of its batch; without a len, to the end."
 
 
@@ -32,7 +30,9 @@ def check_places(given: Mapping[str, Tensor], q: Tensor, k: Tensor, *, packed: b
         if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise NotATensor(argument=name, got=type(x).__name__)
         if x.dtype not in (torch.int32, torch.int64):
-            _refuse(name, "its dtype", x.dtype, "torch.int32 or torch.int64", _CUMULATIVE if packed else _PLACES)
+            _refuse(
+                name, "its dtype", x.dtype, "torch.int32 or torch.int64", _CUMULATIVE if packed else _PLACES
+            )
         if x.device != q.device:
             raise DeviceMismatch(argument=name, got=x.device, expected=q.device)
     _check_packed(given, q, k) if packed else _check_in_batch(given, q)

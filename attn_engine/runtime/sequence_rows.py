@@ -47,8 +47,10 @@ class PaddedRows:
 def with_padded_rows(
     sequences: Sequences, tables: SequenceTables, rule: OnlineRule, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a backward pass with Q and its row values as (n, H, longest, ...): rows beyond the end of a sequence
-    have seen no key."""
+    """The tensors of a backward pass with Q and its row values as (n, H, longest, ...).
+
+    Rows beyond the end of a sequence have seen no key.
+    """
     rows = PaddedRows(sequences, tables, "q", tensors["Q"].device)
     empty = {saved_param(n): x for n, x in saved_of_empty_row(rule).items()}
     names = ["Q", "Delta", *empty, *(adjoint_param(n) for p in rule.adjoints for n, _ in p.values)]

@@ -101,7 +101,11 @@ def tables_in(tensors: Mapping[str, Tensor]) -> SequenceTables:
     key = (id(spans[0]), id(spans[1]))
     versions = tuple(-1 if x.is_inference() else x._version for x in spans)
     found = _kept.get(key)
-    if found is not None and found[1] == versions and all(r() is x for r, x in zip(found[0], spans, strict=True)):
+    if (
+        found is not None
+        and found[1] == versions
+        and all(r() is x for r, x in zip(found[0], spans, strict=True))
+    ):
         return found[2]
     tables = tables_of(*spans)
     _kept[key] = tuple(weakref.ref(x, lambda _: _kept.pop(key, None)) for x in spans), versions, tables

@@ -170,7 +170,9 @@ class CpuRenderer(NestRenderer):
         tiles = [axis for axis in k.grid if axis in LENGTHS]
         words |= {LENGTHS[axis] for axis in tiles if f"{axis}_rows" in words}
         # What the body itself makes: the lengths and the tensors of a sequence, say.
-        made = {s.name if isinstance(s, Let) else s.tensor for s in walk(k.body) if isinstance(s, Let | Narrow)}
+        made = {
+            s.name if isinstance(s, Let) else s.tensor for s in walk(k.body) if isinstance(s, Let | Narrow)
+        }
         words -= made & {*SIZES, *(p.name for p in k.params)}
         sizes = [n for n in SIZES if n in words]
         return [

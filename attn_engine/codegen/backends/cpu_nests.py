@@ -84,7 +84,7 @@ class NestRenderer(TileRenderer):
                 case Section(title):
                     lines += ["", self.remark(f"-- {title}")]
                 case Narrow():
-                    lines.append(self.narrow(item))
+                    lines += self.narrow(item)
                 case Nest():
                     lines += self.nest(item)
                 case Sweep():
@@ -159,11 +159,11 @@ class NestRenderer(TileRenderer):
     def indented(lines: list[str]) -> list[str]:
         return [f"  {line}".rstrip() for line in lines]
 
-    def narrow(self, s: Narrow) -> str:
+    def narrow(self, s: Narrow) -> list[str]:
         """The rows of one sequence as a tensor of their own, under the tensor's name."""
         dimension = self.kernel.param(s.tensor).shape.index(f"{s.axis}_len")
         rows = f"{self.expr(s.first)}, {self.expr(s.length)}"
-        return f"const auto {s.tensor} = rows_of<{dimension}>(arguments.{s.tensor}, {rows});"
+        return [f"const auto {s.tensor} = rows_of<{dimension}>(arguments.{s.tensor}, {rows});"]
 
     # -- nests
 

@@ -132,7 +132,7 @@ class _Sequences:
             if isinstance(s, Loop) and s.var == BATCH.name:
                 own = s.body
                 if axis is not None:  # shorter sequences have no such tile
-                    own = (If(TILE_START < scalar(f"{axis}_len"), (self.tile(axis, own),)),)
+                    own = (If(scalar(f"{axis}_len") > TILE_START, (self.tile(axis, own),)),)
                 done.append(replace(s, body=(*self.entered(), *own)))
             elif isinstance(s, Loop) and s.axis is not None and _holds_batches(s):
                 n, block = self.old.block(s.axis), scalar(f"{s.axis}_block")
@@ -141,7 +141,11 @@ class _Sequences:
                 done.append(Loop(block.name, lo, hi, None, inner))
             elif isinstance(s, Loop | If) and _holds_batches(s):
                 own = self.inside(s.body, axis)
-                done += [replace(x, body=own) for x in _of_longest((replace(s, body=()),)) if isinstance(x, Loop | If)]
+                done += [
+                    replace(x, body=own)
+                    for x in _of_longest((replace(s, body=()),))
+                    if isinstance(x, Loop | If)
+                ]
             else:
                 done += _of_longest((s,))
         return tuple(done)
