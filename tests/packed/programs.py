@@ -141,7 +141,12 @@ PROGRAMS = {
 
 
 def engine(
-    name: str, tensors: Tensors, backend: str, dtype: torch.dtype, dims: tuple[int, int] = (16, 16), **options: Any
+    name: str,
+    tensors: Tensors,
+    backend: str,
+    dtype: torch.dtype,
+    dims: tuple[int, int] = (16, 16),
+    **options: Any,
 ) -> AttentionEngine:
     metas = [meta_tensor(None, None, None, d, dtype=dtype) for d in (dims[0], *dims)]
     return AttentionEngine(metas, backend=backend, **PROGRAMS[name].options(tensors), **options)
