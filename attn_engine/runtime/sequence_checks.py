@@ -17,7 +17,9 @@ class WrongSequences(AttnEngineError, ValueError):
     advice = "{instead}"
 
 
-_CUMULATIVE = "Sequence b has rows cu_len[b] to cu_len[b + 1] - 1: give cumulative sums of lengths, from 0, as int32 or int64."
+_CUMULATIVE = (
+    "Sequence b has rows cu_len[b] to cu_len[b + 1] - 1: the sums of lengths from 0 on, int32 or int64."
+)
 _PLACES = "Sequence b has rows start[b] to start[b] + len[b] - 1 of its batch; without a len, to the end."
 
 
