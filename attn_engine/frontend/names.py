@@ -12,7 +12,7 @@ _KERNEL_WORDS = """
     probs d_probs d_score d_scores d_logit weights delta scale batch head kv_head split splits batches heads
     kv_heads q_idx kv_idx d_idx dv_idx q_start kv_start q_len kv_len dim_qk dim_v block_q block_kv visible
     mask group tl triton torch np math kernel forward backward program inf nan true false block tile lanes stride
-    size q_last kv_last q_first kv_first q_spans kv_spans sequence_order turn longest_q longest_kv
+    size q_last kv_last q_first kv_first q_spans kv_spans sequence_order turn place longest_q longest_kv
 """
 _CPP_WORDS = """
     alignas alignof and_eq asm auto bitand bitor bool case catch char class compl const constexpr const_cast

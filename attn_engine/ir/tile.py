@@ -115,7 +115,7 @@ class Param:
 
     Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v"; "<name>_size_<i>" for captured tensors;
     "q_blocks", "kv_blocks" and "ends" for tables of tiles; "q_bounds", "kv_bounds", "partial_listed" and "full_listed"
-    for lists of blocks; "span", "tile_count" and "place" for tables of sequences.
+    for lists of blocks; "span" and "tile_count" for tables of sequences.
     Strides are arguments too, one per dimension, in elements.
     """
 
@@ -170,14 +170,14 @@ class TileTable:
 class TileGrid:
     """What the grid axis "tile" counts: tiles of `block` rows of `axis`.
 
-    listed: those of every sequence, from the table "tile_list" (sequence, first row); else as many as the longest
-    sequence has. later_first: within a sequence the last tile comes first, for it has the most work.
+    heads: those of every sequence, once for each of these ("heads" or "kv_heads"), by the tables "tile_list" (which
+    sequence a tile belongs to) and "tile_ranges" (each sequence's first tile, and how many it has). None: as many as
+    the longest sequence has.
     """
 
     axis: str
     block: int
-    listed: bool
-    later_first: bool = False
+    heads: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from attn_engine.codegen.lower.sequences import (
     ORDER,
     TILE_COUNT,
     TILE_LIST,
+    TILE_RANGES,
     narrowed_tensors,
     spans_param,
 )
@@ -44,7 +45,9 @@ class SequenceTables:
     firsts: Mapping[str, Tensor]
     lengths: Mapping[str, Tensor]
     device: torch.device
-    _lists: dict[TileGrid, Tensor] = field(default_factory=dict[TileGrid, Tensor])
+    _lists: dict[tuple[str, int], dict[str, Tensor]] = field(
+        default_factory=dict[tuple[str, int], dict[str, Tensor]]
+    )
 
     @cached_property
     def count(self) -> int:
@@ -74,21 +77,27 @@ class SequenceTables:
         longest = {f"{axis}_len": self.longest[axis] for axis in AXES}
         return {**sizes, **longest, "batches": self.count}
 
-    def tile_list(self, grid: TileGrid) -> Tensor:
-        """int32 (tiles, 2): the sequence of every tile and the tile's first row in it; heavy sequences come first."""
-        if grid not in self._lists:
+    def tile_tables(self, axis: str, block: int) -> dict[str, Tensor]:
+        """tile_list, int32 (tiles,): the sequence of every tile, heavy sequences first; tile_ranges, int32 (n, 2): the
+        first tile of every sequence in that list, and how many it has."""
+        if (axis, block) not in self._lists:
             order = self._heaviest_first
-            counts = -(-self.lengths[grid.axis][order] // grid.block)
-            ends = counts.cumsum(0)
-            tile = torch.arange(int(counts.sum())) - (ends - counts).repeat_interleave(counts)
-            if grid.later_first:
-                tile = counts.repeat_interleave(counts) - 1 - tile
-            found = torch.stack((order.repeat_interleave(counts), tile * grid.block), 1)
-            self._lists[grid] = found.to(torch.int32).to(self.device)
-        return self._lists[grid]
+            counts = -(-self.lengths[axis] // block)
+            ordered = counts[order]
+            first = torch.empty_like(counts)
+            first[order] = ordered.cumsum(0) - ordered
+            found = {
+                TILE_LIST: order.repeat_interleave(ordered),
+                TILE_RANGES: torch.stack((first, counts), 1),
+            }
+            self._lists[axis, block] = {n: x.to(torch.int32).to(self.device) for n, x in found.items()}
+        return self._lists[axis, block]
 
-    def tile_count(self, grid: TileGrid) -> int:
-        return len(self.tile_list(grid)) if grid.listed else -(-self.longest[grid.axis] // grid.block)
+    def tile_count(self, grid: TileGrid, sizes: Mapping[str, int]) -> int:
+        """How many programs there are along the axis "tile"."""
+        if grid.heads is None:
+            return -(-self.longest[grid.axis] // grid.block)
+        return len(self.tile_tables(grid.axis, grid.block)[TILE_LIST]) * sizes[grid.heads]
 
 
 # By the identity of the spans, weakly: an entry ends with either of them.
@@ -158,9 +167,9 @@ class OverSequences:
         numbers |= {LONGEST_Q.name: tables.longest["q"], LONGEST_KV.name: tables.longest["kv"]}
         sizes = tables.sizes(sizes)
         if self._tiles is not None:
-            numbers[TILE_COUNT.name] = sizes[TILE_COUNT.name] = tables.tile_count(self._tiles)
-            if self._tiles.listed:
-                given[TILE_LIST] = tables.tile_list(self._tiles)
+            numbers[TILE_COUNT.name] = sizes[TILE_COUNT.name] = tables.tile_count(self._tiles, sizes)
+            if self._tiles.heads is not None:
+                given |= tables.tile_tables(self._tiles.axis, self._tiles.block)
         if self._reads_order:
             given[ORDER] = tables.order
         self._compiled.launch(given, numbers, sizes)

@@ -22,7 +22,7 @@ DIMENSION_WORDS = {
     "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
     "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
     "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
-    "tile_count": "tile", "span": "end", "place": "end",
+    "tile_count": "tile", "span": "end",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
@@ -34,8 +34,14 @@ NON_NEGATIVE = frozenset(
     f"{axis}_{what}" for axis in ("q", "kv", "d", "dv") for what in ("idx", "start", "len")
 ) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
 LISTED = frozenset(
-    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "span", "place"}
+    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "span", "tile_count"}
 )  # last sizes of lists of blocks and of tables of sequences: no number in them is negative
+OF_TILE = {
+    "head",
+    "kv_head",
+    "place",
+    "tile_start",
+}  # never negative, though how a tile's number gives them hides it
 _SMALLEST_BLOCK = 16  # what a matrix unit multiplies
 
 
@@ -94,12 +100,13 @@ class Addressing(Renderer):
                 values.setdefault(s.var, []).append(s.lo)
             elif isinstance(s, Let) and s.value.dtype is DType.INT:
                 values.setdefault(s.name, []).append(s.value)
-        self.lowest = dict.fromkeys(NON_NEGATIVE, 0)
+        of_tile = OF_TILE if "tile" in kernel.grid else set[str]()
+        self.lowest = dict.fromkeys((*NON_NEGATIVE, *of_tile), 0)
         for name, assigned in values.items():  # a name that its own values read has no bound, and needs none
             found = [self.lower_bound(value) for value in assigned]
             if all(bound is not None for bound in found):
                 self.lowest[name] = min(bound for bound in found if bound is not None)
-            else:
+            elif name not in of_tile:
                 self.lowest.pop(name, None)
         self.wide = set(kernel.grid) - {"q", "kv"}
         for name, assigned in values.items():

@@ -2,12 +2,15 @@
 
 A kernel speaks of one batch at a time, of its rows by position, and of `q_len` and `kv_len`. So nothing of it changes
 but where it begins: the sequence is read from a table, the lengths become those of the sequence, and the tensors are
-narrowed to its rows. A grid of equal tiles becomes a list of the tiles that there are:
+narrowed to its rows. A grid of equal tiles becomes one of the tiles that there are, all those of a sequence's first
+head, of its second head, and so on, then those of the next sequence: neighbours read the same keys.
 
-    batch = tile_list[tile, 0]
+    batch = tile_list[tile // heads]
+    place = tile - tile_ranges[batch, 0] * heads
+    head = place // tile_ranges[batch, 1]
     q_first, q_len = q_spans[batch, 0], q_spans[batch, 1]
     Q = q_len rows of Q from q_first on
-    q_start = tile_list[tile, 1]
+    q_start = place % tile_ranges[batch, 1] * 64
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ from attn_engine.ir.tile import (
 
 AXES = ("q", "kv")
 TILE, TURN, TILE_COUNT, TILE_START = (scalar(name) for name in ("tile", "turn", "tile_count", "tile_start"))
-TILE_LIST, ORDER = "tile_list", "sequence_order"
+PLACE, TILES = scalar("place"), scalar("tiles_of_head")
+TILE_LIST, TILE_RANGES, ORDER = "tile_list", "tile_ranges", "sequence_order"
 LONGEST_Q, LONGEST_KV = scalar("longest_q"), scalar("longest_kv")
 LONGEST: dict[Expr, Expr] = {Q_LEN: LONGEST_Q, KV_LEN: LONGEST_KV}
 
@@ -51,7 +55,8 @@ def spans_param(axis: str) -> str:
 TABLES = {
     spans_param("q"): ("batches", "span"),
     spans_param("kv"): ("batches", "span"),
-    TILE_LIST: ("tile_count", "place"),
+    TILE_LIST: ("tile_count",),
+    TILE_RANGES: ("batches", "span"),
     ORDER: ("batches",),
 }
 
@@ -85,20 +90,39 @@ class _Sequences:
     def kernel(self) -> Kernel:
         old, axis = self.old, self.axis
         body = _with_longest_diagonals(old.body, self.by_diagonal)
-        of_grid = "batch" in old.grid
-        tiles = None if axis is None else TileGrid(axis, old.block(axis), of_grid, old.heavy_last)
-        if of_grid:
-            found = Load(ORDER, INT, (TURN,)) if axis is None else Load(TILE_LIST, INT, (TILE, Const(0)))
-            start: list[Stmt] = [] if axis is None else [_start(Load(TILE_LIST, INT, (TILE, Const(1))))]
-            own = (*start, self.tile(axis, body)) if axis is not None else body
-            body = (Section("sequence of this program"), Let(BATCH.name, found), *self.entered(), *own)
-        else:
+        title = Section("sequence of this program")
+        grid, tiles = old.grid, None
+        if "batch" not in old.grid:
             body = self.inside(body, axis)
-            body = body if axis is None else (_start(TILE * old.block(axis)), *body)
-        names = {axis: "tile", "batch": "turn"} if axis is None else {axis: "tile"}
-        grid = tuple(names.get(a, a) for a in old.grid if a != "batch" or axis is None)
+            if axis is not None:
+                tiles = TileGrid(axis, old.block(axis), None)
+                grid = tuple("tile" if a == axis else a for a in grid)
+                body = (_start(TILE * old.block(axis)), *body)
+        elif axis is None:
+            grid = tuple("turn" if a == "batch" else a for a in grid)
+            body = (title, Let(BATCH.name, Load(ORDER, INT, (TURN,))), *self.entered(), *body)
+        else:
+            head = next(a for a in grid if a in ("head", "kv_head"))
+            tiles = TileGrid(axis, old.block(axis), f"{head}s")
+            grid = tuple("tile" if a == axis else a for a in grid if a not in (head, "batch"))
+            own = self.tile(axis, body)
+            body = (title, *self.tile_of_list(axis, head), *self.entered(), own)
         found = replace(old, body=body, grid=grid, heavy_last=False, tiles=tiles)
         return self.with_tables(without_unread(found))
+
+    def tile_of_list(self, axis: str, head: str) -> list[Stmt]:
+        """The sequence, the head and the tile of this program."""
+        heads = scalar(f"{head}s")
+        tile = PLACE % TILES
+        if self.old.heavy_last:  # the last tile of a head has the most work
+            tile = TILES - 1 - tile
+        return [
+            Let(BATCH.name, Load(TILE_LIST, INT, (TILE // heads,))),
+            Let(PLACE.name, TILE - Load(TILE_RANGES, INT, (BATCH, Const(0))) * heads),
+            Let(TILES.name, Load(TILE_RANGES, INT, (BATCH, Const(1)))),
+            Let(head, PLACE // TILES),
+            _start(tile * self.old.block(axis)),
+        ]
 
     def with_tables(self, kernel: Kernel) -> Kernel:
         """With the tables and the numbers that it reads now, and the count of its tiles."""
