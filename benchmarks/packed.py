@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,17 +52,20 @@ def interleaved(calls: list[Callable[[], object]], repeats: int, clock: Callable
     return [statistics.median(times) for times in found]
 
 
-def forward_of(engine: AttentionEngine, inputs: list[Tensor], **given: Tensor) -> Callable[[], object]:
+def forward_of(engine: AttentionEngine, inputs: list[Tensor], **given: Any) -> Callable[[], object]:
+    q, k, v = inputs
+
     def run() -> object:
         with torch.no_grad():
-            return engine(*inputs, **given)
+            return engine(q, k, v, **given)
 
     return run
 
 
-def backward_of(engine: AttentionEngine, inputs: list[Tensor], **given: Tensor) -> Callable[[], object]:
+def backward_of(engine: AttentionEngine, inputs: list[Tensor], **given: Any) -> Callable[[], object]:
     leaves = [x.clone().requires_grad_() for x in inputs]
-    o = engine(*leaves, **given)
+    q, k, v = leaves
+    o: Tensor = engine(q, k, v, **given)
     weights = torch.randn_like(o)
     return lambda: torch.autograd.grad(o, leaves, weights, retain_graph=True)
 
