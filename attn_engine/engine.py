@@ -218,6 +218,8 @@ class AttentionEngine:
         custom_inputs: the tensors of custom_fwd_inputs in its order, or by name. Row values are float32 (float64 for
         float64 inputs), lse is a natural logarithm and -inf in a row that sees no key. A loss may use them where they
         require a gradient: lse does, a row maximum does not.
+        cu_len_q, cu_len_kv (packed), or start_q, len_q, start_kv, len_kv (in a batch): sequences of their own lengths,
+        as docs/packed.md says.
         """
         if self.backend == "reference":
             o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64, block_mask)

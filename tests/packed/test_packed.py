@@ -69,7 +69,16 @@ def compare(
         torch.testing.assert_close(g, w.to(g.dtype), rtol=10 * tolerance, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+SHOWN = (
+    "causal",
+    "documents",
+    "biases by row, key and sequence",
+    "bias by pair",
+)  # the rest takes minutes to compile
+SOME = [pytest.param(n, marks=() if n in SHOWN else pytest.mark.slow) for n in PROGRAMS]
+
+
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("lengths", [EQUAL, DIFFERENT], ids=["equal", "different"])
 def test_cpu(name: str, lengths: list[tuple[int, int]], seed: int) -> None:
     torch.manual_seed(seed)
@@ -82,7 +91,14 @@ def test_tile_programs(name: str, seed: int) -> None:
     compare(name, "torch", DIFFERENT, torch.float64, tolerance=1e-11)
 
 
-@pytest.mark.parametrize("name", [n for n in PROGRAMS if n != "bias by distance"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in ("causal", "bias by pair") else pytest.mark.slow)
+        for n in PROGRAMS
+        if n != "bias by distance"  # sums along diagonals are the CPU's
+    ],
+)
 def test_triton(name: str, seed: int) -> None:
     torch.manual_seed(seed)
     pytest.importorskip("triton")

@@ -31,7 +31,9 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-@pytest.mark.parametrize("name", ["causal", "biases by row, key and sequence", "sink"])
+@pytest.mark.parametrize(
+    "name", ["causal", pytest.param("biases by row, key and sequence", marks=pytest.mark.slow), "sink"]
+)
 @pytest.mark.parametrize("backend", [CPU, "torch", "triton-interpreter"])
 def test_in_a_batch(name: str, layout: str, backend: str, seed: int) -> None:
     """Rows outside of a sequence hold NaN: they are neither read nor, in results and gradients, anything but 0."""
@@ -116,7 +118,7 @@ def test_head_first(backend: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("query_heads", [2, 8])
-@pytest.mark.parametrize("name", ["full", "causal from the end"])
+@pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark.slow), "causal from the end"])
 def test_decoding(name: str, query_heads: int, seed: int) -> None:
     """One query or a few per sequence, caches of any length: kernels for few rows, whose keys are split."""
     torch.manual_seed(seed)
@@ -132,7 +134,7 @@ def test_decoding(name: str, query_heads: int, seed: int) -> None:
     torch.testing.assert_close(o.double(), want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", [CPU, "triton-interpreter"])
+@pytest.mark.parametrize("backend", [CPU, pytest.param("triton-interpreter", marks=pytest.mark.slow)])
 def test_pooled(backend: str, seed: int) -> None:
     """Pooled weights of sequences are a batch of the longest length, with zeros beyond the end of the others."""
     torch.manual_seed(seed)
