@@ -26,8 +26,7 @@ from attn_engine.graph_calls import in_graph, numbered
 from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention
-from attn_engine.library.normalisers import OnlineSoftmax
-from attn_engine.listed_calls import blocks_of, lists_of_call
+from attn_engine.listed_calls import blocks_of
 from attn_engine.masks.lists import BlockLists
 from attn_engine.options import (
     block_lists,
@@ -46,7 +45,7 @@ from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.operator import apply
 from attn_engine.runtime.reference import reference
 from attn_engine.runtime.strides import logical_view, of_logical
-from attn_engine.sequence_calls import sequence_places
+from attn_engine.sequence_calls import of_call, sequence_places
 from attn_engine.traced_program import Description, TracedProgram
 
 
@@ -117,6 +116,8 @@ class AttentionEngine:
         options: tuple[bool, dict[str, Any]] = (False, {}),
     ) -> None:
         """Everything but the first trace."""
+        from attn_engine.library.dense.softmax import OnlineSoftmax  # the library is made of engines
+
         check_options(layout, backend, *options)
         mask_mod = getattr(block_mask, "mask_mod", None) if mask_mod is None else mask_mod
         self._block_mask = block_mask
@@ -343,14 +344,11 @@ class AttentionEngine:
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
-        if (lists := self._lists_of(block_mask)) is not None:
-            self._checks.check_shapes(q, k, v)
-            listed = lists_of_call(lists, self._logical(q), self._logical(k))
-            traced, tensors = traced.with_lists(listed.blocks), tensors | listed.tensors
-        if places is not None:
-            self._checks.check_shapes(q, k, v, places.layout)
-            spans = places.spans(self._logical(q), self._logical(k))
-            traced, tensors = traced.with_sequences(places.layout), tensors | spans
+        lists = self._lists_of(block_mask)
+        if lists is not None or places is not None:
+            self._checks.check_shapes(q, k, v, places and places.layout)
+            found = of_call(lists, places, self._logical(q), self._logical(k))
+            traced, tensors = traced.with_layout(found.blocks, found.sequences), tensors | found.tensors
         kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)
         return traced, tensors, {"scale": self.scale, **numbers}, None if places else kind
 

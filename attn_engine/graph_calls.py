@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from attn_engine.ir.program import ListedBlocks, Sequences
-from attn_engine.listed_calls import lists_of_call
 from attn_engine.runtime.bind import custom_by_name, storage_of
-from attn_engine.sequence_calls import sequence_places
+from attn_engine.sequence_calls import of_call, sequence_places
 
 if TYPE_CHECKING:
     from attn_engine.engine import AttentionEngine
@@ -45,9 +44,9 @@ def key_of(
     engine = _engines[number]
     storages = {name: storage_of(name, kind) for name, kind in zip(engine.custom_io, kinds, strict=True)}
     traced = engine._current(storages)
-    traced = traced.with_lists(ListedBlocks(*blocks)) if blocks else traced
-    traced = traced if packed is None else traced.with_sequences(Sequences(packed))
-    _, key = engine._call(traced, device)
+    listed = ListedBlocks(*blocks) if blocks else None
+    sequences = None if packed is None else Sequences(packed)
+    _, key = engine._call(traced.with_layout(listed, sequences), device)
     return key
 
 
@@ -69,15 +68,14 @@ def in_graph(
     places = sequence_places(named, engine._checks.custom_shapes)
     custom = custom_by_name(engine._checks.custom_shapes, custom_inputs, named)
     kinds = tuple(x.dtype for x in custom.values())
-    traced, blocks = engine._present, None
+    traced, blocks, packed = engine._present, None, None
     captured = list(traced.tensors(custom).values())
-    if (lists := engine._lists_of(block_mask)) is not None:
-        listed = lists_of_call(lists, engine._logical(q), engine._logical(k))
-        blocks, captured = astuple(listed.blocks), captured + list(listed.tensors.values())
-    packed = None
-    if places is not None:
-        packed = places.layout.packed
-        captured = captured + list(places.spans(engine._logical(q), engine._logical(k)).values())
+    lists = engine._lists_of(block_mask)
+    if lists is not None or places is not None:
+        found = of_call(lists, places, engine._logical(q), engine._logical(k))
+        blocks = astuple(found.blocks) if found.blocks else None
+        packed = found.sequences.packed if found.sequences else None
+        captured = captured + list(found.tensors.values())
     key = key_of(number, q.device.type, kinds, blocks, packed)
     read = [given for trace in traced.traces for _, given in trace.custom]
     unread = [x for name, x in custom.items() if name not in read]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attn_engine.ir.program import Sequences
+from attn_engine.ir.program import ListedBlocks, Sequences
+from attn_engine.listed_calls import lists_of_call
+from attn_engine.masks.lists import BlockLists
+from attn_engine.runtime.compiled import sizes_of
 from attn_engine.runtime.sequence_checks import check_places
 from attn_engine.runtime.sequences import SPAN_NAMES
 from attn_engine.runtime.versions import version_of
@@ -60,6 +63,37 @@ class SequencePlaces:
             first = self.given.get(f"start_{axis}", zeros)
             found[name] = _pairs(first, self.given.get(f"len_{axis}", x.shape[2] - first))
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class OfCall:
+    """What a call brings beside q, k and v: the blocks of its lists, how its sequences lie, the tensors of both."""
+
+    blocks: ListedBlocks | None
+    sequences: Sequences | None
+    tensors: dict[str, Tensor]
+
+
+def of_call(lists: BlockLists | None, places: SequencePlaces | None, q: Tensor, k: Tensor) -> OfCall:
+    """q and k are (B, H, rows, D). Lists of blocks of sequences have a batch for each, or one for all."""
+    sizes, spans = sizes_of(q, k), dict[str, Tensor]()
+    if places is not None:
+        spans = places.spans(q, k)
+        if lists is not None:
+            sizes = _sizes_for_lists(lists, sizes, spans)
+    sequences = None if places is None else places.layout
+    if lists is None:
+        return OfCall(None, sequences, spans)
+    listed = lists_of_call(lists, sizes)
+    # A sequence may end anywhere in a full block.
+    blocks = listed.blocks if sequences is None else replace(listed.blocks, ragged=True)
+    return OfCall(blocks, sequences, listed.tensors | spans)
+
+
+def _sizes_for_lists(lists: BlockLists, sizes: dict[str, int], spans: dict[str, Tensor]) -> dict[str, int]:
+    """Lengths are those that the lists were made for: each holds the longest sequence, which is checked later on."""
+    batches = spans[SPAN_NAMES[0]].shape[0]
+    return {**sizes, "batches": batches, "q_len": lists.q_len, "kv_len": lists.kv_len}
 
 
 _kept: dict[

@@ -131,6 +131,11 @@ class TracedProgram:
             self._variants[sequences] = replace(self, program=program, calls={})
         return self._variants[sequences]
 
+    def with_layout(self, listed: ListedBlocks | None, sequences: Sequences | None) -> TracedProgram:
+        """The same program for what a call brings of the two."""
+        traced = self if listed is None else self.with_lists(listed)
+        return traced if sequences is None else traced.with_sequences(sequences)
+
     def stale(self, storages: Mapping[str, Storage]) -> bool:
         """Whether tracing again could give another program."""
         if self.storages != storages or self._opaque:

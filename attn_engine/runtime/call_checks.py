@@ -93,7 +93,7 @@ class CallChecks:
         captured = {c.name: tensors[c.name] for c in program.captures}
         check_captured(program, captured, numbers, sizes, q.device)
         if program.listed is not None:
-            check_lists(program.listed, tensors, sizes, q.device)
+            check_lists(program.listed, tensors, sizes, q.device, program.sequences is not None)
         if len(passed.signatures) >= MOST_REMEMBERED:
             passed.signatures.clear()
             passed.kinds.clear()

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_engine import AttentionEngine, meta_tensor, online
-from attn_engine.library import OnlineRetention, OnlineSigmoid
-from attn_engine.library.scores import alibi, pair_bias, relative_bias, soft_cap
+from attn_engine.library import OnlineRetention, OnlineSigmoid, alibi, pair_bias, relative_bias, soft_cap
 
 HEADS, KV_HEADS = 4, 2
 Tensors = dict[str, Tensor]
