@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ class OfCall:
 
 def of_call(lists: BlockLists | None, places: SequencePlaces | None, q: Tensor, k: Tensor) -> OfCall:
     """q and k are (B, H, rows, D). Lists of blocks of sequences have a batch for each, or one for all."""
-    sizes, spans = sizes_of(q, k), dict[str, Tensor]()
+    sizes = sizes_of(q, k)
+    spans: dict[str, Tensor] = {}
     if places is not None:
         spans = places.spans(q, k)
         if lists is not None:
@@ -86,7 +87,9 @@ def of_call(lists: BlockLists | None, places: SequencePlaces | None, q: Tensor, 
         return OfCall(None, sequences, spans)
     listed = lists_of_call(lists, sizes)
     # A sequence may end anywhere in a full block.
-    blocks = listed.blocks if sequences is None else replace(listed.blocks, ragged=True)
+    blocks = listed.blocks
+    if sequences is not None:
+        blocks = ListedBlocks(blocks.q, blocks.kv, blocks.heads, ragged=True)
     return OfCall(blocks, sequences, listed.tensors | spans)
 
 

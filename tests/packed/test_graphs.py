@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attn_engine.runtime.cpu_compile import find_compiler
 from tests.packed.programs import engine
+from tests.packed.test_listed_sequences import lists_of
 from tests.packed.test_packed import bounds
 
 CPU = "cpu" if find_compiler() is not None else "torch"
@@ -63,3 +64,18 @@ def test_the_operator_is_as_its_fake_says(seed: int) -> None:
     spans = [*places.spans(*views).values()]
     key = key_of(built._number, "cpu", (), None, True)
     torch.library.opcheck(torch.ops.attn_engine.forward, (q, k, v, spans, [built.scale], key))
+
+
+def test_compiled_with_lists(seed: int) -> None:
+    torch.manual_seed(seed)
+    built = engine("causal", {}, CPU, torch.float32)
+    drawn = torch.rand(2, 1, 2, 2) < 0.7
+    lists = lists_of(drawn, torch.zeros_like(drawn), 64, 70)
+    q, k, v = (torch.randn(111, 2, 16) for _ in range(3))
+    cu_len = bounds([41, 70])
+
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_len: Tensor) -> Tensor:
+        return built(q, k, v, cu_len_q=cu_len, block_mask=lists)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v, cu_len), call(q, k, v, cu_len))
