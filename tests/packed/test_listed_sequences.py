@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -23,12 +25,15 @@ def lists_of(partial: torch.Tensor, full: torch.Tensor, block: int, rows: int) -
     return both_sides((block, block), (rows, rows), Side(*sides))
 
 
-@pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize("heads_of_lists", [1, 2, 4])
-@pytest.mark.parametrize("backend", [CPU, "torch", "triton-interpreter"])
+SHOWN = [(CPU, 2, 64), (CPU, 4, 16), ("torch", 4, 16), ("triton-interpreter", 2, 64)]
+CASES = [
+    pytest.param(*case, marks=() if case in SHOWN else pytest.mark.slow)
+    for case in product((CPU, "torch", "triton-interpreter"), (1, 2, 4), (16, 64))
+]
+
+
+@pytest.mark.parametrize(("backend", "heads_of_lists", "block"), CASES)
 def test_lists(backend: str, heads_of_lists: int, block: int, seed: int) -> None:
-    if backend == "triton-interpreter" and (block == 16 or heads_of_lists == 1):
-        pytest.skip("takes long and shows nothing else")
     torch.manual_seed(seed)
     count, blocks = len(LENGTHS), -(-max(LENGTHS) // block)
     drawn = torch.rand(count, heads_of_lists, blocks, blocks)
