@@ -26,7 +26,7 @@ from attn_engine.graph_calls import in_graph, numbered
 from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention
-from attn_engine.listed_calls import blocks_of, lists_of_call
+from attn_engine.listed_calls import blocks_of
 from attn_engine.masks.lists import BlockLists
 from attn_engine.options import (
     block_lists,
@@ -44,7 +44,9 @@ from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.operator import apply
 from attn_engine.runtime.reference import reference
+from attn_engine.runtime.strides import logical_view, of_logical
 from attn_engine.schedules import TUNE_SECONDS, Schedules, tune_for_call
+from attn_engine.sequence_calls import of_call, sequence_places
 from attn_engine.traced_program import Description, TracedProgram
 
 
@@ -228,6 +230,8 @@ class AttentionEngine(EngineText):
         custom_inputs: the tensors of custom_fwd_inputs in its order, or by name. Row values are float32 (float64 for
         float64 inputs), lse is a natural logarithm and -inf in a row that sees no key. A loss may use them where they
         require a gradient: lse does, a row maximum does not.
+        cu_len_q, cu_len_kv (packed), or start_q, len_q, start_kv, len_kv (in a batch): sequences of their own lengths,
+        as docs/packed.md says.
         """
         if self.backend == "reference":
             o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64, block_mask)
@@ -273,9 +277,9 @@ class AttentionEngine(EngineText):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values, evaluated densely."""
         traced, captured, numbers, _ = self._bind(q, k, v, custom_inputs, named, block_mask)
-        q, k, v = (self._logical(x) for x in (q, k, v))
-        o, rows = reference(traced.program, q, k, v, captured, numbers, dtype)
-        return self._logical(o), rows
+        views = self._logical(q), self._logical(k), self._logical(v)
+        o, rows = reference(traced.program, *views, captured, numbers, dtype)
+        return of_logical(o, self.layout, q.ndim == 3), rows
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> Any:
         """Run output and gradients against the float64 reference; print the report to read it.
@@ -317,18 +321,20 @@ class AttentionEngine(EngineText):
         custom_inputs: Sequence[Tensor],
         named: dict[str, Tensor],
         block_mask: Any = None,
-    ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number], CallKind]:
+    ) -> tuple[TracedProgram, dict[str, Tensor], dict[str, Number], CallKind | None]:
         """The program of this call, its captured tensors and lists, its numbers ("scale" first), all checked; and what
         is remembered of such calls."""
+        places = sequence_places(named, self._checks.custom_shapes) if named else None
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
-        if (lists := self._lists_of(block_mask)) is not None:
-            self._checks.check_shapes(q, k, v)
-            listed = lists_of_call(lists, self._logical(q), self._logical(k))
-            traced, tensors = traced.with_lists(listed.blocks), tensors | listed.tensors
+        lists = self._lists_of(block_mask)
+        if lists is not None or places is not None:
+            self._checks.check_shapes(q, k, v, places and places.layout)
+            found = of_call(lists, places, self._logical(q), self._logical(k))
+            traced, tensors = traced.with_layout(found.blocks, found.sequences), tensors | found.tensors
         kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)
-        return traced, tensors, {"scale": self.scale, **numbers}, kind
+        return traced, tensors, {"scale": self.scale, **numbers}, None if places else kind
 
     def _lists_of(self, block_mask: Any) -> BlockLists | None:
         """Those of this moment: of the call's mask, else of the engine's own."""
@@ -346,7 +352,7 @@ class AttentionEngine(EngineText):
         return self._traced
 
     def _logical(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2) if self.layout == "bshd" else x
+        return logical_view(x, self.layout)
 
     def _forget_calls(self, traced: TracedProgram, name: str) -> None:
         """Make kernels anew at the next call; those of a call that has begun stay for its gradients."""

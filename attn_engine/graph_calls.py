@@ -11,9 +11,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from attn_engine.ir.program import ListedBlocks
-from attn_engine.listed_calls import lists_of_call
+from attn_engine.ir.program import ListedBlocks, Sequences
 from attn_engine.runtime.bind import custom_by_name, storage_of
+from attn_engine.sequence_calls import of_call, sequence_places
 
 if TYPE_CHECKING:
     from attn_engine.engine import AttentionEngine
@@ -30,16 +30,23 @@ def numbered(engine: AttentionEngine) -> int:
 
 
 def key_of(
-    number: int, device: str, kinds: tuple[torch.dtype, ...], blocks: tuple[int, int, str, bool] | None = None
+    number: int,
+    device: str,
+    kinds: tuple[torch.dtype, ...],
+    blocks: tuple[int, int, str, bool] | None = None,
+    packed: bool | None = None,
 ) -> int:
-    """The operator key of an engine's kernels for custom inputs of these dtypes and lists of these blocks.
+    """The operator key of an engine's kernels for custom inputs of these dtypes, lists of these blocks, and sequences,
+    packed or not.
 
     It is a constant of the compiled graph.
     """
     engine = _engines[number]
     storages = {name: storage_of(name, kind) for name, kind in zip(engine.custom_io, kinds, strict=True)}
     traced = engine._current(storages)
-    _, key = engine._call(traced.with_lists(ListedBlocks(*blocks)) if blocks else traced, device)
+    listed = ListedBlocks(*blocks) if blocks else None
+    sequences = None if packed is None else Sequences(packed)
+    _, key = engine._call(traced.with_layout(listed, sequences), device)
     return key
 
 
@@ -58,14 +65,18 @@ def in_graph(
     block_mask: Any,
 ) -> Sequence[Tensor]:
     """A call that torch.compile traces: one operator on the tensors, which checks them when the graph runs."""
+    places = sequence_places(named, engine._checks.custom_shapes)
     custom = custom_by_name(engine._checks.custom_shapes, custom_inputs, named)
     kinds = tuple(x.dtype for x in custom.values())
-    traced, blocks = engine._present, None
+    traced, blocks, packed = engine._present, None, None
     captured = list(traced.tensors(custom).values())
-    if (lists := engine._lists_of(block_mask)) is not None:
-        listed = lists_of_call(lists, engine._logical(q), engine._logical(k))
-        blocks, captured = astuple(listed.blocks), captured + list(listed.tensors.values())
-    key = key_of(number, q.device.type, kinds, blocks)
+    lists = engine._lists_of(block_mask)
+    if lists is not None or places is not None:
+        found = of_call(lists, places, engine._logical(q), engine._logical(k))
+        blocks = astuple(found.blocks) if found.blocks else None
+        packed = found.sequences.packed if found.sequences else None
+        captured = captured + list(found.tensors.values())
+    key = key_of(number, q.device.type, kinds, blocks, packed)
     read = [given for trace in traced.traces for _, given in trace.custom]
     unread = [x for name, x in custom.items() if name not in read]
     scalars = [float(x) for x in (engine.scale, *traced.scalars().values())]

@@ -25,7 +25,7 @@ class GraphChecks:
 
     def shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """dtypes, devices and shapes of q, k and v."""
-        self.checks.check_shapes(q, k, v)
+        self.checks.check_shapes(q, k, v, self.traced.program.sequences)
 
     def everything(
         self,
@@ -58,7 +58,8 @@ class GraphChecks:
             raise StaleGraph(
                 what=f"the functions can no longer be traced ({type(error).__name__})"
             ) from error
-        if replace(now.program, listed=traced.program.listed) != traced.program:
+        of_call = {"listed": traced.program.listed, "sequences": traced.program.sequences}
+        if replace(now.program, **of_call) != traced.program:
             raise StaleGraph(what="its functions now compute something else")
         for trace in (*now.traces, now.rule):
             for bound in trace.tensors:

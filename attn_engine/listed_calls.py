@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from attn_engine.ir.program import ListedBlocks
 from attn_engine.masks.lists import BlockLists
 from attn_engine.runtime.block_lists import list_tensors, listed_blocks
-from attn_engine.runtime.compiled import sizes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,11 @@ MOST_REMEMBERED = 16
 _remembered: OrderedDict[tuple[int, ...], tuple[BlockLists, Listed]] = OrderedDict()
 
 
-def lists_of_call(lists: BlockLists, q: Tensor, k: Tensor) -> Listed:
-    """What a call with these lists runs on; q and k are (batch, head, row, dimension).
+def lists_of_call(lists: BlockLists, sizes: Mapping[str, int]) -> Listed:
+    """What a call of these sizes runs on with these lists.
 
     The same lists give the same tensors again, so that later checks need not look into them.
     """
-    sizes = sizes_of(q, k)
     if torch.compiler.is_compiling():
         return _listed(lists, sizes)
     key = (id(lists), *sizes.values())
@@ -44,7 +43,7 @@ def lists_of_call(lists: BlockLists, q: Tensor, k: Tensor) -> Listed:
     return found[1]
 
 
-def _listed(lists: BlockLists, sizes: dict[str, int]) -> Listed:
+def _listed(lists: BlockLists, sizes: Mapping[str, int]) -> Listed:
     listed = listed_blocks(lists, sizes["heads"], sizes["kv_heads"])
     return Listed(listed, list_tensors(lists, listed, sizes))
 

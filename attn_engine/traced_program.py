@@ -30,7 +30,7 @@ from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.passes.check_rule import MethodReport, check_methods
 from attn_engine.ir.passes.row_gradients import with_row_gradients
-from attn_engine.ir.program import Attention, ListedBlocks, OnlineRule
+from attn_engine.ir.program import Attention, ListedBlocks, OnlineRule, Sequences
 from attn_engine.runtime.call import Call
 from attn_engine.runtime.storage import STORAGES
 
@@ -107,7 +107,7 @@ class TracedProgram:
 
     def __post_init__(self) -> None:
         self.traces: tuple[Trace, ...] = tuple(t for t in (self.score, self.mask) if t is not None)
-        self._listing: dict[ListedBlocks, TracedProgram] = {}
+        self._variants: dict[ListedBlocks | Sequences, TracedProgram] = {}
         self._opaque = any(t.opaque for t in (*self.traces, self.rule))
         tensors: dict[str, TensorRead] = {}
         for trace in self.traces:
@@ -120,9 +120,21 @@ class TracedProgram:
 
     def with_lists(self, listed: ListedBlocks) -> TracedProgram:
         """The same program where a call brings lists of such blocks."""
-        if listed not in self._listing:
-            self._listing[listed] = replace(self, program=replace(self.program, listed=listed), calls={})
-        return self._listing[listed]
+        if listed not in self._variants:
+            self._variants[listed] = replace(self, program=replace(self.program, listed=listed), calls={})
+        return self._variants[listed]
+
+    def with_sequences(self, sequences: Sequences) -> TracedProgram:
+        """The same program where a call says where its sequences lie."""
+        if sequences not in self._variants:
+            program = replace(self.program, sequences=sequences)
+            self._variants[sequences] = replace(self, program=program, calls={})
+        return self._variants[sequences]
+
+    def with_layout(self, listed: ListedBlocks | None, sequences: Sequences | None) -> TracedProgram:
+        """The same program for what a call brings of the two."""
+        traced = self if listed is None else self.with_lists(listed)
+        return traced if sequences is None else traced.with_sequences(sequences)
 
     def stale(self, storages: Mapping[str, Storage]) -> bool:
         """Whether tracing again could give another program."""

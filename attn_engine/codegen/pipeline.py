@@ -9,10 +9,12 @@ from dataclasses import replace
 
 from attn_engine.codegen.lower.adjoints import lower_adjoints
 from attn_engine.codegen.lower.backward import lower_backward
+from attn_engine.codegen.lower.capture import capture_gradients
 from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
 from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
 from attn_engine.codegen.lower.pooled import lower_pooled_forward
+from attn_engine.codegen.lower.sequences import over_sequences
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.passes.pooled_gradient import backward_program
@@ -62,6 +64,13 @@ def lower(
             module = replace(module, kernels=kernels)
         module = replace(module, kernels=module.kernels + lower_pair_gradients(program, schedule, learned))
     module = replace(module, kernels=tuple(without_unread(k) for k in module.kernels))
+    if program.sequences is not None:
+        # Sums for captured tensors, and what users are given per block of keys, keep a row for every position.
+        dense = [
+            *(c.buffer for c in capture_gradients(program, learned)),
+            *(p.name for p in program.rule.pooled),
+        ]
+        module = replace(module, kernels=tuple(over_sequences(k, dense) for k in module.kernels))
     for kernel in module.kernels:
         verify_kernel(kernel)
     return module

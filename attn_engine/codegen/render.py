@@ -9,7 +9,7 @@ from typing import ClassVar
 from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Number, Op
 from attn_engine.ir.printer import INFIX, PREFIX
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
 
 UNARY = 7
 ATOM = 9
@@ -59,6 +59,9 @@ class Renderer:
         raise NotImplementedError
 
     def accumulate(self, s: Accumulate) -> list[str]:
+        raise NotImplementedError
+
+    def narrow(self, s: Narrow) -> list[str]:
         raise NotImplementedError
 
     def full(self, e: Full) -> str:
@@ -113,6 +116,8 @@ class Renderer:
                 return self.store(s)
             case Accumulate():
                 return self.accumulate(s)
+            case Narrow():
+                return self.narrow(s)
 
     def let(self, s: Let) -> list[str]:
         return [f"{s.name} = {self.expr(s.value)}"]

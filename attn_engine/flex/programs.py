@@ -24,7 +24,7 @@ from attn_engine.runtime.bind import Expected, check_kind
 from attn_engine.runtime.block_lists import tensor_names
 from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import CallChecks
-from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.compiled import CompiledAttention, sizes_of
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.traced_program import Description, TracedProgram
 
@@ -162,7 +162,7 @@ class FlexProgram:
             finally:
                 self.stand_ins.forget()
         if lists is not None:
-            listed = lists_of_call(lists, q, k)
+            listed = lists_of_call(lists, sizes_of(q, k))
             traced, captured = traced.with_lists(listed.blocks), captured | listed.tensors
         plans = checks_of(self.kind)(traced.program, q, k, v, {}, captured, numbers)
         device = q.device.type

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Op
 from attn_engine.ir.program import Attention, OnlineRule, RowPass, ScalarFn
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
 
 # operator, precedence: higher binds tighter, as in Python
 INFIX: Mapping[Op, tuple[str, int]] = {
@@ -111,6 +111,10 @@ def format_program(program: Attention) -> str:
     if (listed := program.listed) is not None:
         of = "head" if listed.heads == "heads" else "kv head"
         parts.append(f"visible blocks of {listed.q or 'all'} queries x {listed.kv} keys from lists per {of}")
+    if program.sequences is not None:
+        parts.append(
+            f"sequences of their own lengths, {'packed' if program.sequences.packed else 'in a batch'}"
+        )
     return "\n".join([*parts, f"normaliser {format_rule(program.rule)}"])
 
 
@@ -141,6 +145,10 @@ def _block(body: tuple[Stmt, ...], depth: int) -> list[str]:
                 lines += _block(inner, 1)
             case If(condition, inner):
                 lines += [f"if {format_expr(condition)}:", *_block(inner, 1)]
+            case Narrow(tensor, _, first, length):
+                lines.append(
+                    f"{tensor} = {format_expr(length)} rows of {tensor} from {format_expr(first)} on"
+                )
             case StoreTile(tensor, indices, value):
                 lines.append(f"{tensor}[{', '.join(format_expr(i) for i in indices)}] = {format_expr(value)}")
             case Accumulate(tensor, indices, value):

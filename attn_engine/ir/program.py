@@ -187,11 +187,24 @@ class ListedBlocks:
 
 
 @dataclass(frozen=True, slots=True)
+class Sequences:
+    """A call brings sequences of lengths of their own, in tables (docs/adr/0025): what is known of how they lie.
+
+    packed: one after the other along one axis of rows, without a batch; else each in its place of the batch, from a
+    row of its own on. Kernels are the same for both. Positions count from a sequence's first row, and BATCH is its
+    number.
+    """
+
+    packed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """One attention, fully described: the compiler's input.
 
     element: storage of q, k, v and o. dim_qk, dim_v: head dimensions, compile-time constants.
     listed: the sizes of the blocks whose lists a call brings; None: the mask alone says what is visible.
+    sequences: how sequences lie whose tables a call brings; None: every row of the batch is one, of the same length.
     Everything else (batch, heads, lengths, strides, scale, captured numbers) is a run-time argument.
     """
 
@@ -203,6 +216,7 @@ class Attention:
     dim_qk: int
     dim_v: int
     listed: ListedBlocks | None = None
+    sequences: Sequences | None = None
 
     @property
     def functions(self) -> tuple[ScalarFn, ...]:

@@ -2,7 +2,8 @@
 
     stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title)
            | If(condition, body, title) | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
-    kernel = Kernel(name, params, scalars, grid, order, tile, body, header, heavy_last, lanes, tables)
+           | Narrow(tensor, axis, first, length)
+    kernel = Kernel(name, params, scalars, grid, order, tile, body, header, heavy_last, lanes, tables, tiles)
     module = Module(program, kernels)
 
 A tile value is an `Expr` over named axes. The order of a tile's dimensions belongs to the kernel (`Kernel.order`),
@@ -91,7 +92,21 @@ class Accumulate:
     value: Expr
 
 
-Stmt = Section | Let | Loop | If | StoreTile | Accumulate
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """From here on `tensor` is its `length` rows from `first` on, along the dimension "<axis>_len": one sequence of
+    several that lie in it. Positions count from its first row, and no other row is read or written.
+
+    `length` is what "<axis>_len" holds here. A Narrow inside a loop starts from the whole tensor every time.
+    """
+
+    tensor: str
+    axis: str
+    first: Expr
+    length: Expr
+
+
+Stmt = Section | Let | Loop | If | StoreTile | Accumulate | Narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +115,7 @@ class Param:
 
     Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v"; "<name>_size_<i>" for captured tensors;
     "q_blocks", "kv_blocks" and "ends" for tables of tiles; "q_bounds", "kv_bounds", "partial_listed" and "full_listed"
-    for lists of blocks.
+    for lists of blocks; "span" and "tile_count" for tables of sequences.
     Strides are arguments too, one per dimension, in elements.
     """
 
@@ -152,11 +167,26 @@ class TileTable:
 
 
 @dataclass(frozen=True, slots=True)
+class TileGrid:
+    """What the grid axis "tile" counts: tiles of `block` rows of `axis`.
+
+    heads: those of every sequence, once for each of these ("heads" or "kv_heads"), by the tables "tile_list" (which
+    sequence a tile belongs to) and "tile_ranges" (each sequence's first tile, and how many it has). None: as many as
+    the longest sequence has.
+    """
+
+    axis: str
+    block: int
+    heads: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """One kernel: parameters, what its program ids are, and what a program instance does.
 
     grid: axes of the launch, fastest first, such as ("q", "head", "batch"); a tile axis counts tiles, others ones.
     sections: the launch may take heads in sections that fit a cache, and tile by tile all heads of a section.
+    Kernels over sequences have "tile" (described by `tiles`) or "turn" (sequences, longest first) instead.
     """
 
     name: str
@@ -172,6 +202,7 @@ class Kernel:
     tables: tuple[TileTable, ...] = ()
     first_columns: tuple[tuple[str, int], ...] = ()  # where pieces of "d", "dv" begin if not at 0
     sections: bool = False
+    tiles: TileGrid | None = None
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
@@ -214,6 +245,8 @@ def expressions(s: Stmt) -> tuple[Expr, ...]:
             return (condition,)
         case StoreTile(_, indices, value) | Accumulate(_, indices, value):
             return (*indices, value)
+        case Narrow(_, _, first, length):
+            return (first, length)
         case Section():
             return ()
 
@@ -233,6 +266,8 @@ def map_expressions(body: tuple[Stmt, ...], change: Callable[[Expr], Expr]) -> t
                 done.append(StoreTile(tensor, tuple(change(i) for i in indices), change(value)))
             case Accumulate(tensor, indices, value):
                 done.append(Accumulate(tensor, tuple(change(i) for i in indices), change(value)))
+            case Narrow(_, _, first, length):
+                done.append(replace(s, first=change(first), length=change(length)))
             case Section():
                 done.append(s)
     return tuple(done)

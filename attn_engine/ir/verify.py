@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attn_engine.ir.expr import AXES, COLUMNS, Cast, Dot, Expr, Load, Reduce, Var, postorder
 from attn_engine.ir.ops import DType
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
 
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
 _TILED = ("q", "kv")
@@ -73,6 +73,11 @@ class _Verifier:
             case If(condition, body):
                 self.scalar(condition, DType.BOOL, "condition")
                 self.scoped(body, None, None)
+            case Narrow(tensor, axis, first, length):
+                self.scalar(first, DType.INT, f"first row of {tensor!r}")
+                self.scalar(length, DType.INT, f"number of rows of {tensor!r}")
+                shape = self.params[tensor].shape if tensor in self.params else ()
+                self.require(f"{axis}_len" in shape, f"{tensor!r} has no rows along {axis!r}")
             case StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value):
                 self.expression(value)
                 self.access(tensor, indices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from attn_engine.ir.program import Captured
 from attn_engine.runtime.captured_indices import CallValues, Functions, check_indices
 from attn_engine.runtime.storage import STORAGES
 
+PACKED_LAYOUTS = {"bshd": "(rows, heads, dim)", "bhsd": "(heads, rows, dim)"}
 LAYOUTS = {"bshd": "(batch, length, heads, dim)", "bhsd": "(batch, heads, length, dim)"}
 OTHER_LAYOUT = {"bshd": "bhsd", "bhsd": "bshd"}
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,16 +49,25 @@ class Expected:
     sizes: tuple[tuple[int | None, int | None, int | None], ...]
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, expected: Expected) -> None:
-    """Raise a typed error for the first thing that is wrong with q, k, v."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, expected: Expected, packed: bool = False) -> None:
+    """Raise a typed error for the first thing that is wrong with q, k, v; packed: they have no batch."""
     named = {"q": q, "k": k, "v": v}
+    rank, layouts = (3, PACKED_LAYOUTS) if packed else (4, LAYOUTS)
     for name, x in named.items():
         if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise NotATensor(argument=name, got=type(x).__name__)
-        if x.ndim != 4:
+        if x.ndim != rank:
             raise WrongRank(
-                argument=name, got=x.ndim, shape=tuple(x.shape), expected=4, layout=LAYOUTS[expected.layout]
+                argument=name,
+                got=x.ndim,
+                shape=tuple(x.shape),
+                expected=rank,
+                layout=layouts[expected.layout],
             )
+    if packed:  # as a batch of one; what its meta tensors say of batch and length is about other calls
+        named = {name: x.unsqueeze(0) for name, x in named.items()}
+        q, k, v = named.values()
+        expected = replace(expected, sizes=tuple((None, heads, None) for _, heads, _ in expected.sizes))
     _check_kinds(named, expected)
     problem = _shape_problem(named, expected, expected.layout)
     if problem is None:

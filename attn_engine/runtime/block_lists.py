@@ -17,6 +17,7 @@ from attn_engine.codegen.schedule import SMALLEST_BLOCK
 from attn_engine.errors import AttnEngineError
 from attn_engine.ir.passes.mask_range import OTHER
 from attn_engine.ir.program import Attention, ListedBlocks
+from attn_engine.runtime.sequences import SPAN_NAMES
 
 
 class WrongBlockLists(AttnEngineError, ValueError):
@@ -75,8 +76,9 @@ _AS_MADE = "Make it with create_block_mask, or as attn_engine.masks.lists says."
 
 
 def tensor_names(program: Attention) -> tuple[str, ...]:
-    """The tensors of a call beside q, k and v: captured ones, then lists."""
-    return (*(c.name for c in program.captures), *(LIST_NAMES if program.listed else ()))
+    """The tensors of a call beside q, k and v: captured ones, then lists, then the rows of its sequences."""
+    lists, spans = LIST_NAMES if program.listed else (), SPAN_NAMES if program.sequences else ()
+    return (*(c.name for c in program.captures), *lists, *spans)
 
 
 def fits_tiles(block_q: int, block_kv: int) -> bool:
@@ -136,11 +138,18 @@ def list_tensors(lists: Lists, listed: ListedBlocks, sizes: Mapping[str, int]) -
 
 
 def check_lists(
-    listed: ListedBlocks, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], device: torch.device
+    listed: ListedBlocks,
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    device: torch.device,
+    sequences: bool = False,
 ) -> None:
     """Raise WrongBlockLists for lists that a kernel could not walk over: kinds, shapes, order of starts, range."""
+    counts = {axis: -(-sizes[f"{axis}_len"] // listed.block(axis)) for axis in OTHER}
+    if sequences:  # lists may go on where the longest one has ended
+        counts = {a: max(n, tensors[starts_param(OTHER[a], "full")].shape[-1] - 1) for a, n in counts.items()}
     for loop, axis in OTHER.items():
-        rows, blocks = (-(-sizes[f"{a}_len"] // listed.block(a)) for a in (axis, loop))
+        rows, blocks = counts[axis], counts[loop]
         for kind in KINDS:
             starts, indices = starts_param(loop, kind), blocks_param(loop, kind)
             for name in (starts, indices):
@@ -239,7 +248,7 @@ def _dense(
     rows = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
     before = counts.cumsum(0) - counts
     entries = starts[..., :-1].flatten()[rows] + torch.arange(rows.numel(), device=rows.device) - before[rows]
-    columns = -(-shape[1] // listed.kv)
+    columns = tensors[starts_param("q", kind)].shape[-1] - 1
     blocks = torch.zeros(counts.numel(), columns, dtype=torch.bool, device=counts.device)
     blocks[rows, indices[entries]] = True
     pairs = blocks.view(batches, list_heads, bounds - 1, columns)

@@ -16,7 +16,7 @@ from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.row_gradients import differentiable_rows
 from attn_engine.runtime.block_lists import tensor_names
 from attn_engine.runtime.compiled import CompiledAttention
-from attn_engine.runtime.strides import empty_ordered_like
+from attn_engine.runtime.strides import empty_ordered_like, logical_view
 
 
 class Checks(Protocol):
@@ -51,8 +51,22 @@ class Call:
     twice: bool = False
 
     def logical(self, x: Tensor) -> Tensor:
-        """(batch, head, row, dimension), without a copy."""
-        return x.transpose(1, 2) if self.layout == "bshd" else x
+        """(batch, head, row, dimension), without a copy; the batch is 1 where sequences are packed."""
+        return logical_view(x, self.layout)
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether tensors have no batch, for their sequences follow each other."""
+        sequences = self.compiled.program.sequences
+        return sequences is not None and sequences.packed
+
+    def with_batch(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """Saved row values (B, H, Sq) as kernels take them; those of packed sequences are (H, T) outside."""
+        return [x.unsqueeze(0) for x in saved] if self.packed else [*saved]
+
+    def without_batch(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """The other way."""
+        return [x.squeeze(0) for x in saved] if self.packed else [*saved]
 
     @cached_property
     def captures(self) -> tuple[str, ...]:
@@ -96,7 +110,7 @@ class Call:
         return [x for name, x in zip(self.rows, saved, strict=False) if name not in self.moving]
 
     def empty_output(self, q: Tensor, v: Tensor) -> Tensor:
-        return empty_ordered_like(q, v.shape[3])
+        return empty_ordered_like(q, v.shape[-1])
 
     def learned(self, captured: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Captured tensors that want a gradient and can have one: those that score_mod reads."""

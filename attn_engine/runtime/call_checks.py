@@ -11,7 +11,7 @@ from torch import Tensor
 from attn_engine.errors import BackendDeviceMismatch, TransformNotSupported
 from attn_engine.ir.expr import Const, loads
 from attn_engine.ir.ops import Number
-from attn_engine.ir.program import Attention
+from attn_engine.ir.program import Attention, Sequences
 from attn_engine.runtime.bind import (
     Expected,
     call_signature,
@@ -25,6 +25,9 @@ from attn_engine.runtime.captured_indices import POSITIONS
 from attn_engine.runtime.compiled import sizes_of
 from attn_engine.runtime.gpu_device import check_gpu, check_strides, missing_gpu
 from attn_engine.runtime.launch_plan import CallKind
+from attn_engine.runtime.sequence_checks import check_sequences
+from attn_engine.runtime.sequences import sequences_of_call
+from attn_engine.runtime.strides import logical_view
 
 MOST_REMEMBERED = 1024
 
@@ -79,23 +82,28 @@ class CallChecks:
         found = passed.signatures.get(signature)
         if found is not None:
             return found
-        self.check_shapes(q, k, v)
-        sizes = sizes_of(self._logical(q), self._logical(k))
+        self.check_shapes(q, k, v, program.sequences)
+        layout = self.expected.layout
+        of_tensors = sizes = sizes_of(logical_view(q, layout), logical_view(k, layout))
+        if (tables := sequences_of_call(program, tensors)) is not None and program.sequences is not None:
+            check_sequences(program.sequences, tables, of_tensors)
+            sizes = tables.sizes(of_tensors)
+        declared = {**sizes, "q_len": of_tensors["q_len"], "kv_len": of_tensors["kv_len"]}
         for name, x in custom.items():
-            check_custom_input(name, x, self.custom_shapes[name], sizes)
+            check_custom_input(name, x, self.custom_shapes[name], declared)
         captured = {c.name: tensors[c.name] for c in program.captures}
         check_captured(program, captured, numbers, sizes, q.device)
         if program.listed is not None:
-            check_lists(program.listed, tensors, sizes, q.device)
+            check_lists(program.listed, tensors, sizes, q.device, program.sequences is not None)
         if len(passed.signatures) >= MOST_REMEMBERED:
             passed.signatures.clear()
             passed.kinds.clear()
         found = passed.signatures[signature] = passed.kinds.setdefault(kind, CallKind())
         return found
 
-    def check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def check_shapes(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None = None) -> None:
         """The part that needs no contents: dtypes, devices and shapes of q, k and v."""
-        check_inputs(q, k, v, self.expected)
+        check_inputs(q, k, v, self.expected, sequences is not None and sequences.packed)
         if self.device is not None and q.device.type != self.device:
             instead = 'Move the tensors, or use backend="auto".'
             missing = missing_gpu(self.backend) if self.device == "cuda" else None
@@ -103,7 +111,7 @@ class CallChecks:
         if q.device.type == "cuda":
             check_gpu(q.device)
             for name, x in (("q", q), ("k", k), ("v", v)):
-                check_strides(name, self._logical(x))
+                check_strides(name, logical_view(x, self.expected.layout))
 
     def _passed_of(self, program: Attention) -> Passed:
         """The memory that equal programs share."""
@@ -111,9 +119,6 @@ class CallChecks:
         if found is None:
             return self._passed.setdefault(program, Passed(program, content_tensors(program)))
         return replace(found, program=program)
-
-    def _logical(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2) if self.expected.layout == "bshd" else x
 
 
 def content_tensors(program: Attention) -> frozenset[str]:

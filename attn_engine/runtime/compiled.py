@@ -35,6 +35,7 @@ from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
 from attn_engine.ir.passes.pooled_gradient import backward_program
+from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
 from attn_engine.ir.program import GROUP, Attention, OnlineRule
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import scatter_sums
@@ -42,6 +43,8 @@ from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_spl
 from attn_engine.runtime.parameter_sums import row_sums
 from attn_engine.runtime.pools import empty_pools, joined_pools
 from attn_engine.runtime.query_parts import ROOM, QueryParts
+from attn_engine.runtime.sequence_rows import with_padded_rows
+from attn_engine.runtime.sequences import OverSequences, SequenceTables, fill_other_rows, sequences_of_call
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -124,7 +127,7 @@ class CompiledAttention:
             captures = capture_gradients(program, learned)
             self.backend.refuse(self.program, captures)
             kernels = self.module(direction, learned, rows).kernels
-            compiled = tuple(self.backend.compile(k, self.schedule) for k in kernels)
+            compiled = tuple(self._compiled(k) for k in kernels)
             query = (i for i, k in enumerate(kernels) if any(p.name == "dQ_parts" for p in k.params))
             between = tuple(p.name for k in kernels if k.name == "adjoints" for p in k.params if p.output)
             tables = tuple(k.tables for k in kernels)
@@ -132,12 +135,19 @@ class CompiledAttention:
             self._directions[direction, learned, rows] = found
         return found
 
+    def _compiled(self, kernel: Kernel) -> Launchable:
+        compiled = self.backend.compile(kernel, self.schedule)
+        return compiled if self.program.sequences is None else OverSequences(kernel, compiled)
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in order, and pooled weights."""
         if self.schedule.folded and scalars["scale"] <= 0:
             return self.unfolded.forward(q, k, v, captured, scalars, out)
+        if (tables := sequences_of_call(self.program, captured)) is not None:
+            compiled = self.of_rows(Packing.NONE, tables.longest["q"])
+            return compiled._forward(q, k, v, captured, scalars, out, tables)
         packing = choose_packing(self.program, self.schedule, q, k)
         if packing is Packing.NONE:
             return self.of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
@@ -169,18 +179,27 @@ class CompiledAttention:
         return found
 
     def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captured: Tensors,
+        scalars: Scalars,
+        out: Tensor,
+        tables: SequenceTables | None = None,
     ) -> list[Tensor]:
         """The forward pass as this object's schedule says, in one piece or with the keys split."""
-        rows, sizes = q.shape[:3], sizes_of(q, k)
+        rows, sizes = q.shape[:3], sizes_of_call(q, k, tables)
         saved = {name: q.new_empty(rows, dtype=self.compute) for name in self.saved_names}
+        if tables is not None:
+            fill_other_rows(tables, "q", {"O": out, **saved}, self._empty_row)
         tensors = {"Q": q, "K": k, "V": v, "O": out, **captured, **saved}
-        splits = choose_splits(self.program, self.schedule, q, k, captured)
+        splits = choose_splits(self.program, self.schedule, q, k, captured, sizes["kv_len"])
         if splits > 1:
             sizes["splits"] = splits
             scalars = {**scalars, "splits": splits}
             tensors.update(self._partials(q, splits))
-        pools = empty_pools(self.program, self.schedule, q, k, self.compute)
+        pools = empty_pools(self.program, self.schedule, sizes, self.compute, q.device)
         tensors.update(pools)
         self._launch(self.kernels("forward" if splits == 1 else "decode"), tensors, captured, scalars, sizes)
         return [*saved.values(), *joined_pools(self.program, self.schedule, pools)]
@@ -241,7 +260,8 @@ class CompiledAttention:
         dq, dk, dv = gradients
         rows = (*d_rows, *(p.name for p in self.program.rule.pooled if d_pools and p.kind == "sum"))
         direction = self.kernels("backward", learned, rows)
-        sizes = sizes_of(q, k)
+        tables = sequences_of_call(self.program, captured)
+        sizes = sizes_of_call(q, k, tables)
         numbers = dict(scalars)
         tensors: dict[str, Tensor] = {
             "Q": q,
@@ -257,16 +277,24 @@ class CompiledAttention:
             **{row_gradient_param(name): x for name, x in d_rows.items()},
             **{n: q.new_empty(q.shape[:3], dtype=self.compute) for n in ("Delta", *direction.adjoints)},
         }
+        if tables is not None:
+            fill_other_rows(tables, "kv", {"dK": dk, "dV": dv}, {})
         splits, parts = 1, None
         if self.schedule.gradients is Gradients.ONE_KERNEL:
-            parts = self._query_parts(dq, k, direction.captures, captured)
+            parts = self._query_parts(dq, sizes, direction.captures, captured)
             splits = numbers["splits"] = sizes["splits"] = parts.splits
         else:
             tensors["dQ"] = dq
-        tensors.update({c.buffer: self._buffer(c, q, k, captured, splits) for c in direction.captures})
+            if tables is not None:
+                fill_other_rows(tables, "q", {"dQ": dq}, {})
+        tensors.update(
+            {c.buffer: self._buffer(c, sizes, captured, splits, q.device) for c in direction.captures}
+        )
         self._launch(direction, tensors, captured, numbers, sizes, parts)
         numbers.update(sizes)
         self._order_diagonals(direction.captures, tensors)
+        if tables is not None and self.program.sequences is not None and learned:
+            tensors = with_padded_rows(self.program.sequences, tables, direction.rule, tensors)
         per_row = row_sums(direction.rule, learned, tensors, numbers)
         return {
             name: _captured_gradient(name, direction.captures, tensors, numbers, per_row) for name in learned
@@ -281,22 +309,30 @@ class CompiledAttention:
         """The kernels' names of the saved row values."""
         return tuple(saved_param(name) for name, _ in self.program.rule.saved)
 
-    def backward_splits(self, k: Tensor, shared: Sequence[str] = ()) -> int:
-        """Shares of the kv axis: from the shapes alone, so that the same call always adds in the same order."""
-        batches, kv_heads, kv_len, _ = k.shape
-        tasks = (1 if "batch" in shared else batches) * (1 if "kv_head" in shared else kv_heads)
-        tiles = -(-kv_len // self.schedule.backward_kv)
+    @cached_property
+    def _empty_row(self) -> dict[str, Number]:
+        """The saved row values where no key is seen, by the kernels' names."""
+        return {saved_param(name): x for name, x in saved_of_empty_row(self.program.rule).items()}
+
+    def backward_splits(self, sizes: Mapping[str, int], shared: Sequence[str] = ()) -> int:
+        """Shares of the kv axis: from the sizes alone, so that the same call always adds in the same order."""
+        tasks = 1 if "batch" in shared else sizes["batches"]
+        tasks *= 1 if "kv_head" in shared else sizes["kv_heads"]
+        tiles = -(-sizes["kv_len"] // self.schedule.backward_kv)
         return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
 
     def _query_parts(
-        self, dq: Tensor, k: Tensor, captures: Sequence[CaptureGradient], captured: Tensors
+        self, dq: Tensor, sizes: Mapping[str, int], captures: Sequence[CaptureGradient], captured: Tensors
     ) -> QueryParts:
         """How dQ is added up: which axes a program instance runs over, and how much of them in a launch."""
         beside_keys = [c for c in captures if added_beside_keys(c)]
         shared = shared_axes(beside_keys)
         pairs = [captured[c.load.tensor].numel() for c in beside_keys if c.route is Route.PAIR]
-        group, room = dq.shape[1] // max(1, k.shape[1]), max(ROOM, dq.numel(), *pairs)
-        return QueryParts(dq, self.backward_splits(k, shared), group, shared, self.compute, room)
+        group, room = dq.shape[1] // max(1, sizes["kv_heads"]), max(ROOM, dq.numel(), *pairs)
+        packed = self.program.sequences is not None and self.program.sequences.packed
+        batches = sizes["batches"] if packed else None
+        splits = self.backward_splits(sizes, shared)
+        return QueryParts(dq, splits, group, shared, self.compute, room, batches)
 
     def _order_diagonals(self, captures: Sequence[CaptureGradient], tensors: dict[str, Tensor]) -> None:
         """Sums per diagonal in order of q_idx - kv_idx, as `scatter_sums` wants them."""
@@ -304,17 +340,24 @@ class CompiledAttention:
             if c.route is Route.DIAGONAL and self.schedule.backward_lanes.axis == "kv":
                 tensors[c.buffer] = tensors[c.buffer].flip(-1)
 
-    def _buffer(self, c: CaptureGradient, q: Tensor, k: Tensor, captured: Tensors, splits: int) -> Tensor:
+    def _buffer(
+        self,
+        c: CaptureGradient,
+        sizes: Mapping[str, int],
+        captured: Tensors,
+        splits: int,
+        device: torch.device,
+    ) -> Tensor:
         """Where the kernels put a captured gradient; zeros, because they add to it."""
-        batches, heads, q_len, _ = q.shape
+        batches, heads, q_len, kv_len = (sizes[n] for n in ("batches", "heads", "q_len", "kv_len"))
         parts = (splits,) if self.schedule.gradients is Gradients.ONE_KERNEL else ()
         shape = {
             Route.ROW: (*parts, batches, heads, q_len),
-            Route.COLUMN: (batches, heads, k.shape[2]),
-            Route.DIAGONAL: (*parts, batches, heads, max(0, q_len + k.shape[2] - 1)),
+            Route.COLUMN: (batches, heads, kv_len),
+            Route.DIAGONAL: (*parts, batches, heads, max(0, q_len + kv_len - 1)),
             Route.PAIR: tuple(captured[c.load.tensor].shape),
         }[c.route]
-        return torch.zeros(shape, dtype=self.compute, device=q.device)
+        return torch.zeros(shape, dtype=self.compute, device=device)
 
 
 def _captured_gradient(
@@ -348,3 +391,9 @@ def sizes_of(q: Tensor, k: Tensor) -> dict[str, int]:
     batches, heads, q_len, _ = q.shape
     _, kv_heads, kv_len, _ = k.shape
     return {"batches": batches, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len}
+
+
+def sizes_of_call(q: Tensor, k: Tensor, tables: SequenceTables | None) -> dict[str, int]:
+    """The sizes that kernels see: those of sequences, where the call brings some."""
+    sizes = sizes_of(q, k)
+    return sizes if tables is None else tables.sizes(sizes)

@@ -32,17 +32,23 @@ def choose_packing(program: Attention, schedule: Schedule, q: Tensor, k: Tensor)
 
 
 def choose_splits(
-    program: Attention, schedule: Schedule, q: Tensor, k: Tensor, lists: Mapping[str, Tensor] | None = None
+    program: Attention,
+    schedule: Schedule,
+    q: Tensor,
+    k: Tensor,
+    lists: Mapping[str, Tensor] | None = None,
+    kv_len: int | None = None,
 ) -> int:
     """Splits of the keys: 1 where the query tiles are work enough for every thread that there may be.
 
-    lists: those of a program with listed blocks, by name.
+    lists: those of a program with listed blocks, by name. kv_len: of the longest sequence, where k holds several.
     """
     batches, heads, q_len, _ = q.shape
     tiles = batches * heads * -(-q_len // schedule.block_q)
     if program.rule.pooled or tiles == 0 or tiles >= schedule.split_tasks:
         return 1
-    keys = k.shape[2] if program.listed is None else listed_keys(program.listed, lists or {}, k.shape[2])
+    keys = k.shape[2] if kv_len is None else kv_len
+    keys = keys if program.listed is None else listed_keys(program.listed, lists or {}, keys)
     longest = keys * (program.dim_qk + program.dim_v) // LEAST_NUMBERS_PER_SPLIT
     splits = min(-(-schedule.split_tasks // tiles), longest)
     return splits if splits > 1 and isinstance(derive_merge(program.rule), MergeRule) else 1

@@ -132,7 +132,7 @@ def backward_plan(
     q, k, v, out, rows = stored
     made = [empty_ordered_like(x) for x in (q, k, v)]
     dq, dk, dv = map(logical, made)
-    splits = compiled.backward_splits(logical(k))
+    splits = compiled.backward_splits(sizes_of(logical(q), logical(k)))
     names, compute = compiled.saved_names, compiled.compute
     queries = logical(q)
     tensors = {"Q": queries, "K": logical(k), "V": logical(v), "O": logical(out), "dO": logical(d_out)}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_engine.errors import PooledMaximumNotDifferentiable
+from attn_engine.errors import PooledMaximumNotDifferentiable, UnsupportedOnBackend
 from attn_engine.ir.ops import Number
 from attn_engine.runtime.bind import check_kind
 from attn_engine.runtime.call import Call, registered
@@ -40,7 +40,11 @@ def run_forward(
         return plan.run(q, k, v, captured, numbers)
     out = call.empty_output(q, v)
     views = (call.logical(q), call.logical(k), call.logical(v))
-    return [out, *call.compiled.forward(*views, captured, numbers, call.logical(out))]
+    found = call.compiled.forward(*views, captured, numbers, call.logical(out))
+    if call.packed:
+        rows = len(call.compiled.saved_names)
+        found = [*call.without_batch(found[:rows]), *found[rows:]]
+    return [out, *found]
 
 
 def run_backward(
@@ -74,7 +78,8 @@ def run_backward(
             return plan.run(d_out, tensors, captured, numbers)
         saved = list(saved[0])
     d_pools = pooled_gradients(call.rows, saved, moved)
-    saved = saved[: len(call.compiled.saved_names)]
+    saved = call.with_batch(saved[: len(call.compiled.saved_names)])
+    moved = dict(zip(moved, call.with_batch([*moved.values()]), strict=True))
     dq, dk, dv = (empty_ordered_like(x) for x in (q, k, v))
     found = call.compiled.backward(
         call.logical(d_out),
@@ -228,12 +233,21 @@ def _forward_op(
 def _(q, k, v, captured, scalars, key):
     call = registered(key)
     known = all(isinstance(size, int) for x in (q, k, v) for size in x.shape)
-    if known or any(x.ndim != 4 for x in (q, k, v)):  # sizes that are symbols are checked when the graph runs
+    rank = 3 if call.packed else 4
+    if known or any(
+        x.ndim != rank for x in (q, k, v)
+    ):  # sizes that are symbols are checked when the graph runs
         call.checks.shapes(q, k, v)
     rows = compute_dtype(call.compiled.program.element)
     logical = call.logical(q)
     rule, (batches, heads, q_len, _) = call.compiled.program.rule, logical.shape
-    saved = [q.new_empty((batches, heads, q_len), dtype=rows) for _ in rule.saved]
+    if call.compiled.program.sequences is not None and rule.pooled:
+        raise UnsupportedOnBackend(
+            backend="torch.compile",
+            feature="pooled weights of sequences of their own lengths: their shape depends on the lengths",
+            instead="Call the engine outside of the compiled function (torch.compiler.disable).",
+        )
+    saved = call.without_batch([q.new_empty((batches, heads, q_len), dtype=rows) for _ in rule.saved])
     counts = [(call.logical(k).shape[2] + p.block - 1) // p.block for p in rule.pooled]
     return [
         call.empty_output(q, v),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,15 +16,19 @@ from attn_engine.ir.program import Attention, OnlineRule
 
 
 def empty_pools(
-    program: Attention, schedule: Schedule, q: Tensor, k: Tensor, compute: torch.dtype
+    program: Attention,
+    schedule: Schedule,
+    sizes: Mapping[str, int],
+    compute: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """(B, H, tiles of keys, Sq) by name, filled for the tiles that no row sees: those are never visited."""
     if not program.rule.pooled:
         return {}
-    batches, heads, q_len, _ = q.shape
-    shape = (batches, heads, -(-k.shape[2] // pooled_tile(program, schedule)), q_len)
+    tiles = -(-sizes["kv_len"] // pooled_tile(program, schedule))
+    shape = (sizes["batches"], sizes["heads"], tiles, sizes["q_len"])
     return {
-        p.name: torch.full(shape, REDUCE_IDENTITY[p.kind], dtype=compute, device=q.device)
+        p.name: torch.full(shape, REDUCE_IDENTITY[p.kind], dtype=compute, device=device)
         for p in program.rule.pooled
     }
 

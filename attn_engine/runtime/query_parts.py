@@ -19,6 +19,7 @@ ROOM = 2**23
 class QueryParts:
     """What the launches of the kernel need for dQ.
 
+    sequences: how many share the rows of dq; they are all taken at once. None: each has a batch of its own.
     shared: axes over which each program instance runs. Every split then has a part for each of their batches and heads:
     they are taken in pieces, so that all parts of a launch hold at most `room` numbers, or one batch's one kv head.
     """
@@ -29,6 +30,7 @@ class QueryParts:
     shared: tuple[str, ...]
     compute: torch.dtype
     room: int
+    sequences: int | None = None
 
     def pieces(self, tensors: dict[str, Tensor], scale: Number) -> Iterator[dict[str, int]]:
         """The further numbers of each launch, for which `tensors` gets dQ_parts; fills dq, which is scale times their
@@ -44,7 +46,7 @@ class QueryParts:
             tensors["dQ_parts"] = parts
             yield {
                 "batch_begin": batches.start,
-                "batch_end": batches.stop,
+                "batch_end": batches.stop if self.sequences is None else self.sequences,
                 "kv_head_begin": kv_heads.start,
                 "kv_head_end": kv_heads.stop,
             }

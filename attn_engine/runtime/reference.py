@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attn_engine.ir.expr import Expr, Var, substitute, where
 from attn_engine.ir.ops import DType, Number
+from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
 from attn_engine.ir.program import (
     BATCH,
     HEAD,
@@ -30,11 +31,14 @@ from attn_engine.ir.program import (
     OnlineRule,
     RowState,
     ScalarFn,
+    Sequences,
     saved_var,
 )
 from attn_engine.runtime.block_lists import dense_lists
 from attn_engine.runtime.dense import evaluate_all, evaluate_dense
 from attn_engine.runtime.pools import dense_pools
+from attn_engine.runtime.sequence_rows import PaddedRows
+from attn_engine.runtime.sequences import tables_in
 
 Environment = dict[Var, Tensor | Number]
 
@@ -50,10 +54,51 @@ def reference(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """o (B, H, Sq, Dv) and the saved rows, each (B, H, Sq), all computed in and returned as `dtype`.
 
+    Packed sequences have rows (H, T), and pooled weights (n, H, rows of the longest, blocks).
+
     q: (B, H, Sq, D), k: (B, Hkv, Skv, D), v: (B, Hkv, Skv, Dv), H a multiple of Hkv, any lengths (0 too).
     tensors: the captured tensors by name. scalars: "scale" and the captured numbers by name.
     Differentiable with respect to q, k, v and every floating captured tensor; O(Sq * Skv) memory.
     """
+    if program.sequences is not None:
+        return _of_sequences(program, program.sequences, (q, k, v), tensors, scalars, dtype)
+    return _of_batch(program, q, k, v, tensors, scalars, dtype)
+
+
+def _of_sequences(
+    program: Attention,
+    sequences: Sequences,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Number],
+    dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each sequence as a batch of the longest length, what lies beyond its end hidden."""
+    tables, q = tables_in(tensors), inputs[0]
+    of_q, of_kv = (PaddedRows(sequences, tables, axis, q.device) for axis in ("q", "kv"))
+    padded = of_q.padded(inputs[0]), of_kv.padded(inputs[1]), of_kv.padded(inputs[2])
+    inside = (of_q.valid[:, None, :, None] & of_kv.valid[:, None, None, :])[..., None, None]
+    o, rows = _of_batch(program, *padded, tensors, scalars, dtype, inside)
+    empty = saved_of_empty_row(program.rule)
+    found = dict(rows)
+    for name, value in empty.items():
+        fill = -math.inf if math.isnan(value) else value
+        found[name] = of_q.restored(rows[name], tuple(q.shape[:3]), fill)
+        found[name] = found[name].squeeze(0) if sequences.packed else found[name]
+    return of_q.restored(o, (*q.shape[:3], o.shape[3])), found
+
+
+def _of_batch(
+    program: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Number],
+    dtype: torch.dtype,
+    inside: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`reference` of equal lengths; inside: pairs that are there at all, broadcasting to the scores."""
     sizes: Environment = {
         Var("batches", DType.INT): q.shape[0],
         Var("heads", DType.INT): q.shape[1],
@@ -76,6 +121,8 @@ def reference(
     if program.listed is not None and not nothing_to_see:
         partial, full = dense_lists(program.listed, tensors, score.shape[1], (q.shape[2], k.shape[2]))
         visible = (visible & partial[..., None, None]) | full[..., None, None]
+    if inside is not None and not nothing_to_see:
+        visible = visible & inside
     logit = _logits(program.score, environment, tensors, score, visible)
     o, rows = _row_function(program.rule, environment, tensors, logit, visible, value)
     if program.rule.pooled:

@@ -5,6 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def logical_view(x: Tensor, layout: str) -> Tensor:
+    """(batch, head, row, dimension) of a tensor that lies as `layout` says, "bshd" or "bhsd"; one without a batch is
+    taken for a batch of 1."""
+    if x.ndim == 3:
+        x = x.unsqueeze(0)
+    return x.transpose(1, 2) if layout == "bshd" else x
+
+
+def of_logical(x: Tensor, layout: str, packed: bool) -> Tensor:
+    """The other way; packed: the tensor has no batch."""
+    x = x.transpose(1, 2) if layout == "bshd" else x
+    return x.squeeze(0) if packed else x
+
+
 def empty_ordered_like(x: Tensor, dim: int | None = None) -> Tensor:
     """An uninitialised tensor whose dimensions follow each other in memory as those of x, without gaps.
 

@@ -29,12 +29,15 @@ from attn_engine.ir.expr import (
     postorder,
 )
 from attn_engine.ir.ops import INFO, Number, Storage
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Param, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Param, Section, Stmt, StoreTile
 from attn_engine.runtime.dense import apply_op, torch_kind
 
 Value = Tensor | bool | int | float
 
-_COUNTED = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
+_COUNTED = {
+    "head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits",
+    "tile": "tile_count", "turn": "batches",
+}  # fmt: skip
 _TILED = {"q": "q_len", "kv": "kv_len"}
 _REDUCTION = {"max": torch.amax, "min": torch.amin, "sum": torch.sum}
 
@@ -94,7 +97,7 @@ class _Instance:
     ) -> None:
         self.kernel = kernel
         self.params: dict[str, Param] = {p.name: p for p in kernel.params}
-        self.tensors = tensors
+        self.whole = self.tensors = tensors
         self.device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         self.compute = compute_type(kernel)
         self.names: dict[str, Value] = dict(numbers)
@@ -132,6 +135,10 @@ class _Instance:
                 case If(condition, inner):
                     if self.value(condition):
                         self._scoped(inner)
+                case Narrow(name, axis, first, length):
+                    rows = self.params[name].shape.index(f"{axis}_len")
+                    part = self.whole[name].narrow(rows, int(self._number(first)), int(self._number(length)))
+                    self.tensors = {**self.tensors, name: part}
                 case StoreTile(name, indices, value):
                     self._write(name, indices, value, add=False)
                 case Accumulate(name, indices, value):

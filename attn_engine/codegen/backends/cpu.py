@@ -16,7 +16,7 @@ from attn_engine.codegen.backends.cpu_nests import NestRenderer
 from attn_engine.codegen.backends.cpu_rows import RowNestRenderer
 from attn_engine.codegen.lower.nests import schedule_nests
 from attn_engine.ir.ops import DType, Storage
-from attn_engine.ir.tile import Kernel, Param
+from attn_engine.ir.tile import Kernel, Let, Narrow, Param, walk
 
 TYPES: Mapping[Storage, str] = {
     Storage.FLOAT64: "double",
@@ -33,7 +33,10 @@ TYPES: Mapping[Storage, str] = {
 IN_DOUBLE = "COMPUTE_IN_DOUBLE"  # the headers then compute in double instead of float
 REGISTERS = "LANE_REGISTERS"  # registers that hold the lanes of one value
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
-COUNTS = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
+COUNTS = {
+    "head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits",
+    "tile": "tile_count", "turn": "batches",
+}  # fmt: skip
 LENGTHS = {"q": "q_len", "kv": "kv_len"}
 
 
@@ -166,6 +169,11 @@ class CpuRenderer(NestRenderer):
         parameters = [f"int {axis}_start" if axis in LENGTHS else f"int {axis}" for axis in k.grid]
         tiles = [axis for axis in k.grid if axis in LENGTHS]
         words |= {LENGTHS[axis] for axis in tiles if f"{axis}_rows" in words}
+        # What the body itself makes: the lengths and the tensors of a sequence, say.
+        made = {
+            s.name if isinstance(s, Let) else s.tensor for s in walk(k.body) if isinstance(s, Let | Narrow)
+        }
+        words -= made & {*SIZES, *(p.name for p in k.params)}
         sizes = [n for n in SIZES if n in words]
         return [
             f"static void tile_task({', '.join(['const Arguments& arguments', 'Scratch& scratch', *parameters])}) {{",

@@ -9,7 +9,19 @@ from functools import cache
 from pathlib import Path
 
 from attn_engine.ir.expr import Expr, Load, Var, loads, transform, variables
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile, expressions, walk
+from attn_engine.ir.tile import (
+    Accumulate,
+    If,
+    Kernel,
+    Let,
+    Loop,
+    Narrow,
+    Section,
+    Stmt,
+    StoreTile,
+    expressions,
+    walk,
+)
 
 INCLUDE = Path(__file__).parent / "include"
 Change = Callable[[Expr], Expr]
@@ -117,6 +129,8 @@ def _renamed(body: tuple[Stmt, ...], new: dict[str, str], change: Change) -> tup
                 done.append(
                     Accumulate(new.get(tensor, tensor), tuple(change(i) for i in indices), change(value))
                 )
+            case Narrow(tensor, axis, first, length):
+                done.append(Narrow(new.get(tensor, tensor), axis, change(first), change(length)))
             case Section():
                 done.append(s)
     return tuple(done)

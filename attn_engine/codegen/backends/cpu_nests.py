@@ -24,7 +24,7 @@ from attn_engine.codegen.lower.steps import (
 )
 from attn_engine.ir.expr import Call, Expr, Full, Reduce, variables
 from attn_engine.ir.ops import Op
-from attn_engine.ir.tile import Accumulate, If, Let, Loop, Section, Stmt, StoreTile, expressions, walk
+from attn_engine.ir.tile import Accumulate, If, Let, Loop, Narrow, Section, Stmt, StoreTile, expressions, walk
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
 EMPTY = {"max": "-INFINITY", "min": "INFINITY", "sum": "0"}
@@ -83,6 +83,8 @@ class NestRenderer(TileRenderer):
             match item:
                 case Section(title):
                     lines += ["", self.remark(f"-- {title}")]
+                case Narrow():
+                    lines += self.narrow(item)
                 case Nest():
                     lines += self.nest(item)
                 case Sweep():
@@ -156,6 +158,12 @@ class NestRenderer(TileRenderer):
     @staticmethod
     def indented(lines: list[str]) -> list[str]:
         return [f"  {line}".rstrip() for line in lines]
+
+    def narrow(self, s: Narrow) -> list[str]:
+        """The rows of one sequence as a tensor of their own, under the tensor's name."""
+        dimension = self.kernel.param(s.tensor).shape.index(f"{s.axis}_len")
+        rows = f"{self.expr(s.first)}, {self.expr(s.length)}"
+        return [f"const auto {s.tensor} = rows_of<{dimension}>(arguments.{s.tensor}, {rows});"]
 
     # -- nests
 

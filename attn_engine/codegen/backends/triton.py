@@ -24,6 +24,7 @@ from attn_engine.codegen.backends.triton_address import (
 )  # fmt: skip
 from attn_engine.codegen.backends.triton_descriptors import (
     TileDescriptor,
+    about,
     descriptor_name,
     tile_descriptors,
     tile_load,
@@ -43,6 +44,7 @@ from attn_engine.ir.tile import (
     Kernel,
     Let,
     Loop,
+    Narrow,
     Stmt,
     StoreTile,
     map_expressions,
@@ -50,6 +52,7 @@ from attn_engine.ir.tile import (
 )
 
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
+LENGTHS = {"q_len", "kv_len"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class TritonRenderer(Addressing):
         self._described = tile_descriptors(kernel) if self._with_descriptors else ()
         self.kernel = replace(kernel, body=map_expressions(kernel.body, self._widened))
         self.learn(self.kernel)
+        self.narrowed = {}
         self._hoisted: list[str] = []
         self._names_of: dict[object, str] = {}
         self._renamed = self._renamings()
@@ -122,7 +126,7 @@ class TritonRenderer(Addressing):
     def _top(self, body: str) -> list[str]:
         lines = [
             *(f"# {line}" for line in self.kernel.header),
-            *self._about_descriptors(),
+            *about(self._described),
             "import triton",
             "import triton.language as tl",
             "",
@@ -136,13 +140,6 @@ class TritonRenderer(Addressing):
                 lines.append(f"{BLOCKS[axis]} = tl.constexpr({block})")
         return [*lines, "", ""]
 
-    def _about_descriptors(self) -> list[str]:
-        names = [d.name for d in self._described]
-        if not names:
-            return []
-        listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-        return [f"# {listed}: tensor descriptors of tiles, batch and head first"]
-
     def _arguments(self, body: str) -> list[list[str]]:
         """The arguments that the body reads: tensors, then the strides of each, then numbers and sizes."""
         params = self.kernel.params
@@ -155,6 +152,7 @@ class TritonRenderer(Addressing):
         ]
         words = set(re.findall(r"\w+", body)) | {p.name for p in params}
         words |= {d.name for d in self._described}
+        words -= LENGTHS & {s.name for s in walk(self.kernel.body) if isinstance(s, Let)}
         return [kept for group in groups if (kept := [name for name in group if name in words])]
 
     def _names_of_tensor(self, tensor: str) -> list[str]:
@@ -190,6 +188,7 @@ class TritonRenderer(Addressing):
         own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {"place"}
         for p in self.kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
+        own -= LENGTHS  # a kernel over sequences sets them
         taken = Names(own | {s.name for s in walk(self.kernel.body) if isinstance(s, Let)})
         renamed: dict[str, str] = {}
         for s in walk(self.kernel.body):
@@ -265,6 +264,12 @@ class TritonRenderer(Addressing):
 
     def is_flat(self, s: Loop | If) -> bool:
         return isinstance(s, Loop) and s.axis is not None and s.is_one_tile(self.kernel.block(s.axis))
+
+    def narrow(self, s: Narrow) -> list[str]:
+        param = self.kernel.param(s.tensor)
+        stride = stride_names(param)[param.shape.index(f"{s.axis}_len")]
+        name = self.narrowed[s.tensor] = self._named((s.tensor, "rows"), f"{s.tensor}_rows")
+        return [f"{name} = {s.tensor} + tl.cast({self.expr(s.first)}, tl.int64) * {stride}"]
 
     def store(self, s: StoreTile) -> list[str]:
         axes = self._index_axes(s.indices)

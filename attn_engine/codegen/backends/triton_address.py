@@ -23,16 +23,26 @@ DIMENSION_WORDS = {
     "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
     "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
     "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
+    "tile_count": "tile", "span": "end",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {axis: f"BLOCK_{axis.upper()}" for axis in AXES}
-GRID_SIZES = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
+GRID_SIZES = {
+    "head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits",
+    "tile": "tile_count", "turn": "batches",
+}  # fmt: skip
 NON_NEGATIVE = frozenset(
     f"{axis}_{what}" for axis in AXES for what in ("idx", "start", "len")
 ) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
 LISTED = frozenset(
-    {"q_bounds", "kv_bounds", "partial_listed", "full_listed"}
-)  # last sizes of lists of blocks
+    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "span", "tile_count"}
+)  # last sizes of lists of blocks and of tables of sequences: no number in them is negative
+OF_TILE = {
+    "head",
+    "kv_head",
+    "place",
+    "tile_start",
+}  # never negative, though how a tile's number gives them hides it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,7 @@ def tile_axis(index: Expr) -> str | None:
 class Addressing(Renderer):
     """The part of the Triton renderer that turns (tensor, indices) into an `Address`."""
 
+    narrowed: dict[str, str]  # tensors of which a sequence is seen, and where that begins
     lowest: dict[str, int]  # integer names and what they are never below
     wide: set[str]  # integer names that hold 64 bits
 
@@ -87,12 +98,13 @@ class Addressing(Renderer):
                 values.setdefault(s.var, []).append(s.lo)
             elif isinstance(s, Let) and s.value.dtype is DType.INT:
                 values.setdefault(s.name, []).append(s.value)
-        self.lowest = dict.fromkeys(NON_NEGATIVE, 0)
+        of_tile = OF_TILE if "tile" in kernel.grid else set[str]()
+        self.lowest = dict.fromkeys((*NON_NEGATIVE, *of_tile), 0)
         for name, assigned in values.items():  # a name that its own values read has no bound, and needs none
             found = [self.lower_bound(value) for value in assigned]
             if all(bound is not None for bound in found):
                 self.lowest[name] = min(bound for bound in found if bound is not None)
-            else:
+            elif name not in of_tile:
                 self.lowest.pop(name, None)
         self.wide = set(kernel.grid) - {"q", "kv"}
         for name, assigned in values.items():
@@ -108,7 +120,7 @@ class Addressing(Renderer):
         to its range for reading (`clamp`) and masked for writing.
         """
         param = self.kernel.param(tensor)
-        base, offset, inside = [tensor], list[str](), list[str]()
+        base, offset, inside = [self.narrowed.get(tensor, tensor)], list[str](), list[str]()
         for index, size, stride in zip(indices, param.shape, stride_names(param), strict=True):
             axis = tile_axis(index)
             if axis in COLUMNS:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from attn_engine.codegen.lower.columns import cut_columns, padded
 from attn_engine.ir.expr import COLUMNS, Expr, Load, Var, postorder
 from attn_engine.ir.ops import DType, Storage
-from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Stmt, StoreTile, expressions, walk
+from attn_engine.ir.tile import Accumulate, Kernel, Let, Loop, Narrow, Stmt, StoreTile, expressions, walk
 
 _ROWS = {"q_len": "q", "kv_len": "kv"}
 _ELEMENTS = (Storage.BFLOAT16, Storage.FLOAT16)
@@ -34,6 +34,8 @@ class TileDescriptor:
 def tile_descriptors(kernel: Kernel) -> tuple[TileDescriptor, ...]:
     """The tensors of 16-bit elements that loops over tiles read, and nothing else reads otherwise."""
     kernel = cut_columns(kernel)
+    if any(isinstance(s, Narrow) for s in walk(kernel.body)):
+        return ()  # a descriptor knows the rows of the whole tensor, not where a sequence ends
     loops = (s for s in walk(kernel.body) if isinstance(s, Loop) and s.axis is not None)
     in_loops = {id(s) for loop in loops for s in walk(loop.body)}
     found: dict[str, dict[str, TileDescriptor]] = {}
@@ -62,6 +64,13 @@ def tile_load(kernel: Kernel, s: Stmt) -> Load | None:
     axis = _ROWS[param.shape[2]]
     whole = _is_axis(rows, axis) and any(_is_axis(columns, c) for c in COLUMNS)
     return s.value if whole else None
+
+
+def about(descriptors: tuple[TileDescriptor, ...]) -> list[str]:
+    """A comment line that names them, where there are some."""
+    names = [d.name for d in descriptors]
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+    return [f"# {listed}: tensor descriptors of tiles, batch and head first"] if names else []
 
 
 def descriptor_name(tensor: str, columns: str) -> str:

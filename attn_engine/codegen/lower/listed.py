@@ -56,7 +56,7 @@ class ListedRun:
     """The tiles of the blocks in entries begin to end of a list.
 
     block, tile: positions of each. end_of_axis: where tiles end; None where one tile is a block. masked: how each tile
-    is; whole: tiles for which this holds need no mask, and None where there are none.
+    is; whole: tiles for which this holds need no mask, and None where there are none. clamped: tiles end with the axis.
     """
 
     title: str
@@ -68,13 +68,14 @@ class ListedRun:
     tile: int
     masked: Masked
     whole: Expr | None
+    clamped: bool
 
     def loop(self, axis: str, step: Callable[[Masked], list[Stmt]]) -> Loop:
         """The loop over the entries; `step` makes what is done to a tile."""
         block = Var(f"{axis}_block", INT)
         first = block * self.block
         stop = first + self.block
-        if self.block > self.tile:
+        if self.clamped:
             stop = call(Op.MIN, stop, scalar(f"{axis}_end"))
         body = tuple(self._tested(self.whole, step) if self.whole is not None else step(self.masked))
         tiles = Loop(f"{axis}_start", first, stop, axis, body, self.step)
@@ -103,7 +104,8 @@ def listed_runs(
     axis, n, length = OTHER[loop], tiles[loop], scalar(f"{loop}_len")
     own, size = scalar(f"{axis}_block"), listed.block(axis)
     bounds: list[Stmt] = [Let(own.name, scalar(f"{axis}_start") // size if size else Const(0))]
-    if listed.block(loop) > n:
+    clamped = listed.block(loop) > n or program.sequences is not None  # some sequences end before a block
+    if clamped:
         bounds.append(Let(f"{loop}_end", (length + (n - 1)) // n * n))
     places = (BATCH, KV_HEAD if listed.heads == "kv_heads" else HEAD)
     for kind in KINDS:
@@ -128,6 +130,7 @@ def listed_runs(
             n,
             masked=True if by_mask else ENDS if ragged else False,
             whole=whole if ragged and not by_mask and edges is Edges.SPLIT else None,
+            clamped=clamped,
         )
 
     return bounds, (

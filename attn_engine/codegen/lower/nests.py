@@ -1,6 +1,6 @@
 """Schedule a kernel for a machine without tile instructions: fuse its steps into few row loops.
 
-    item = Section | Nest(shape, steps, stored, places) | Sweep(loop, items) | Branch(branch, items)
+    item = Section | Narrow | Nest(shape, steps, stored, places) | Sweep(loop, items) | Branch(branch, items)
 
 A nest is one loop over rows: a product of the micro-kernel and everything that can be done to its result while that is
 in registers. Values that another nest needs are stored in scratch arrays; all others never leave the registers.
@@ -15,7 +15,7 @@ from attn_engine.codegen.lower.drafts import Draft, OpenNest, Run, all_blocks, d
 from attn_engine.codegen.lower.splitter import Splitter, prepare
 from attn_engine.codegen.lower.steps import Form, Product, Shape, Step, is_total, name_made, names_read
 from attn_engine.ir.ops import DType
-from attn_engine.ir.tile import If, Kernel, Let, Loop, Section
+from attn_engine.ir.tile import If, Kernel, Let, Loop, Narrow, Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Branch:
         return all(isinstance(item, Nest) for item in self.body)
 
 
-Item = Section | Nest | Sweep | Branch
+Item = Section | Narrow | Nest | Sweep | Branch
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def finish(
     items: list[Item] = []
     for d in drafts:
         match d:
-            case Section():
+            case Section() | Narrow():
                 items.append(d)
             case Run(nests):
                 items += close(nests, reads, arrays, forms)

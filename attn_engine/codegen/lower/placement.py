@@ -39,6 +39,7 @@ from attn_engine.ir.tile import (
     Kernel,
     Let,
     Loop,
+    Narrow,
     Section,
     Stmt,
     StoreTile,
@@ -89,6 +90,8 @@ class _Placer:
                 lets, value = self.plain(self.read(value), f"{tensor}_part")
                 place = tuple(self.read(i) for i in indices)
                 return [*lets, self.mapped(Accumulate(tensor, place, value))]
+            case Narrow():
+                raise AssertionError("sequences of their own lengths are refused before")
 
     def read(self, e: Expr) -> Expr:
         return substitute(e, self._renamed) if self._renamed else e

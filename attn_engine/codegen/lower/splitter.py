@@ -45,6 +45,7 @@ from attn_engine.ir.tile import (
     Lanes,
     Let,
     Loop,
+    Narrow,
     Section,
     Stmt,
     StoreTile,
@@ -165,7 +166,7 @@ class Splitter:
                     self.accumulate_rows(s)
                 case Accumulate(tensor, indices, value):
                     self.steps.append(Accumulate(tensor, indices, self.split(value)))
-                case Section() | Loop() | If():
+                case Section() | Narrow() | Loop() | If():
                     raise AssertionError("only straight-line statements become steps")
         return self.steps
 

@@ -14,6 +14,13 @@ template <class T, int RANK> struct Tensor {
   template <class... Index> inline __attribute__((always_inline)) auto operator()(Index... index) const;
 };
 
+/// Rows first, ..., first + count - 1 along one dimension, as a tensor of their own.
+template <int DIMENSION, class T, int RANK> INLINE Tensor<T, RANK> rows_of(Tensor<T, RANK> x, int64_t first, int64_t count) {
+  x.data += first * x.strides[DIMENSION];
+  x.sizes[DIMENSION] = count;
+  return x;
+}
+
 INLINE int64_t inside(int64_t index, int64_t size) { return index < 0 || size == 0 ? 0 : index < size ? index : size - 1; }
 INLINE Ints inside(Ints index, int64_t size) {
   constexpr int64_t LARGEST = (int64_t)(~(uint64_t)0 >> (65 - 8 * sizeof(Int)));

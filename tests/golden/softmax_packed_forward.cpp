@@ -1,0 +1,202 @@
+// attn_engine golden | causal_OnlineSoftmax: forward | cpu | block_q=64 block_kv=64
+// regenerate: engine.source(backend="cpu", kernel="forward")
+#define LANE_REGISTERS 4
+#include "kernel.h"
+
+namespace attention {
+
+constexpr int BLOCK_Q = 64, BLOCK_KV = 64, D = 64, DV = 64;
+static_assert(BLOCK_Q == LANES, "one query row per lane");
+
+struct Arguments {  // 8 bytes each: the launcher fills them in this order
+  int64_t next_task;  // shared by the threads
+  Tensor<const float, 4> Q;
+  Tensor<const float, 4> K;
+  Tensor<const float, 4> V;
+  Tensor<const int32_t, 2> q_spans;
+  Tensor<const int32_t, 2> kv_spans;
+  Tensor<const int32_t, 1> tile_list;
+  Tensor<const int32_t, 2> tile_ranges;
+  Tensor<float, 4> O;
+  Tensor<float, 3> saved_lse;
+  Tensor<float, 3> saved_row_max;
+  Tensor<float, 3> saved_inverse_sum;
+  int64_t batches, heads, kv_heads, q_len, kv_len;
+  double scale;
+  int64_t tile_count;
+};
+static_assert(sizeof(Arguments) == 8 * 83);
+
+struct Scratch {  // of one thread
+  alignas(64) Real query_packed[D][LANES];
+  alignas(64) Real out_tile[round_up(DV, ROWS)][LANES];
+  alignas(64) Real key_spare[BLOCK_KV][D];
+  alignas(64) Real value_spare[BLOCK_KV][round_up(DV, ROWS)];
+  alignas(64) Real score_tile[BLOCK_KV][LANES];
+  alignas(64) Real masked_score_tile[BLOCK_KV][LANES];
+  alignas(64) Real result_tile[round_up(DV, ROWS)][LANES];
+};
+
+static void tile_task(const Arguments& arguments, Scratch& scratch, int tile) {
+  const auto& q_spans = arguments.q_spans;
+  const auto& kv_spans = arguments.kv_spans;
+  const auto& tile_list = arguments.tile_list;
+  const auto& tile_ranges = arguments.tile_ranges;
+  const int heads = arguments.heads, kv_heads = arguments.kv_heads;
+  const Real scale = arguments.scale;
+  auto& query_packed = scratch.query_packed;
+  auto& out_tile = scratch.out_tile;
+  auto& key_spare = scratch.key_spare;
+  auto& value_spare = scratch.value_spare;
+  auto& score_tile = scratch.score_tile;
+  auto& masked_score_tile = scratch.masked_score_tile;
+  auto& result_tile = scratch.result_tile;
+
+  // -- sequence of this program
+  const int batch = tile_list(floor_div(tile, heads));
+  const int place = tile - tile_ranges(batch, 0) * heads;
+  const int tiles_of_head = tile_ranges(batch, 1);
+  const int head = floor_div(place, tiles_of_head);
+  const int tile_start = (tiles_of_head - 1 - floor_mod(place, tiles_of_head)) * 64;
+  const int q_first = q_spans(batch, 0);
+  const int q_len = q_spans(batch, 1);
+  const int kv_first = kv_spans(batch, 0);
+  const int kv_len = kv_spans(batch, 1);
+  const auto Q = rows_of<2>(arguments.Q, q_first, q_len);
+  const auto K = rows_of<2>(arguments.K, kv_first, kv_len);
+  const auto V = rows_of<2>(arguments.V, kv_first, kv_len);
+  const auto O = rows_of<2>(arguments.O, q_first, q_len);
+  const auto saved_lse = rows_of<2>(arguments.saved_lse, q_first, q_len);
+  const auto saved_row_max = rows_of<2>(arguments.saved_row_max, q_first, q_len);
+  const auto saved_inverse_sum = rows_of<2>(arguments.saved_inverse_sum, q_first, q_len);
+  const int q_start = tile_start;
+  const int q_rows = min(BLOCK_Q, q_len - q_start);
+  const Positions q_idx = positions(q_start);
+
+  // -- query tile of this program
+  const int kv_head = floor_div(head, floor_div(heads, kv_heads));
+  pack_lanes<D>(query_packed, matrix(Q, batch, head), q_start, q_rows, scale);
+
+  // -- row state of OnlineSoftmax
+  for (int row = 0; row < DV; ++row) store(out_tile[row], fill(0.0f));
+  Floats row_max = fill(-INFINITY);
+  Floats row_sum = fill(0.0f);
+
+  // -- kv tiles this tile can see
+  const int q_last = min(q_start + 63, q_len - 1);
+  const int kv_begin = 0;
+  const int kv_end = max(floor_div(min(q_last + 1, kv_len) + 63, 64) * 64, kv_begin);
+  const int kv_full_end = max(min(floor_div(min(q_start + 1, kv_len), 64) * 64, kv_end), kv_begin);
+
+  // -- kv tiles seen in full: no mask
+  const auto full_step = [&](int kv_start) __attribute__((noinline)) {
+    const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
+    const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
+    const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+    Floats tile_max = fill(-INFINITY);
+    for (int block = 0; block < kv_rows; block += ROWS) {
+      Floats sums[ROWS];
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+      multiply_add(sums, D, key[block], key.stride, 1, query_packed[0], LANES);
+      UNROLL for (int r = 0; r < ROWS; ++r) {
+        const int row = block + r;
+        const Floats score = sums[r];
+        store(score_tile[row], score);
+        tile_max = max(tile_max, score);
+      }
+    }
+    // softmax.py:27: new_max = old_max.max(scores.get_reduce("max"))
+    const auto new_max = max(row_max, tile_max);
+    const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
+    // softmax.py:28: rescale = torch.exp(old_max - new_max)
+    const auto rescale = exp(row_max - safe_row_max);
+    row_max = new_max;
+    Floats tile_sum = fill(0);
+    for (int row = 0; row < kv_rows; ++row) {
+      const auto probs = exp(load(score_tile[row]) - safe_row_max);
+      store(score_tile[row], probs);
+      tile_sum = tile_sum + probs;
+    }
+    for (int block = 0; block < DV; block += ROWS) {
+      Floats sums[ROWS];
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+      multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, score_tile[0], LANES);
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]) * rescale + sums[r];
+      UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
+    }
+    // softmax.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+    const auto new_sum = row_sum * rescale + tile_sum;
+    row_sum = new_sum;
+  };
+  for (int kv_start = kv_begin; kv_start < kv_full_end; kv_start += BLOCK_KV)
+    full_step(kv_start);
+
+  // -- kv tiles seen in part: right edge
+  const auto partial_step = [&](int kv_start) __attribute__((noinline)) {
+    const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
+    const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
+    const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+    Floats tile_max = fill(-INFINITY);
+    for (int block = 0; block < kv_rows; block += ROWS) {
+      Floats sums[ROWS];
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+      multiply_add(sums, D, key[block], key.stride, 1, query_packed[0], LANES);
+      UNROLL for (int r = 0; r < ROWS; ++r) {
+        const int row = block + r;
+        const int kv_idx = kv_start + row;
+        const Floats score = sums[r];
+        const auto visible = (kv_idx <= q_idx) & (kv_idx < kv_len);
+        const auto masked_score = where(visible, score, -INFINITY);
+        store(masked_score_tile[row], masked_score);
+        tile_max = max(tile_max, masked_score);
+      }
+    }
+    // softmax.py:27: new_max = old_max.max(scores.get_reduce("max"))
+    const auto new_max = max(row_max, tile_max);
+    const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
+    // softmax.py:28: rescale = torch.exp(old_max - new_max)
+    const auto rescale = exp(row_max - safe_row_max);
+    row_max = new_max;
+    Floats tile_sum = fill(0);
+    for (int row = 0; row < kv_rows; ++row) {
+      const auto probs = exp(load(masked_score_tile[row]) - safe_row_max);
+      store(masked_score_tile[row], probs);
+      tile_sum = tile_sum + probs;
+    }
+    for (int block = 0; block < DV; block += ROWS) {
+      Floats sums[ROWS];
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
+      multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, masked_score_tile[0], LANES);
+      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]) * rescale + sums[r];
+      UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
+    }
+    // softmax.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+    const auto new_sum = row_sum * rescale + tile_sum;
+    row_sum = new_sum;
+  };
+  for (int kv_start = kv_full_end; kv_start < kv_end; kv_start += BLOCK_KV)
+    partial_step(kv_start);
+
+  // -- normalise and store
+  // softmax.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
+  const auto inverse_sum = where(0.0f < row_sum, 1.0f / row_sum, 0.0f);
+  write(saved_lse, q_rows, row_max + log(row_sum), batch, head, q_idx);
+  write(saved_row_max, q_rows, row_max, batch, head, q_idx);
+  write(saved_inverse_sum, q_rows, inverse_sum, batch, head, q_idx);
+  for (int row = 0; row < DV; ++row) store(result_tile[row], load(out_tile[row]) * inverse_sum);
+  unpack_lanes<DV>(matrix(O, batch, head), q_start, q_rows, result_tile);
+}
+
+// Any number of threads may run this on the same arguments; each takes the next task.
+extern "C" void attn_engine_forward(Arguments* arguments) {
+  const int64_t tasks = arguments->tile_count;
+  Scratch* scratch = (Scratch*)aligned_alloc(64, (sizeof(Scratch) + 63) / 64 * 64);
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(&arguments->next_task, 1, __ATOMIC_RELAXED);
+    if (task >= tasks) break;
+    tile_task(*arguments, *scratch, task);
+  }
+  free(scratch);
+}
+
+}  // namespace attention
