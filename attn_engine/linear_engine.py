@@ -24,8 +24,11 @@ from attn_engine.linear_checks import (
     sequences_of,
 )
 from attn_engine.options import checked_scale, fixed_sizes, three_metas
+from attn_engine.runtime.backends import backend_named
 from attn_engine.runtime.bind import LAYOUTS, custom_by_name
+from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.linear_autograd import LinearMachine, attend
+from attn_engine.runtime.linear_cpu import CpuChunks
 from attn_engine.runtime.linear_inputs import LinearInputs
 from attn_engine.runtime.linear_reference import token_recurrence
 from attn_engine.runtime.linear_torch import TorchChunks
@@ -313,7 +316,23 @@ class LinearAttentionEngine:
         return found
 
     def _made(self, traced: TracedLinear, name: str) -> LinearMachine:
+        if name == "cpu" and find_compiler() is not None:
+            return CpuChunks(traced.program, self.chunk)
+        if name == "cpu":
+            backend_named("cpu")  # warns, once
         return TorchChunks(traced.program, self.chunk)
+
+    def source(self, kernel: str = "forward") -> str:
+        """The C++ of a generated kernel, "forward" or "backward" (with the gradients of all that can have one)."""
+        traced = self._present
+        chunks = CpuChunks(traced.program, self.chunk)
+        if kernel not in ("forward", "backward"):
+            raise UnknownOption(option="kernel", value=kernel, where="source", known="'forward', 'backward'")
+        floating = [c.name for c in traced.program.captures if c.storage.floating]
+        given = ["q", "k", "v"]
+        given += ["decay"] if traced.kind.decay is not Rank.NONE else []
+        given += ["beta"] if traced.kind.beta is not None else []
+        return chunks.source(kernel, (*given, *floating))
 
     def __repr__(self) -> str:
         p = self.program

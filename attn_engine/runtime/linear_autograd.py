@@ -26,7 +26,9 @@ class LinearMachine(Protocol):
     @property
     def program(self) -> LinearProgram: ...
 
-    def forward(self, inputs: LinearInputs) -> tuple[Tensor, Tensor, Any]: ...
+    def forward(self, inputs: LinearInputs, keep: bool = False) -> tuple[Tensor, Tensor, Any]:
+        """o, the final states, and what `backward` wants where `keep` says that it will come."""
+        ...
 
     def backward(
         self, inputs: LinearInputs, kept: Any, d_out: Tensor, d_states: Tensor, wanted: Sequence[str]
@@ -55,7 +57,7 @@ class _LinearAttention(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         inputs = _with(inputs, names, initial, tensors)
-        o, states, kept = machine.forward(inputs)
+        o, states, kept = machine.forward(inputs, keep=True)
         ctx.machine, ctx.names, ctx.kept = machine, names, kept
         ctx.about = replace(inputs, q=None, k=None, v=None, decay=None, beta=None, captured={})
         ctx.save_for_backward(initial, *tensors)

@@ -37,7 +37,7 @@ class TorchChunks:
         outputs = {w.tensor: empty_output(w, inputs, self.compute) for w in kernel.outputs}
         return ChunkRun(kernel, inputs, self.chunk or DEFAULT_CHUNK, self.compute, outputs)
 
-    def forward(self, inputs: LinearInputs) -> tuple[Tensor, Tensor, None]:
+    def forward(self, inputs: LinearInputs, keep: bool = False) -> tuple[Tensor, Tensor, None]:
         """o (B, H, T, Dv) and the final states, in the type that is computed in; nothing is kept for the backward."""
         run = self.run(lower_chunked_forward(self.program), inputs)
         states = inputs.start(self.program.state_columns, self.compute)

@@ -1,0 +1,518 @@
+"""C++ of chunk programs: one function for one head of one sequence. Arithmetic lives in include/chunk*.h."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from attn_engine.codegen.backends.chunk_rows import RowRenderer
+from attn_engine.codegen.backends.cpu import IN_DOUBLE, REGISTERS, TYPES, CpuTarget
+from attn_engine.codegen.backends.cpu_names import KEYWORDS, LOCALS, header_names
+from attn_engine.ir.chunk import (
+    CarriedGradient,
+    ChunkKernel,
+    ChunkStmt,
+    Decays,
+    Diagonal,
+    DiagonalGradient,
+    Gram,
+    GramGradient,
+    Product,
+    RowOutput,
+    Rows,
+    Scale,
+    Section,
+    Solve,
+    StateStep,
+    Tile,
+    Within,
+)
+from attn_engine.ir.linear import LinearProgram, Rank
+from attn_engine.ir.ops import DType, Storage
+
+SEGMENT = 16  # chunks between two states that the forward pass keeps for the backward
+ABOUT = ("batch", "first", "length", "segment")  # what `sequences` holds of each
+SIZES = ("sequence_count", "heads", "q_heads", "k_heads", "keep_states")
+COLUMNS = {"t": "T_COLUMNS", "d": "D_COLUMNS", "v": "V_COLUMNS"}
+_INDENT = "  "
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkParam:
+    """A tensor argument of a chunk kernel."""
+
+    name: str
+    storage: Storage
+    rank: int
+    output: bool = False
+
+
+def chunk_params(kernel: ChunkKernel) -> tuple[ChunkParam, ...]:
+    """The tensors of a kernel, in order: what its `Arguments` hold."""
+    program, element = kernel.program, kernel.program.element
+    compute = Storage.FLOAT64 if element is Storage.FLOAT64 else Storage.FLOAT32
+    found = [ChunkParam(name, element, 4) for name in "QKV"]
+    if program.decay_given is not Rank.NONE:
+        rank = {Rank.HEAD: 1, Rank.TOKEN: 3, Rank.VECTOR: 4}[program.decay_given]
+        found.append(ChunkParam("decay_given", program.decay_storage, rank))
+    if program.beta_storage is not None:
+        found.append(ChunkParam("beta_given", program.beta_storage, 3))
+    found += [ChunkParam(c.name, c.storage, c.rank) for c in program.captures]
+    if kernel.gradient:
+        found += [ChunkParam("dO", element, 4), ChunkParam("d_final", compute, 4)]
+    else:
+        found.append(ChunkParam("initial", compute, 4))
+    found.append(ChunkParam("kept", compute, 4, output=not kernel.gradient))
+    found.append(ChunkParam("d_initial" if kernel.gradient else "final", compute, 4, output=True))
+    for w in kernel.outputs:
+        found.append(ChunkParam(w.tensor, output_storage(kernel, w), 2 + len(w.axes), output=True))
+    found.append(ChunkParam("sequences", Storage.INT64, 2))
+    found.append(ChunkParam("faults", Storage.INT64, 2, output=True))
+    return tuple(found)
+
+
+def output_storage(kernel: ChunkKernel, w: RowOutput) -> Storage:
+    """How rows are stored: o as v, gradients in the compute type, sums over tokens in double."""
+    if w.tensor == "O":
+        return kernel.program.element
+    if "q" not in w.axes:
+        return Storage.FLOAT64
+    return Storage.FLOAT64 if kernel.program.element is Storage.FLOAT64 else Storage.FLOAT32
+
+
+def chunk_registers(program: LinearProgram, target: CpuTarget) -> int:
+    """Registers side by side that hold neighbouring columns."""
+    lanes = target.lanes(program.element, program.dim_qk, program.state_columns)
+    return lanes // target.width(program.element)
+
+
+def render_chunk_cpu(kernel: ChunkKernel, target: CpuTarget, chunk: int, header: tuple[str, ...] = ()) -> str:
+    """The C++ source of a chunk kernel; it exports `attn_engine_<kernel name>(Arguments*)`."""
+    return _ChunkRenderer(kernel, target, chunk).render(header)
+
+
+class _ChunkRenderer:
+    """Prints one kernel as one file."""
+
+    def __init__(self, kernel: ChunkKernel, target: CpuTarget, chunk: int) -> None:
+        self.kernel, self.program, self.target, self.chunk = kernel, kernel.program, target, chunk
+        self.in_double = self.program.element is Storage.FLOAT64
+        self.params = chunk_params(kernel)
+        self.renamed = self._legal_names()
+        self.registers = chunk_registers(self.program, target)
+        lanes = self.registers * target.width(self.program.element)
+        self.padded = {"d": self.program.dim_qk % lanes != 0, "dv": self.program.dim_v % lanes != 0}
+        self.tiles = {tile: tile.name for tile in kernel.tiles()}
+        self.rows = RowRenderer(self.program, self._inputs(), self.padded, self.renamed, self.in_double)
+        self.vector = self.program.rank is Rank.VECTOR
+
+    def render(self, header: tuple[str, ...]) -> str:
+        body = self.task()
+        lines = [*(RowRenderer.remark(line) for line in header), *self.prologue(), *body, *self.entry()]
+        return "\n".join(line.rstrip() for line in lines) + "\n"
+
+    # -- the file
+
+    def prologue(self) -> list[str]:
+        p = self.program
+        columns = (
+            "T_COLUMNS = round_up(CHUNK, LANES), D_COLUMNS = round_up(D, LANES), "
+            "V_COLUMNS = round_up(STATE_COLUMNS, LANES)"
+        )
+        return [
+            f"#define {REGISTERS} {self.registers}",
+            *([f"#define {IN_DOUBLE} 1"] if self.in_double else []),
+            '#include "kernel.h"',
+            '#include "chunk_vectors.h"',
+            "",
+            "namespace attention {",
+            "",
+            f"constexpr int CHUNK = {self.chunk}, SEGMENT = {SEGMENT}, D = {p.dim_qk}, DV = {p.dim_v}, "
+            f"STATE_COLUMNS = {p.state_columns};",
+            f"constexpr int {columns};",
+            "",
+            "struct Arguments {  // 8 bytes each: the launcher fills them in this order",
+            "  int64_t next_task;  // shared by the threads",
+            *(f"  {self._tensor_type(x)} {self.spelled(x.name)};" for x in self.params),
+            f"  int64_t {', '.join(SIZES)};",
+            *(
+                f"  {'double' if v.dtype is DType.FLOAT else 'int64_t'} {self.spelled(v.name)};"
+                for v in p.scalars
+            ),
+            "};",
+            "",
+            "struct Scratch {  // of one thread",
+            *(f"  alignas(64) {line}" for line in self._scratch()),
+            "};",
+            "",
+        ]
+
+    def _tensor_type(self, p: ChunkParam) -> str:
+        return f"Tensor<{'' if p.output else 'const '}{TYPES[p.storage]}, {p.rank}>"
+
+    def _scratch(self) -> list[str]:
+        lines: list[str] = []
+        for tile in self.tiles:
+            if tile.name == "decay_sums":
+                if not self.vector:
+                    lines.append("RunningSum<T_COLUMNS> decay_sums;")
+            elif not tile.axes:
+                lines.append(f"Real {tile.name};")
+            elif tile.axes == ("t",):
+                lines.append(f"Real {tile.name}[T_COLUMNS];")
+            elif tile.axes == ("d",):
+                lines.append(f"Real {tile.name}[D_COLUMNS];")
+            else:
+                rows = "CHUNK" if tile.axes[0] == "t" else "D_COLUMNS"
+                lines.append(f"Real {tile.name}[{rows}][{COLUMNS[tile.axes[1]]}];")
+        lines.append("Real spare_rows[D_COLUMNS > V_COLUMNS ? D_COLUMNS : V_COLUMNS][T_COLUMNS];")
+        if self.vector:
+            lines.append("VectorSpare<CHUNK, D_COLUMNS> spare;")
+        if self.kernel.gradient:
+            lines += [
+                "Real spare_state[V_COLUMNS][D_COLUMNS];",
+                "Real states[SEGMENT][D_COLUMNS][V_COLUMNS];",
+            ]
+        for w in self._sums():
+            size = "D_COLUMNS" if "d" in w.axes else "round_up(DV, LANES)" if "dv" in w.axes else "1"
+            lines.append(f"Real {w.tensor}_sum[{size}];")
+        return lines
+
+    def _sums(self) -> list[RowOutput]:
+        """The outputs that are summed over tokens."""
+        return [w for w in self.kernel.outputs if "q" not in w.axes]
+
+    def task(self) -> list[str]:
+        """What is done for one head of one sequence."""
+        name = "gradient" if self.kernel.gradient else "attention"
+        loops = self._backward_loops() if self.kernel.gradient else self._forward_loops()
+        scan = self._step("scan", self.kernel.scan)
+        gradient = self._step("gradient", self.kernel.gradient) if self.kernel.gradient else []
+        body = [*scan, *gradient, *loops]
+        words = set(re.findall(r"\w+", "\n".join(body)))
+        return [
+            f"static void {name}_task(const Arguments& arguments, Scratch& scratch, int sequence, int head) {{",
+            *(f"  {line}" for line in [*self._declarations(words), *body]),
+            "}",
+            "",
+        ]
+
+    def _declarations(self, words: set[str]) -> list[str]:
+        spelled = [self.spelled(p.name) for p in self.params]
+        lines = [f"const auto& {n} = arguments.{n};" for n in spelled if n in words or f"{n}_rows" in words]
+        lines += [
+            f"const {'Real' if v.dtype is DType.FLOAT else 'int'} {n} = arguments.{n};"
+            for v in self.program.scalars
+            if (n := self.spelled(v.name)) in words
+        ]
+        names = re.findall(r"(\w+)(?:\[.*\])?;$", "\n".join(self._scratch()), re.M)
+        lines += [f"auto& {name} = scratch.{name};" for name in names if name in words]
+        lines.append(
+            "const int64_t *about = &arguments.sequences.data[sequence * arguments.sequences.strides[0]];"
+        )
+        lines.append("const int batch = about[0], first = about[1], length = about[2];")
+        views = {
+            "Q": "batch, floor_div(head, arguments.heads / arguments.q_heads)",
+            "K": "batch, floor_div(head, arguments.heads / arguments.k_heads)",
+        }
+        for p in self.params:
+            if f"{p.name}_rows" in words and p.name not in _STATES:
+                lines.append(
+                    f"const auto {p.name}_rows = matrix(arguments.{p.name}, {views.get(p.name, 'batch, head')});"
+                )
+        return lines
+
+    def _step(self, name: str, body: tuple[ChunkStmt, ...]) -> list[str]:
+        """What is done to a chunk, as a local function."""
+        lines = [line for s in body for line in self.statement(s)]
+        sums = self._sums() if name == "gradient" else []
+        clear = [f"__builtin_memset({w.tensor}_sum, 0, sizeof {w.tensor}_sum);" for w in sums]
+        add = [f"add_total<{self._total_size(w)}>({self._total_place(w)}, {w.tensor}_sum);" for w in sums]
+        return [
+            f"const auto {name} = [&](int chunk_start) __attribute__((noinline)) {{",
+            "  const int count = min(CHUNK, length - chunk_start), rows = round_up(count, 16);",
+            *(f"  {line}" for line in [*clear, *lines, *add]),
+            "};",
+        ]
+
+    @staticmethod
+    def _total_size(w: RowOutput) -> str:
+        return "D" if "d" in w.axes else "DV" if "dv" in w.axes else "1"
+
+    @staticmethod
+    def _total_place(w: RowOutput) -> str:
+        return (
+            f"{w.tensor}.data + sequence * {w.tensor}.strides[0] + head * {w.tensor}.strides[1]"
+        )
+
+    def _forward_loops(self) -> list[str]:
+        return [
+            "",
+            "// -- all chunks; the state is kept at the start of each segment, for the backward pass",
+            "clear_rows(state, 0, D_COLUMNS);",
+            "const auto initial_rows = matrix(initial, sequence, head);",
+            "for (int row = 0; row < D; ++row) read_row(state[row], initial_rows, row, STATE_COLUMNS);",
+            "for (int chunk_start = 0; chunk_start < length; chunk_start += CHUNK) {",
+            "  const int chunk = chunk_start / CHUNK;",
+            "  if (arguments.keep_states && chunk % SEGMENT == 0) {",
+            "    const auto kept_rows = matrix(kept, about[3] + chunk / SEGMENT, head);",
+            "    for (int row = 0; row < D; ++row)",
+            "      for (int column = 0; column < STATE_COLUMNS; column += LANES)",
+            "        write_row<STATE_COLUMNS>(kept_rows, row, column, load(state[row] + column));",
+            "  }",
+            "  scan(chunk_start);",
+            "}",
+            "const auto final_rows = matrix(final, sequence, head);",
+            "for (int row = 0; row < D; ++row)",
+            "  for (int column = 0; column < STATE_COLUMNS; column += LANES)",
+            "    write_row<STATE_COLUMNS>(final_rows, row, column, load(state[row] + column));",
+        ]
+
+    def _backward_loops(self) -> list[str]:
+        return [
+            "",
+            "// -- all segments from the last to the first: their states again, then their chunks backwards",
+            "clear_rows(state, 0, D_COLUMNS);",
+            "clear_rows(d_state, 0, D_COLUMNS);",
+            "const auto d_final_rows = matrix(d_final, sequence, head);",
+            "for (int row = 0; row < D; ++row) read_row(d_state[row], d_final_rows, row, STATE_COLUMNS);",
+            "const int chunks = (length + CHUNK - 1) / CHUNK;",
+            "for (int segment = (chunks - 1) / SEGMENT; segment >= 0 && chunks; --segment) {",
+            "  const int begin = segment * SEGMENT, end = min(begin + SEGMENT, chunks);",
+            "  const auto kept_rows = matrix(kept, about[3] + segment, head);",
+            "  for (int row = 0; row < D; ++row) read_row(state[row], kept_rows, row, STATE_COLUMNS);",
+            "  for (int chunk = begin; chunk < end; ++chunk) {",
+            "    __builtin_memcpy(states[chunk - begin], state, sizeof state);",
+            "    if (chunk + 1 < end) scan(chunk * CHUNK);",
+            "  }",
+            "  for (int chunk = end - 1; chunk >= begin; --chunk) {",
+            "    __builtin_memcpy(state, states[chunk - begin], sizeof state);",
+            "    gradient(chunk * CHUNK);",
+            "  }",
+            "}",
+            "const auto d_initial_rows = matrix(d_initial, sequence, head);",
+            "for (int row = 0; row < D; ++row)",
+            "  for (int column = 0; column < STATE_COLUMNS; column += LANES)",
+            "    write_row<STATE_COLUMNS>(d_initial_rows, row, column, load(d_state[row] + column));",
+        ]
+
+    def entry(self) -> list[str]:
+        name = "gradient" if self.kernel.gradient else "attention"
+        return [
+            "// Any number of threads may run this on the same arguments; each takes the next task.",
+            f'extern "C" void attn_engine_{self.kernel.name}(Arguments* arguments) {{',
+            "  const int64_t tasks = arguments->sequence_count * arguments->heads;",
+            "  Scratch* scratch = (Scratch*)aligned_alloc(64, (sizeof(Scratch) + 63) / 64 * 64);",
+            "  for (;;) {",
+            "    const int64_t task = __atomic_fetch_add(&arguments->next_task, 1, __ATOMIC_RELAXED);",
+            "    if (task >= tasks) break;",
+            f"    {name}_task(*arguments, *scratch, task / arguments->heads, task % arguments->heads);",
+            "  }",
+            "  free(scratch);",
+            "}",
+            "",
+            "}  // namespace attention",
+        ]
+
+    # -- statements
+
+    def statement(self, s: ChunkStmt) -> list[str]:
+        match s:
+            case Section(title):
+                return ["", RowRenderer.remark(f"-- {title}")]
+            case Rows():
+                return self._rows(s)
+            case Decays():
+                return self._decays(s)
+            case Scale(to, x, by):
+                return [f"scale_rows({to.name}, {x.name}, {by.name}, rows);"]
+            case Gram():
+                return [self._gram(s)]
+            case Diagonal(to, x, y):
+                return [f"add_diagonal({to.name}, {x.name}, {y.name}, rows);"]
+            case Product():
+                return self._product(s)
+            case Solve(to, matrix, turned):
+                return [f"solve_{'upper' if turned else 'lower'}({to.name}, {matrix.name}, rows);"]
+            case StateStep(state, keys, values, whole, negative):
+                factor = "Real(1)" if whole is None else f"{whole.name}{'[d]' if whole.axes else ''}"
+                capture = "" if whole is None else "&"
+                function = f"[{capture}](int{' d' if whole and whole.axes else ''}) {{ return {factor}; }}"
+                flag = "true" if negative else "false"
+                return [
+                    f"state_step<{flag}>({state.name}, D, {keys.name}, {values.name}, rows, {function});"
+                ]
+            case CarriedGradient():
+                return self._carried(s)
+            case GramGradient():
+                return [self._gram_gradient(s)]
+            case DiagonalGradient(d_matrix, x, y, d_x, d_y):
+                names = ", ".join(t.name for t in (d_matrix, x, y, d_x, d_y))
+                return [f"diagonal_gradient({names}, rows);"]
+
+    def _rows(self, s: Rows) -> list[str]:
+        lines = self.rows.rows(s, self.tiles)
+        words = set(re.findall(r"\w+", "\n".join(lines)))
+        place = "first + length - 1 - chunk_start - row" if self.program.reverse else "first + chunk_start + row"
+        position = [f"const int t = {place};"] if "t" in words else []
+        made = [tile.name for tile, _ in s.values]
+        found = [
+            "for (int row = 0; row < count; ++row) {",
+            *(f"  {line}" for line in [*position, *lines]),
+            "}",
+        ]
+        for tile, _ in s.values:
+            if tile.axes == ("t",):
+                found.append(f"for (int row = count; row < T_COLUMNS; ++row) {tile.name}[row] = 0;")
+            else:
+                found.append(f"clear_rows({tile.name}, count, rows);")
+        if s.fault is not None and s.fault.name in made:
+            place = "arguments.faults.data[(int64_t)sequence * arguments.heads + head]"
+            found += [
+                f"if (const int64_t fault = fault_in({s.fault.name}, count))",
+                f"  if (!{place}) {place} = fault + 2 * chunk_start;",
+            ]
+        return found
+
+    def _decays(self, s: Decays) -> list[str]:
+        flag = "true" if s.exclusive else "false"
+        if self.vector:
+            tiles = (s.steps, s.reads, s.erases)
+            names = ", ".join("(Real(*)[D_COLUMNS])nullptr" if t is None else t.name for t in tiles)
+            return [
+                f"vector_factors<{flag}>({s.decay.name}, rows, {names}, {s.writes.name}, {s.whole.name});"
+            ]
+        lines = [f"sum_decays({s.decay.name}, rows, decay_sums, {s.writes.name}, {s.whole.name});"]
+        if s.reads is not None:
+            lines.append(f"read_factors<{flag}>({s.reads.name}, decay_sums);")
+        if s.erases is not None:
+            lines.append(f"read_factors<false>({s.erases.name}, decay_sums);")
+        return lines
+
+    def _gram(self, s: Gram) -> str:
+        strict, negative = ("true" if x else "false" for x in (s.strict, s.negative))
+        dims = self._dims(s.x)
+        if s.within is not None and s.within.vector:
+            assert s.within.steps is not None
+            exclusive = "true" if s.within.exclusive else "false"
+            return (
+                f"vector_gram<{strict}, {exclusive}, {negative}>({s.to.name}, {s.x.name}, {s.y.name}, "
+                f"{s.within.steps.name}, spare, rows, {dims});"
+            )
+        return (
+            f"gram<{strict}, {negative}>({s.to.name}, {s.x.name}, {s.y.name}, spare_rows, rows, {dims}, "
+            f"{self._between(s.within)});"
+        )
+
+    @staticmethod
+    def _between(within: Within | None) -> str:
+        if within is None:
+            return "NoDecay{}"
+        flag = "true" if within.exclusive else "false"
+        return f"TokenDecay<{flag}, T_COLUMNS>{{decay_sums}}"
+
+    @staticmethod
+    def _dims(x: Tile) -> str:
+        return "D" if x.axes[1] == "d" else "STATE_COLUMNS"
+
+    def _product(self, s: Product) -> list[str]:
+        kind = {
+            (False, False): "TO", (True, False): "ADD", (True, True): "SUBTRACT", (False, True): "NEGATIVE"
+        }[s.add, s.negative]  # fmt: skip
+        matrix = s.a.axes == ("t", "t")
+        depth = "ALL" if not matrix else "FROM_ROW" if s.upper else "UP_TO_ROW"
+        call = f"product<Set::{kind}, Depth::{depth}>({s.to.name}, rows"
+        if matrix:
+            strides = "T_COLUMNS, 1" if s.upper else "1, T_COLUMNS"
+            return [f"{call}, rows, {s.a.name}[0], {strides}, {s.b.name});"]
+        columns = COLUMNS[s.a.axes[1]]
+        if not s.turned:
+            return [f"{call}, {self._dims(s.a)}, {s.a.name}[0], {columns}, 1, {s.b.name});"]
+        assert s.b.axes == ("d", "v")
+        return [
+            f"turn(spare_state, {s.b.name}, D, STATE_COLUMNS);",
+            f"{call}, STATE_COLUMNS, {s.a.name}[0], {columns}, 1, spare_state);",
+        ]
+
+    def _carried(self, s: CarriedGradient) -> list[str]:
+        d, (keys, d_keys) = s.d_decay.name, s.write
+        lines = [
+            f"carried_gradient({d}, {keys.name}, {d_keys.name}, {s.state.name}, {s.d_state.name}, D, "
+            f"{s.whole.name}, rows);"
+        ]
+        for x, d_x, exclusive in s.reads:
+            lines.append(f"add_reads<{'true' if exclusive else 'false'}>({d}, {x.name}, {d_x.name}, rows);")
+        return lines
+
+    def _gram_gradient(self, s: GramGradient) -> str:
+        exclusive = s.within is not None and s.within.exclusive
+        strict, flag = ("true" if x else "false" for x in (s.strict, exclusive))
+        rows = f"{s.x.name}, {s.y.name}"
+        if s.within is not None and s.within.vector:
+            assert s.within.steps is not None
+            assert s.d_decay is not None
+            return (
+                f"vector_gram_gradient<{strict}, {flag}>({s.d_matrix.name}, {rows}, {s.within.steps.name}, "
+                f"{s.d_x.name}, {s.d_y.name}, {s.d_decay.name}, spare, rows, D);"
+            )
+        d_decay = "(Real*)nullptr" if s.d_decay is None else s.d_decay.name
+        return (
+            f"gram_gradient<{strict}, {flag}>({s.d_matrix.name}, {s.matrix.name}, {rows}, {s.d_x.name}, "
+            f"{s.d_y.name}, rows, {self._between(s.within)}, {d_decay});"
+        )
+
+    # -- names
+
+    def spelled(self, name: str) -> str:
+        return self.renamed.get(name, name)
+
+    def _legal_names(self) -> dict[str, str]:
+        """Captured names that the file or C++ has taken, with an underscore behind them."""
+        own = {t.name for t in self.kernel.tiles()} | {p.name for p in self.params} | _FIXED
+        captured = [c.name for c in self.program.captures] + [v.name for v in self.program.scalars]
+        taken = (own - set(captured)) | KEYWORDS | LOCALS | header_names() | _FIXED
+        found: dict[str, str] = {}
+        for name in captured:
+            legal = name
+            while legal in taken or legal.endswith(("_rows", "_sum", "_last", "_lanes")):
+                legal += "_"
+            if legal != name:
+                found[name] = legal
+            taken = taken | {legal}
+        return found
+
+    def _inputs(self) -> Mapping[str, tuple[str, str]]:
+        """How a token's variables are read."""
+        given = self.program.decay_given
+        decay = {
+            Rank.HEAD: "decay_given(head)",
+            Rank.TOKEN: "decay_given(batch, head, t)",
+            Rank.VECTOR: "row_lanes<D>(decay_given_rows, t, column)",
+            Rank.NONE: "",
+        }[given]
+        found = {
+            "query": "row_lanes<D>(Q_rows, t, column)",
+            "key": "row_lanes<D>(K_rows, t, column)",
+            "value": "row_lanes<DV>(V_rows, t, column)",
+            "d_output": "row_lanes<DV>(dO_rows, t, column)",
+            "beta": "beta_given(batch, head, t)",
+            "decay": decay,
+        }
+        inputs = {name: (name, text) for name, text in found.items()}
+        for tile in self.kernel.tiles():
+            row = f"{tile.name}_row"
+            if tile.axes == ("t",):
+                inputs[tile.name] = (row, f"{tile.name}[row]")
+            elif tile.axes in (("t", "d"), ("t", "v")):
+                inputs[tile.name] = (row, f"load({tile.name}[row] + column)")
+                inputs[f"{tile.name}_last"] = (f"{tile.name}_last", f"{tile.name}[row][DV]")
+        return inputs
+
+
+_STATES = ("initial", "final", "kept", "d_initial", "d_final")
+_FIXED = frozenset(
+    """sequence head batch first length count rows row column chunk_start chunk segment begin end chunks about scan
+    gradient initial final kept fault query key value beta decay t d_idx dv_idx spare spare_rows spare_state states
+    CHUNK SEGMENT D DV STATE_COLUMNS T_COLUMNS D_COLUMNS V_COLUMNS d_output place sequences faults heads""".split()
+)
