@@ -168,7 +168,7 @@ class _ChunkRenderer:
                 lines.append(f"Real {tile.name}[{rows}][{COLUMNS[tile.axes[1]]}];")
         lines.append("Real spare_rows[D_COLUMNS > V_COLUMNS ? D_COLUMNS : V_COLUMNS][T_COLUMNS];")
         if self.vector:
-            lines.append("VectorSpare<CHUNK, D_COLUMNS> spare;")
+            lines.append("VectorSpare<T_COLUMNS, D_COLUMNS> spare;")
         if self.kernel.gradient:
             lines += [
                 "Real spare_state[V_COLUMNS][D_COLUMNS];",

@@ -58,8 +58,6 @@ class RowRenderer(LaneRenderer):
         roots = [e for _, e in (*s.values, *s.last)] + [w.value for w in s.writes]
         known: dict[Expr, Expr] = {}
         lines = self._numbers(roots, known)
-        for tile, e in s.last:
-            lines.append(f"{tiles[tile]}[row][DV] = {self._number(e, known)};")
         for tile, e in s.values:
             if tile.axes == ("t",):
                 lines.append(f"{tiles[tile]}[row] = {self._number(e, known)};")
@@ -69,6 +67,8 @@ class RowRenderer(LaneRenderer):
             writes = [w for w in s.writes if axis in w.axes]
             if stores or writes:
                 lines += self._columns(axis, stores, writes, known)
+        # After the columns of v, whose last vector of lanes reaches over it.
+        lines += [f"{tiles[tile]}[row][DV] = {self._number(e, known)};" for tile, e in s.last]
         return lines
 
     def _numbers(self, roots: list[Expr], known: dict[Expr, Expr]) -> list[str]:
