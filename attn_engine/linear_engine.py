@@ -23,6 +23,7 @@ from attn_engine.linear_checks import (
     checked_state,
     sequences_of,
 )
+from attn_engine.linear_steps import StepPlan, step
 from attn_engine.options import checked_scale, fixed_sizes, three_metas
 from attn_engine.runtime.backends import backend_named
 from attn_engine.runtime.bind import LAYOUTS, custom_by_name
@@ -118,6 +119,7 @@ class LinearAttentionEngine:
         sizes = tuple(fixed_sizes(m) for m in (q, k, v))
         self._expected = LinearExpected(layout, q.dtype, (q.dim, k.dim, v.dim), sizes)  # pyright: ignore[reportArgumentType]
         self._traced: dict[LinearKind, TracedLinear] = {}
+        self._steps: dict[tuple[object, ...], StepPlan] = {}
         self._present = self._first_trace()
 
     def _check_options(self, phase: str, decay_rank: str | None, unknown: dict[str, Any]) -> None:
@@ -218,14 +220,34 @@ class LinearAttentionEngine:
         initial_state: the states before the first tokens, of that shape. cu_seqlens: where packed sequences begin in a
         batch of 1, and the end. All but cu_seqlens may have gradients.
         """
-        traced, inputs = self._bind(q, k, v, decay, custom, named, beta, initial_state, cu_seqlens)
+        traced, inputs = self.bind(q, k, v, decay, custom, named, beta, initial_state, cu_seqlens)
         if self.backend == "reference":
             o, states = token_recurrence(traced.program, inputs)
             o = o.to(q.dtype)
         else:
-            o, states = attend(self._machine(traced, q.device), inputs)
+            o, states = attend(self.machine(traced, q.device), inputs)
         o = o.transpose(1, 2) if self.layout == "bshd" else o
         return (o, states) if return_final_state else o
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        state: Tensor,
+        *custom: Tensor,
+        beta: Tensor | None = None,
+        t: int = 0,
+        **named: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One token, for decoding: o (B, H, Dv), and the state, which is changed in place to that after the token.
+
+        q, k, v, decay and beta as in a call, without their token dimension; custom inputs with a "seq_len" of 1. t: the
+        token's position, for mods that use it. No gradients. The same numbers as a call that has all tokens, but for
+        rounding; with reverse=True give the tokens from the last to the first.
+        """
+        return step(self, (q, k, v, decay), state, custom, beta, t, named, self._steps)
 
     def reference(
         self,
@@ -244,7 +266,7 @@ class LinearAttentionEngine:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The same in torch and in `dtype`, differentiable by autograd: form "recurrent" (token by token: the
         definition), "parallel" (one chunk; O(T^2) memory) or "chunk"."""
-        traced, inputs = self._bind(q, k, v, decay, custom, named, beta, initial_state, cu_seqlens)
+        traced, inputs = self.bind(q, k, v, decay, custom, named, beta, initial_state, cu_seqlens)
         match form:
             case "recurrent":
                 o, states = token_recurrence(traced.program, inputs, dtype)
@@ -259,7 +281,7 @@ class LinearAttentionEngine:
 
     # -- from a call to what runs it
 
-    def _bind(
+    def bind(
         self,
         q: Tensor,
         k: Tensor,
@@ -308,7 +330,7 @@ class LinearAttentionEngine:
             found = self._traced[kind] = fresh
         return found
 
-    def _machine(self, traced: TracedLinear, device: torch.device) -> LinearMachine:
+    def machine(self, traced: TracedLinear, device: torch.device) -> LinearMachine:
         name = self.backend if self.backend != "auto" else "torch" if device.type != "cpu" else "cpu"
         found = traced.machines.get(name)
         if found is None:

@@ -155,6 +155,14 @@ class TracedLinear:
             for c in self.program.captures
         }
 
+    def bound(self) -> dict[str, Tensor]:
+        """Those of them that the mods reach by themselves."""
+        return {name: read() for name, read in self._reads.items()}
+
+    def custom_names(self) -> dict[str, str]:
+        """The custom input behind each of the others."""
+        return self._custom
+
     def scalars(self) -> dict[str, Number]:
         """The captured numbers of this moment."""
         kinds = {s.name: s.dtype for s in self.program.scalars}

@@ -211,6 +211,22 @@ class DiagonalGradient:
     d_y: Tile
 
 
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """One token at a time, what Gram, Solve and StateStep do together for a chunk: to = what the token reads, and
+    `state` after it. Its rows are the first rows of the tiles."""
+
+    to: Tile
+    state: Tile
+    query: Tile
+    key: Tile
+    value: Tile
+    decay: Tile | None
+    eraser: Tile | None
+    bonus: Tile | None
+    exclusive: bool
+
+
 ChunkStmt = (
     Section
     | Rows
@@ -224,6 +240,7 @@ ChunkStmt = (
     | CarriedGradient
     | GramGradient
     | DiagonalGradient
+    | TokenStep
 )
 
 

@@ -31,6 +31,7 @@ from attn_engine.ir.chunk import (
     Solve,
     StateStep,
     Tile,
+    TokenStep,
     Within,
 )
 from attn_engine.ir.expr import Var
@@ -148,6 +149,24 @@ class _Machine:
                 d = self.tiles[d_matrix].diagonal(dim1=-2, dim2=-1)[..., None]
                 self.tiles[d_x] = self.tiles[d_x] + d * self.tiles[y]
                 self.tiles[d_y] = d * self.tiles[x]
+
+            case TokenStep():
+                self._token_step(s)
+
+    def _token_step(self, s: TokenStep) -> None:
+        tiles = self.tiles
+        before = state = tiles[s.state]
+        if s.decay is not None:
+            factor = tiles[s.decay][:, :, 0].exp()
+            state = state * (factor[..., None] if len(s.decay.axes) == 2 else factor[..., None, None])
+        value = tiles[s.value]
+        if s.eraser is not None:
+            value = value - tiles[s.eraser] @ state
+        state = state + tiles[s.key].mT @ value
+        out = tiles[s.query] @ (before if s.exclusive else state)
+        if s.bonus is not None:
+            out = out + (tiles[s.query] * tiles[s.bonus]).sum(-1, keepdim=True) * value
+        tiles[s.to], tiles[s.state] = out, state
 
     def _rows(self, s: Rows) -> None:
         dims = self.program.dim_v

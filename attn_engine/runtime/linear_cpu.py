@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from attn_engine.codegen.backends.chunk_cpu import (
     output_storage,
     render_chunk_cpu,
 )
-from attn_engine.codegen.lower.chunked import lower_chunked_forward
+from attn_engine.codegen.lower.chunked import lower_chunked_forward, lower_token_step
 from attn_engine.codegen.lower.chunked_backward import lower_chunked_backward
 from attn_engine.ir.chunk import ChunkKernel
 from attn_engine.ir.linear import LinearProgram
@@ -41,10 +41,29 @@ class ChunkLibrary:
         self._tensors = [(p.name, p.rank) for p in chunk_params(kernel)]
         self._scalars = [(v.name, v.dtype.value == "float") for v in kernel.program.scalars]
 
+    def prepare(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[int], scalars: Mapping[str, Number]
+    ) -> PreparedStep:
+        """The slots of a call, whose addresses, position and numbers later calls like it change."""
+        places: dict[str, int] = {}
+        place = 1
+        for name, rank in self._tensors:
+            places[name] = place
+            place += 1 + 2 * max(rank, 1)
+        position = place + len(sizes) - 1
+        slots = self._slots(tensors, sizes, scalars)
+        return PreparedStep(self._function, (ctypes.c_int64 * len(slots))(*slots), places, position)
+
     def launch(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[int], scalars: Mapping[str, Number], tasks: int
     ) -> None:
         """Run the kernel to its end; `sizes` in the order of SIZES."""
+        slots = self._slots(tensors, sizes, scalars)
+        run_in_slots(self._function, (ctypes.c_int64 * len(slots))(*slots), tasks)
+
+    def _slots(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[int], scalars: Mapping[str, Number]
+    ) -> list[int]:
         slots: list[int] = [0]
         for name, _ in self._tensors:
             x = tensors[name]
@@ -54,7 +73,25 @@ class ChunkLibrary:
             number = scalars[name]
             as_bits = ctypes.c_double(number) if floating else ctypes.c_int64(int(number))
             slots.append(ctypes.c_int64.from_buffer_copy(as_bits).value)
-        run_in_slots(self._function, (ctypes.c_int64 * len(slots))(*slots), tasks)
+        return slots
+
+
+@dataclass(eq=False)
+class PreparedStep:
+    """A step's kernel with everything in place but addresses and the position. One call at a time."""
+
+    function: Callable[[int], None]
+    slots: ctypes.Array[ctypes.c_int64]
+    places: Mapping[str, int]
+    position: int
+
+    def launch(self, addresses: Sequence[tuple[int, int]], position: int) -> None:
+        """addresses: (slot, address) of every tensor."""
+        slots = type(self.slots).from_buffer_copy(self.slots)
+        for place, address in addresses:
+            slots[place] = address
+        slots[self.position] = position
+        self.function(ctypes.addressof(slots))
 
 
 @dataclass(eq=False)
@@ -75,15 +112,18 @@ class CpuChunks:
     def kernel(self, direction: str, wanted: Sequence[str] = ()) -> ChunkKernel:
         if direction == "forward":
             return lower_chunked_forward(self.program)
+        if direction == "step":
+            return lower_token_step(self.program)
         return lower_chunked_backward(self.program, wanted)
 
     def source(self, direction: str, wanted: Sequence[str] = ()) -> str:
-        """The C++ of "forward" or "backward"."""
+        """The C++ of "forward", "backward" or "step"."""
         header = (
             f"attn_engine {VERSION} | {self.program.name}: {direction} | cpu | chunks of {self.tokens} tokens",
             f'regenerate: engine.source("{direction}")',
         )
-        return render_chunk_cpu(self.kernel(direction, wanted), host_target(), self.tokens, header)
+        tokens = 16 if direction == "step" else self.tokens
+        return render_chunk_cpu(self.kernel(direction, wanted), host_target(), tokens, header)
 
     def library(self, direction: str, wanted: Sequence[str] = ()) -> tuple[ChunkKernel, ChunkLibrary]:
         key = direction, tuple(wanted)
@@ -144,14 +184,53 @@ class CpuChunks:
         found = {n: x.sum(0, keepdim=True) if n in sums else x for n, x in outputs.items()}
         return found, tensors["d_initial"]
 
+    def prepare_step(self, inputs: LinearInputs) -> Step:
+        """What carries out steps of inputs that lie like these, of one token; the initial state is changed in place."""
+        _, library = self.library("step")
+        assert inputs.initial_state is not None
+        shape = inputs.state_shape(self.program.state_columns)
+        kept = {
+            "sequences": _about(inputs, self.tokens),
+            "faults": torch.zeros(shape[:2], dtype=torch.int64),
+            "initial": torch.empty((0, 0, 0, 0), dtype=inputs.initial_state.dtype),
+            "kept": torch.empty((0, 0, 0, 0), dtype=inputs.initial_state.dtype),
+        }
+        tensors = _given(inputs) | kept | {"final": inputs.initial_state, "O": inputs.v}
+        heads = inputs.heads
+        sizes = (shape[0], heads, inputs.q.shape[1], inputs.k.shape[1], 0, 0)
+        return Step(self.program, library.prepare(tensors, sizes, inputs.scalars), kept, inputs)
+
     def _launch(
         self, library: ChunkLibrary, inputs: LinearInputs, tensors: Mapping[str, Tensor], keep: bool
     ) -> None:
         count, heads = len(inputs.sequences.batch), inputs.heads
-        sizes = (count, heads, inputs.q.shape[1], inputs.k.shape[1], int(keep))
+        sizes = (count, heads, inputs.q.shape[1], inputs.k.shape[1], int(keep), 0)
         library.launch(tensors, sizes, inputs.scalars, count * heads)
         if self.program.decay is not None:
             _report(tensors["faults"], inputs, self.program.reverse)
+
+
+@dataclass(eq=False)
+class Step:
+    """Steps of one kind of input."""
+
+    program: LinearProgram
+    prepared: PreparedStep
+    kept: Mapping[str, Tensor]
+    inputs: LinearInputs
+
+    def __call__(self, tensors: Mapping[str, Tensor], state: Tensor, out: Tensor, position: int) -> None:
+        """Fill out (as v lies), and change the state to that after the token. tensors: q, k, v, ... by kernel name."""
+        places = self.prepared.places
+        addresses = [(places[name], x.data_ptr()) for name, x in tensors.items()]
+        addresses += [(places["final"], state.data_ptr()), (places["O"], out.data_ptr())]
+        self.prepared.launch(addresses, position)
+        if self.program.decay is not None:
+            faults = self.kept["faults"]
+            if faults.any():
+                found = faults.clone()
+                faults.zero_()
+                _report(found, self.inputs, False)
 
 
 def _given(inputs: LinearInputs) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from attn_engine.ir.chunk import (
     Solve,
     StateStep,
     Tile,
+    TokenStep,
     Within,
 )
 from attn_engine.ir.linear import LinearProgram, Rank
@@ -33,7 +34,7 @@ from attn_engine.ir.ops import DType, Storage
 
 SEGMENT = 16  # chunks between two states that the forward pass keeps for the backward
 ABOUT = ("batch", "first", "length", "segment")  # what `sequences` holds of each
-SIZES = ("sequence_count", "heads", "q_heads", "k_heads", "keep_states")
+SIZES = ("sequence_count", "heads", "q_heads", "k_heads", "keep_states", "position")
 COLUMNS = {"t": "T_COLUMNS", "d": "D_COLUMNS", "v": "V_COLUMNS"}
 _INDENT = "  "
 
@@ -187,6 +188,7 @@ class _ChunkRenderer:
         """What is done for one head of one sequence."""
         name = "gradient" if self.kernel.gradient else "attention"
         loops = self._backward_loops() if self.kernel.gradient else self._forward_loops()
+        loops = self._step_loops() if self.kernel.name == "linear_step" else loops
         scan = self._step("scan", self.kernel.scan)
         gradient = self._step("gradient", self.kernel.gradient) if self.kernel.gradient else []
         body = [*scan, *gradient, *loops]
@@ -267,6 +269,19 @@ class _ChunkRenderer:
             "for (int row = 0; row < D; ++row)",
             "  for (int column = 0; column < STATE_COLUMNS; column += LANES)",
             "    write_row<STATE_COLUMNS>(final_rows, row, column, load(state[row] + column));",
+        ]
+
+    @staticmethod
+    def _step_loops() -> list[str]:
+        return [
+            "",
+            "// -- the state before the token, the token, the state after it in its place",
+            "const auto state_rows = matrix(final, sequence, head);",
+            "for (int row = 0; row < D; ++row) read_row(state[row], state_rows, row, STATE_COLUMNS);",
+            "scan(0);",
+            "for (int row = 0; row < D; ++row)",
+            "  for (int column = 0; column < STATE_COLUMNS; column += LANES)",
+            "    write_row<STATE_COLUMNS>(state_rows, row, column, load(state[row] + column));",
         ]
 
     def _backward_loops(self) -> list[str]:
@@ -351,11 +366,17 @@ class _ChunkRenderer:
                 names = ", ".join(t.name for t in (d_matrix, x, y, d_x, d_y))
                 return [f"diagonal_gradient({names}, rows);"]
 
+            case TokenStep():
+                return self._token_step(s).split("\n")
+
     def _rows(self, s: Rows) -> list[str]:
         lines = self.rows.rows(s, self.tiles)
         words = set(re.findall(r"\w+", "\n".join(lines)))
         place = "first + length - 1 - chunk_start - row" if self.program.reverse else "first + chunk_start + row"
-        position = [f"const int t = {place};"] if "t" in words else []
+        position = [f"const int token = {'row' if self.kernel.name == 'linear_step' else place};"]
+        position = position if words & {"token", "t"} else []
+        if "t" in words:
+            position.append(f"const int t = {self._position()};")
         made = [tile.name for tile, _ in s.values]
         found = [
             "for (int row = 0; row < count; ++row) {",
@@ -374,6 +395,29 @@ class _ChunkRenderer:
                 f"  if (!{place}) {place} = fault + 2 * chunk_start;",
             ]
         return found
+
+    def _position(self) -> str:
+        """Where the token is in its tensors, for the mods: a single step is told."""
+        return "arguments.position" if self.kernel.name == "linear_step" else "token"
+
+    def _token_step(self, s: TokenStep) -> str:
+        none = "nullptr"
+        tiles = [f"{t.name}[0]" if t is not None else none for t in (s.eraser, s.bonus)]
+        if s.decay is None:
+            factor = "[](int) { return Real(1); }"
+        elif self.vector:
+            factor = f"[&](int d) {{ return {s.decay.name}[0][d]; }}"
+        else:
+            factor = f"[&](int) {{ return {s.decay.name}[0]; }}"
+        decay = [] if s.decay is None else [f"exponentials<{'D' if self.vector else 'T'}_COLUMNS>"]
+        place = f"{s.decay.name}[0]" if s.decay is not None and self.vector else s.decay.name if s.decay else ""
+        first = [f"{d}({place}, {place});" for d in decay]
+        flag = "true" if s.exclusive else "false"
+        call = (
+            f"token_step<{flag}>({s.to.name}[0], state, D, {s.query.name}[0], {s.key.name}[0], "
+            f"{s.value.name}[0], {', '.join(tiles)}, {factor});"
+        )
+        return "\n".join([*first, call])
 
     def _decays(self, s: Decays) -> list[str]:
         flag = "true" if s.exclusive else "false"
@@ -487,16 +531,16 @@ class _ChunkRenderer:
         given = self.program.decay_given
         decay = {
             Rank.HEAD: "decay_given(head)",
-            Rank.TOKEN: "decay_given(batch, head, t)",
-            Rank.VECTOR: "row_lanes<D>(decay_given_rows, t, column)",
+            Rank.TOKEN: "decay_given(batch, head, token)",
+            Rank.VECTOR: "row_lanes<D>(decay_given_rows, token, column)",
             Rank.NONE: "",
         }[given]
         found = {
-            "query": "row_lanes<D>(Q_rows, t, column)",
-            "key": "row_lanes<D>(K_rows, t, column)",
-            "value": "row_lanes<DV>(V_rows, t, column)",
-            "d_output": "row_lanes<DV>(dO_rows, t, column)",
-            "beta": "beta_given(batch, head, t)",
+            "query": "row_lanes<D>(Q_rows, token, column)",
+            "key": "row_lanes<D>(K_rows, token, column)",
+            "value": "row_lanes<DV>(V_rows, token, column)",
+            "d_output": "row_lanes<DV>(dO_rows, token, column)",
+            "beta": "beta_given(batch, head, token)",
             "decay": decay,
         }
         inputs = {name: (name, text) for name, text in found.items()}

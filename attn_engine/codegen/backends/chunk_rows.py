@@ -145,7 +145,7 @@ class RowRenderer(LaneRenderer):
         for w, text in zip(writes, texts[len(stores) :], strict=True):
             value = text if axis in w.value.axes else f"floats({text})"
             if "q" in w.axes:
-                lines.append(f"write_row<{DIMS[axis]}>({w.tensor}_rows, t, column, {value});")
+                lines.append(f"write_row<{DIMS[axis]}>({w.tensor}_rows, token, column, {value});")
             else:
                 lines.append(f"store({w.tensor}_sum + column, load({w.tensor}_sum + column) + {value});")
         head = f"for (int column = 0; column < {DIMS[axis]}; column += LANES) {{"
@@ -192,7 +192,7 @@ class RowRenderer(LaneRenderer):
     def _write_number(self, w: RowOutput, known: dict[Expr, Expr]) -> list[str]:
         value = self._number(w.value, known)
         if "q" in w.axes:
-            return [f"write({w.tensor}, 1, Real({value}), batch, head, t);"]
+            return [f"write({w.tensor}, 1, Real({value}), batch, head, token);"]
         return [f"{w.tensor}_sum[0] += {value};"]
 
     def _name(self, node: Expr) -> str:

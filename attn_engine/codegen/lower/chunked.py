@@ -25,6 +25,7 @@ from attn_engine.ir.chunk import (
     Solve,
     StateStep,
     Tile,
+    TokenStep,
     Within,
 )
 from attn_engine.ir.expr import Const, substitute
@@ -183,6 +184,26 @@ def lower_chunked_forward(program: LinearProgram) -> ChunkKernel:
         *state_step(program),
     )
     return ChunkKernel("linear_forward", program, body)
+
+
+def lower_token_step(program: LinearProgram) -> ChunkKernel:
+    """o of one token, and the state after it: what a decode step does."""
+    rows = next(s for s in features(program, reading=True) if isinstance(s, Rows))
+    tiles = decay_tiles(program)
+    step = TokenStep(
+        to=OUT,
+        state=STATE,
+        query=QUERIES,
+        key=KEYS,
+        value=VALUES,
+        decay=tiles.decays if tiles else None,
+        eraser=ERASERS if program.corrected else None,
+        bonus=BONUSES if program.bonus is not None else None,
+        exclusive=program.exclusive,
+    )
+    output = Rows(writes=(RowOutput("O", output_row(program), ("q", "dv")),))
+    body = (Section("the token's rows"), rows, Section("its step"), step, output)
+    return ChunkKernel("linear_step", program, body)
 
 
 def lower_chunked_scan(program: LinearProgram) -> tuple[ChunkStmt, ...]:

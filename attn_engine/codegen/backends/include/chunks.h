@@ -112,6 +112,30 @@ OUTLINE void state_step(Real (*state)[N], int dims, const Real (*keys)[D], const
     }
 }
 
+/// One token: the state decays (`left` of each row), is cleared of what it holds for `eraser`, written to and read.
+template <bool EXCLUSIVE, int V, class Left>
+OUTLINE void token_step(Real* to, Real (*state)[V], int dims, const Real* query, const Real* key, const Real* value,
+                        const Real* eraser, const Real* bonus, Left left) {
+  Real extra = 0;
+  for (int d = 0; d < dims && bonus; ++d) extra += query[d] * bonus[d];
+  for (int column = 0; column < V; column += LANES) {
+    Floats held = fill(0), out = fill(0);
+    for (int d = 0; d < dims; ++d) {
+      const Floats before = load(state[d] + column), now = before * left(d);
+      if (EXCLUSIVE) out = fma(query[d], before, out);
+      if (eraser) held = fma(eraser[d], now, held);
+      store(state[d] + column, now);
+    }
+    const Floats written = load(value + column) - held;
+    for (int d = 0; d < dims; ++d) {
+      const Floats now = fma(key[d], written, load(state[d] + column));
+      if (!EXCLUSIVE) out = fma(query[d], now, out);
+      store(state[d] + column, now);
+    }
+    store(to + column, bonus ? fma(extra, written, out) : out);
+  }
+}
+
 /// (I + L) to = to in place: L strictly lower, held transposed. Blocks of ROWS rows by the micro-kernel.
 template <int N, int C> OUTLINE void solve_lower(Real (*to)[N], const Real (*lower)[C], int rows) {
   for (int column = 0; column < N; column += LANES)
