@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,6 +45,21 @@ class LinearExpected:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, expected: LinearExpected) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in logical order, once they fit each other and what the engine was told."""
     given = {"q": q, "k": k, "v": v}
+    _check_kinds(given, expected)
+    logical = {n: x.transpose(1, 2) if expected.layout == "bshd" else x for n, x in given.items()}
+    for (name, x), dim, sizes in zip(logical.items(), expected.dims, expected.sizes, strict=True):
+        if x.shape[3] != dim:
+            reason = "its meta_tensor says so"
+            raise HeadDimMismatch(argument=name, got=x.shape[3], expected=dim, reason=reason)
+        for dimension, got, wanted in zip(("batch", "heads", "length"), x.shape, sizes, strict=False):
+            if wanted is not None and got != wanted:
+                raise MetaMismatch(argument=name, dimension=dimension, got=got, expected=wanted)
+    _check_together(given, logical, expected.layout)
+    return logical["q"], logical["k"], logical["v"]
+
+
+def _check_kinds(given: Mapping[str, Tensor], expected: LinearExpected) -> None:
+    q = given["q"]
     for name, x in given.items():
         if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise NotATensor(argument=name, got=type(x).__name__)
@@ -58,16 +74,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, expected: LinearExpected) -> tupl
         raise UnsupportedDtype(argument="q", got=q.dtype, supported=", ".join(map(str, ELEMENTS)))
     if q.dtype != expected.dtype:
         raise MetaDtypeMismatch(argument="q", dimension="dtype", got=q.dtype, expected=expected.dtype)
-    logical = {n: x.transpose(1, 2) if expected.layout == "bshd" else x for n, x in given.items()}
-    for (name, x), dim, sizes in zip(logical.items(), expected.dims, expected.sizes, strict=True):
-        if x.shape[3] != dim:
-            reason = "its meta_tensor says so"
-            raise HeadDimMismatch(argument=name, got=x.shape[3], expected=dim, reason=reason)
-        for dimension, got, wanted in zip(("batch", "heads", "length"), x.shape, sizes, strict=False):
-            if wanted is not None and got != wanted:
-                raise MetaMismatch(argument=name, dimension=dimension, got=got, expected=wanted)
-    _check_together(given, logical, expected.layout)
-    return logical["q"], logical["k"], logical["v"]
 
 
 def _check_together(given: Mapping[str, Tensor], logical: Mapping[str, Tensor], layout: str) -> None:
@@ -95,7 +101,9 @@ def checked_decay(decay: Tensor | None, v: Tensor, dim: int, layout: str, rank: 
     shapes = {Rank.NONE: (), Rank.HEAD: (heads,), Rank.TOKEN: order, Rank.VECTOR: (*order, dim)}
     got = None if decay is None else tuple(decay.shape)
     if rank is not None and found is not rank:
-        expected = f"{shapes[rank]}, one number for each {rank.value}" if rank is not Rank.NONE else "no decay"
+        expected = (
+            f"{shapes[rank]}, one number for each {rank.value}" if rank is not Rank.NONE else "no decay"
+        )
         raise DecayRank(got=got, expected=expected)
     if decay is None:
         return None
@@ -112,7 +120,9 @@ def checked_beta(beta: Tensor | None, v: Tensor, layout: str, wanted: bool) -> T
         return None
     if not wanted:
         instead = "Make the engine with delta=True or a beta_mod, or leave beta out."
-        raise WrongInputs(argument="beta", got="given", reason="the engine has no delta rule", instead=instead)
+        raise WrongInputs(
+            argument="beta", got="given", reason="the engine has no delta rule", instead=instead
+        )
     if not isinstance(beta, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise NotATensor(argument="beta", got=type(beta).__name__)
     batch, heads, tokens = v.shape[:3]
@@ -188,6 +198,6 @@ def sequences_of(cu_seqlens: Tensor | None, batch: int, tokens: int) -> Sequence
     if bounds[0] != 0 or bounds[-1] != tokens:
         got = f"from {bounds[0]} to {bounds[-1]}"
         raise SequenceBounds(got=got, expected=f"from 0 to {tokens}, the length of v")
-    if any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if any(b < a for a, b in pairwise(bounds)):
         raise SequenceBounds(got=f"{list(bounds)}", expected="numbers that never become smaller")
     return Sequences.of_bounds(bounds)

@@ -8,7 +8,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from attn_engine.errors import UnknownBackend, UnknownLayout, UnknownOption, UnsupportedOnBackend, WrongArgument
+from attn_engine.errors import (
+    UnknownBackend,
+    UnknownLayout,
+    UnknownOption,
+    UnsupportedOnBackend,
+    WrongArgument,
+)
 from attn_engine.frontend import CustomIO, MetaTensor
 from attn_engine.frontend.linear import Mod
 from attn_engine.ir.linear import LinearProgram, Rank
@@ -48,8 +54,8 @@ class LinearAttentionEngine:
         S_t  = S~_t + beta_t k_t (v_t - S~_t^T e_t)^T
         o_t  = scale * S_t^T q_t
 
-    qkv_meta: three `meta_tensor`s for q (B, HQ, T, D), k (B, HK, T, D), v (B, H, T, Dv), in this order. HQ and HK divide
-        H: heads of v share heads of q and k. D, Dv and the dtype are compiled in; other sizes may be None.
+    qkv_meta: three `meta_tensor`s for q (B, HQ, T, D), k (B, HK, T, D), v (B, H, T, Dv), in this order. HQ and HK
+        divide H: heads of v share heads of q and k. D, Dv and the dtype are compiled in; other sizes may be None.
     q_mod, k_mod, v_mod, decay_mod: what is used in place of q, k, v and decay: functions of one token's row, (x),
         (x, custom_io), (x, b, h, t) or (x, custom_io, b, h, t). Rows are reduced with x.sum(-1) and the like.
         `custom_io.input_tensors` has the custom inputs, and the token's own "q", "k", "v", "decay", "beta".
@@ -123,13 +129,14 @@ class LinearAttentionEngine:
         self._present = self._first_trace()
 
     def _check_options(self, phase: str, decay_rank: str | None, unknown: dict[str, Any]) -> None:
-        known = "beta_mod, erase_mod, bonus_mod, normalizer_mod, delta, phase, reverse, scale, decay_rank, layout, chunk, backend"
+        known = "beta_mod, erase_mod, bonus_mod, normalizer_mod, delta, phase, reverse, scale, decay_rank, layout, "
+        known += "chunk, backend"
         for option, value in unknown.items():
             raise UnknownOption(option=option, value=value, where="LinearAttentionEngine", known=known)
         if self.layout not in LAYOUTS:
             raise UnknownLayout(layout=self.layout)
         if self.backend in ("triton", "triton-interpreter", "tilelang"):
-            instead = 'Its kernels are not written yet; use backend="cpu" or "torch", which also takes tensors on a GPU.'
+            instead = 'Use backend="cpu", or "torch", which takes tensors on a GPU too.'
             raise UnsupportedOnBackend(backend=self.backend, feature="linear attention", instead=instead)
         if self.backend not in BACKENDS:
             raise UnknownBackend(backend=self.backend, known=", ".join(map(repr, BACKENDS)))
@@ -140,10 +147,15 @@ class LinearAttentionEngine:
         ranks = [r.value for r in Rank]
         if decay_rank is not None and decay_rank not in ranks:
             known = ", ".join(map(repr, ranks))
-            raise UnknownOption(option="decay_rank", value=decay_rank, where="LinearAttentionEngine", known=known)
+            raise UnknownOption(
+                option="decay_rank", value=decay_rank, where="LinearAttentionEngine", known=known
+            )
         if self.chunk is not None and self.chunk not in CHUNKS:
             raise UnknownOption(
-                option="chunk", value=self.chunk, where="LinearAttentionEngine", known=", ".join(map(str, CHUNKS))
+                option="chunk",
+                value=self.chunk,
+                where="LinearAttentionEngine",
+                known=", ".join(map(str, CHUNKS)),
             )
 
     def _check_parts(self) -> None:
@@ -151,12 +163,18 @@ class LinearAttentionEngine:
         if d.bonus_mod is not None and not d.exclusive:
             instead = 'Give phase="exclusive" with it, or add the term in the k_mod.'
             raise WrongArgument(
-                argument="bonus_mod", got="a function", expected='None where phase is "inclusive"', instead=instead
+                argument="bonus_mod",
+                got="a function",
+                expected='None where phase is "inclusive"',
+                instead=instead,
             )
         if d.normalizer_mod is not None and d.delta:
             instead = "Leave one of them out: with the delta rule the weights have no sum to divide by."
             raise WrongArgument(
-                argument="normalizer_mod", got="a function", expected="None with the delta rule", instead=instead
+                argument="normalizer_mod",
+                got="a function",
+                expected="None with the delta rule",
+                instead=instead,
             )
 
     def _first_trace(self) -> TracedLinear:
@@ -214,8 +232,8 @@ class LinearAttentionEngine:
         cu_seqlens: Tensor | None = None,
         **named: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """o of v's shape; with return_final_state also the states after the last tokens, (N, H, D, Dv), float32 (float64
-        for float64 inputs), one for each batch element or packed sequence.
+        """o of v's shape; with return_final_state also the states after the last tokens, (N, H, D, Dv), float32
+        (float64 for float64 inputs), one for each batch element or packed sequence.
 
         initial_state: the states before the first tokens, of that shape. cu_seqlens: where packed sequences begin in a
         batch of 1, and the end. All but cu_seqlens may have gradients.

@@ -12,7 +12,9 @@ class ModResult(AttnEngineError, TypeError):
 
 class MixesTokens(AttnEngineError, TypeError):
     template = "{mod} uses {operation}, which reaches beyond its own token: {reason}."
-    advice = "A mod sees one token of one head; do it to the tensor before the call, or let the state carry it."
+    advice = (
+        "A mod sees one token of one head; do it to the tensor before the call, or let the state carry it."
+    )
 
 
 class MixesDimensions(AttnEngineError, TypeError):

@@ -24,7 +24,9 @@ class StepPlan:
     """How steps of one kind of tensors run."""
 
     traced: TracedLinear
-    names: tuple[str, ...]  # the kernel's names of the call's tensors, in the order of the call; "" for unread ones
+    names: tuple[
+        str, ...
+    ]  # the kernel's names of the call's tensors, in the order of the call; "" for unread ones
     run: Step | None
 
 
@@ -41,13 +43,17 @@ def step(
     """o of one token, and `state` changed to that after it."""
     custom = (*custom, *(named[n] for n in engine.custom_io if n in named)) if named else tuple(custom)
     tensors = (*rows, beta, state, *custom)
-    signature = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors if _is_tensor(x)])
+    signature = tuple(
+        [None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors if _is_tensor(x)]
+    )
     plan = plans.get(signature)
     if plan is None or plan.traced.stale():
         plan = plans[signature] = _plan(engine, rows, state, custom, beta)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         instead = "Call it under torch.no_grad(), or use the engine itself with initial_state= and one token."
-        raise GradientNotSupported(backend=engine.backend, what="a step, which changes its state", instead=instead)
+        raise GradientNotSupported(
+            backend=engine.backend, what="a step, which changes its state", instead=instead
+        )
     v = rows[2]
     if plan.run is not None:
         found = {n: x for n, x in zip(plan.names, (*rows, beta, *custom), strict=True) if n and x is not None}

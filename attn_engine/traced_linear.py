@@ -140,7 +140,9 @@ class TracedLinear:
 
     def __post_init__(self) -> None:
         self.watched = any(t.guards or t.tensors or t.scalars or t.opaque for t in self.traces)
-        self._reads: dict[str, Callable[[], Tensor]] = {b.name: b.accessor for t in self.traces for b in t.tensors}
+        self._reads: dict[str, Callable[[], Tensor]] = {
+            b.name: b.accessor for t in self.traces for b in t.tensors
+        }
         self._custom = {name: given for t in self.traces for name, given in t.custom}
         self._numbers = {s.var.name: s.accessor for t in self.traces for s in t.scalars}
 

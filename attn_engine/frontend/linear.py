@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 from attn_engine.errors import (
     AttnEngineError,
@@ -105,7 +105,7 @@ class _ModRun(FunctionRun):
     def _result(self, returned: Any, session: Session, name: str) -> Expr:
         expected = "a number for each element of the row, computed from the arguments"
         if returned is None or isinstance(returned, bool | tuple | list | dict | str):
-            got = "None (is a `return` missing?)" if returned is None else type_name(returned)
+            got = "None (is a `return` missing?)" if returned is None else type_name(cast(object, returned))
             raise ModResult(mod=self._what, got=got, expected=expected, location=session.returned_at)
         expr = lift(returned, session)
         if expr.dtype is DType.BOOL:

@@ -61,7 +61,8 @@ class RowOutput:
 class Rows:
     """Token by token: rows of tiles, or of tensors, from expressions of the token's inputs and rows of other tiles.
 
-    last: the same for the column beyond those of v. fault: tokens whose row of this tile is no decay (above 0, -inf, NaN) are reported.
+    last: the same for the column beyond those of v. fault: tokens whose row of this tile is no decay (above 0, -inf,
+    NaN) are reported.
     """
 
     values: tuple[tuple[Tile, Expr], ...] = ()
@@ -113,7 +114,7 @@ class Within:
 
 @dataclass(frozen=True, slots=True)
 class Gram:
-    """to[j][i] = sum over columns of x_i y_j e^{G_i - G_j} for j <= i (strict: j < i), else 0. negative: its negation."""
+    """to[j][i] = sum over columns of x_i y_j e^{G_i - G_j} for j <= i (strict: j < i), else 0. negative: minus it."""
 
     to: Tile
     x: Tile

@@ -2,7 +2,7 @@
 
     S~_t = Diag(e^{decay_t}) S_{t-1}
     S_t  = S~_t + write_t (value_t - S~_t^T erase_t)^T        (no erase: no correction)
-    o_t  = S_t^T query_t                                      (exclusive: S_{t-1}^T query_t + (bonus_t . query_t) value_t)
+    o_t  = S_t^T query_t                              (exclusive: S_{t-1}^T query_t + (bonus_t . query_t) value_t)
 
 query, write, erase, bonus (d), value (dv) and decay (nothing, or d) are expressions of one token: what the user's mods
 make of its rows of q, k, v, decay and beta. Frozen and hashable, so a program is its own cache key.

@@ -121,6 +121,19 @@ class _Machine:
                 self._decays(s)
             case Scale(to, x, by):
                 self.tiles[to] = self.tiles[x] * _across(self.tiles[by], by)
+            case CarriedGradient():
+                self._carried(s)
+            case GramGradient():
+                self._gram_gradient(s)
+            case DiagonalGradient(d_matrix, x, y, d_x, d_y):
+                d = self.tiles[d_matrix].diagonal(dim1=-2, dim2=-1)[..., None]
+                self.tiles[d_x] = self.tiles[d_x] + d * self.tiles[y]
+                self.tiles[d_y] = d * self.tiles[x]
+            case _:
+                self._matrices(s)
+
+    def _matrices(self, s: Gram | Diagonal | Product | Solve | StateStep | TokenStep) -> None:
+        match s:
             case Gram():
                 self._gram(s)
             case Diagonal(to, x, y):
@@ -141,14 +154,6 @@ class _Machine:
                     before = before * (factor[..., None] if whole.axes else factor[..., None, None])
                 step = self.tiles[keys].mT @ self.tiles[values]
                 self.tiles[state] = before - step if negative else before + step
-            case CarriedGradient():
-                self._carried(s)
-            case GramGradient():
-                self._gram_gradient(s)
-            case DiagonalGradient(d_matrix, x, y, d_x, d_y):
-                d = self.tiles[d_matrix].diagonal(dim1=-2, dim2=-1)[..., None]
-                self.tiles[d_x] = self.tiles[d_x] + d * self.tiles[y]
-                self.tiles[d_y] = d * self.tiles[x]
 
             case TokenStep():
                 self._token_step(s)
@@ -220,7 +225,9 @@ class _Machine:
         before = sums - steps if within.exclusive else sums
         visible = _pairs(sums, strict)
         if within.vector:
-            return (before[:, :, :, None] - sums[:, :, None]).masked_fill(~visible[..., None], -math.inf).exp()
+            return (
+                (before[:, :, :, None] - sums[:, :, None]).masked_fill(~visible[..., None], -math.inf).exp()
+            )
         return (before[:, :, :, None] - sums[:, :, None]).masked_fill(~visible, -math.inf).exp()
 
     def _product(self, s: Product) -> None:

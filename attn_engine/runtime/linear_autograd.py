@@ -1,4 +1,4 @@
-"""A linear attention as one differentiable operation: gradients of q, k, v, decay, beta, captured tensors, and states."""
+"""A linear attention as one differentiable operation, with gradients of all its tensors and states."""
 
 from __future__ import annotations
 

@@ -10,12 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attn_engine.codegen.backends.chunk_cpu import (
-    SEGMENT,
-    chunk_params,
-    output_storage,
-    render_chunk_cpu,
-)
+from attn_engine.codegen.backends.chunk_cpu import render_chunk_cpu
+from attn_engine.codegen.backends.chunk_params import SEGMENT, chunk_params, output_storage
 from attn_engine.codegen.lower.chunked import lower_chunked_forward, lower_token_step
 from attn_engine.codegen.lower.chunked_backward import lower_chunked_backward
 from attn_engine.ir.chunk import ChunkKernel
@@ -100,7 +96,9 @@ class CpuChunks:
 
     program: LinearProgram
     chunk: int | None
-    _libraries: dict[tuple[str, tuple[str, ...]], tuple[ChunkKernel, ChunkLibrary]] = field(default_factory=dict)
+    _libraries: dict[tuple[str, tuple[str, ...]], tuple[ChunkKernel, ChunkLibrary]] = field(
+        default_factory=dict
+    )
 
     name = "cpu"
 
@@ -136,7 +134,7 @@ class CpuChunks:
 
     def forward(self, inputs: LinearInputs, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """o (B, H, T, Dv), the final states, and the states at the starts of segments (none unless `keep`)."""
-        kernel, library = self.library("forward")
+        _, library = self.library("forward")
         about = _about(inputs, self.tokens)
         compute = compute_dtype(self.program.element)
         shape = inputs.state_shape(self.program.state_columns)
@@ -244,7 +242,7 @@ def _given(inputs: LinearInputs) -> dict[str, Tensor]:
 
 
 def _empty_like(v: Tensor) -> Tensor:
-    """In v's order of dimensions where that has no gaps; (batch, token, head, dim) lies as (batch, head, token, dim)."""
+    """In v's order of dimensions, where it repeats nothing."""
     return torch.empty_like(v) if 0 not in v.stride() else torch.empty(v.shape, dtype=v.dtype)
 
 

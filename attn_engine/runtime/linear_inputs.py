@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Sequences:
 
     @staticmethod
     def of_bounds(bounds: tuple[int, ...]) -> Sequences:
-        lengths = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        lengths = tuple(b - a for a, b in pairwise(bounds))
         return Sequences((0,) * len(lengths), bounds[:-1], lengths, True)
 
     def groups(self) -> list[tuple[slice, slice, int, int]]:

@@ -50,14 +50,9 @@ def _sequence(
     query, write, value = rows.values(((program.query, qd), (program.write, qd), (program.value, qv)))
     if program.divisor is not None:
         value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
-    decay = erase = bonus = None
-    if program.decay is not None:
-        (decay,) = rows.values(((program.decay, qd if program.rank is Rank.VECTOR else ("q",)),))
-        decay = decay if program.rank is Rank.VECTOR else decay[..., None]
-    if program.erase is not None:
-        (erase,) = rows.values(((program.erase, qd),))
-    if program.bonus is not None:
-        (bonus,) = rows.values(((program.bonus, qd),))
+    erase = None if program.erase is None else rows.values(((program.erase, qd),))[0]
+    bonus = None if program.bonus is None else rows.values(((program.bonus, qd),))[0]
+    decay = _decay(program, rows)
     found: list[Tensor] = []
     for t in range(len(order)):
         before = state
@@ -77,3 +72,12 @@ def _sequence(
         (divisor,) = rows.values(((program.divisor, ("q",)),))
         o = o[..., :-1] / divisor[..., None]
     return o.flip(2) if program.reverse else o, state
+
+
+def _decay(program: LinearProgram, rows: TokenRows) -> Tensor | None:
+    """(batch, head, token, 1 or D)."""
+    if program.decay is None:
+        return None
+    if program.rank is Rank.VECTOR:
+        return rows.values(((program.decay, ("q", "d")),))[0]
+    return rows.values(((program.decay, ("q",)),))[0][..., None]

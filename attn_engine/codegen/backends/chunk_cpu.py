@@ -4,82 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from attn_engine.codegen.backends.chunk_params import SEGMENT, SIZES, ChunkParam, chunk_params
 from attn_engine.codegen.backends.chunk_rows import RowRenderer
+from attn_engine.codegen.backends.chunk_statements import COLUMNS, StatementRenderer
 from attn_engine.codegen.backends.cpu import IN_DOUBLE, REGISTERS, TYPES, CpuTarget
 from attn_engine.codegen.backends.cpu_names import KEYWORDS, LOCALS, header_names
-from attn_engine.ir.chunk import (
-    CarriedGradient,
-    ChunkKernel,
-    ChunkStmt,
-    Decays,
-    Diagonal,
-    DiagonalGradient,
-    Gram,
-    GramGradient,
-    Product,
-    RowOutput,
-    Rows,
-    Scale,
-    Section,
-    Solve,
-    StateStep,
-    Tile,
-    TokenStep,
-    Within,
-)
+from attn_engine.ir.chunk import ChunkKernel, ChunkStmt, RowOutput
 from attn_engine.ir.linear import LinearProgram, Rank
 from attn_engine.ir.ops import DType, Storage
-
-SEGMENT = 16  # chunks between two states that the forward pass keeps for the backward
-ABOUT = ("batch", "first", "length", "segment")  # what `sequences` holds of each
-SIZES = ("sequence_count", "heads", "q_heads", "k_heads", "keep_states", "position")
-COLUMNS = {"t": "T_COLUMNS", "d": "D_COLUMNS", "v": "V_COLUMNS"}
-_INDENT = "  "
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkParam:
-    """A tensor argument of a chunk kernel."""
-
-    name: str
-    storage: Storage
-    rank: int
-    output: bool = False
-
-
-def chunk_params(kernel: ChunkKernel) -> tuple[ChunkParam, ...]:
-    """The tensors of a kernel, in order: what its `Arguments` hold."""
-    program, element = kernel.program, kernel.program.element
-    compute = Storage.FLOAT64 if element is Storage.FLOAT64 else Storage.FLOAT32
-    found = [ChunkParam(name, element, 4) for name in "QKV"]
-    if program.decay_given is not Rank.NONE:
-        rank = {Rank.HEAD: 1, Rank.TOKEN: 3, Rank.VECTOR: 4}[program.decay_given]
-        found.append(ChunkParam("decay_given", program.decay_storage, rank))
-    if program.beta_storage is not None:
-        found.append(ChunkParam("beta_given", program.beta_storage, 3))
-    found += [ChunkParam(c.name, c.storage, c.rank) for c in program.captures]
-    if kernel.gradient:
-        found += [ChunkParam("dO", element, 4), ChunkParam("d_final", compute, 4)]
-    else:
-        found.append(ChunkParam("initial", compute, 4))
-    found.append(ChunkParam("kept", compute, 4, output=not kernel.gradient))
-    found.append(ChunkParam("d_initial" if kernel.gradient else "final", compute, 4, output=True))
-    for w in kernel.outputs:
-        found.append(ChunkParam(w.tensor, output_storage(kernel, w), 2 + len(w.axes), output=True))
-    found.append(ChunkParam("sequences", Storage.INT64, 2))
-    found.append(ChunkParam("faults", Storage.INT64, 2, output=True))
-    return tuple(found)
-
-
-def output_storage(kernel: ChunkKernel, w: RowOutput) -> Storage:
-    """How rows are stored: o as v, gradients in the compute type, sums over tokens in double."""
-    if w.tensor == "O":
-        return kernel.program.element
-    if "q" not in w.axes:
-        return Storage.FLOAT64
-    return Storage.FLOAT64 if kernel.program.element is Storage.FLOAT64 else Storage.FLOAT32
 
 
 def chunk_registers(program: LinearProgram, target: CpuTarget) -> int:
@@ -93,7 +26,7 @@ def render_chunk_cpu(kernel: ChunkKernel, target: CpuTarget, chunk: int, header:
     return _ChunkRenderer(kernel, target, chunk).render(header)
 
 
-class _ChunkRenderer:
+class _ChunkRenderer(StatementRenderer):
     """Prints one kernel as one file."""
 
     def __init__(self, kernel: ChunkKernel, target: CpuTarget, chunk: int) -> None:
@@ -244,9 +177,7 @@ class _ChunkRenderer:
 
     @staticmethod
     def _total_place(w: RowOutput) -> str:
-        return (
-            f"{w.tensor}.data + sequence * {w.tensor}.strides[0] + head * {w.tensor}.strides[1]"
-        )
+        return f"{w.tensor}.data + sequence * {w.tensor}.strides[0] + head * {w.tensor}.strides[1]"
 
     def _forward_loops(self) -> list[str]:
         return [
@@ -329,182 +260,6 @@ class _ChunkRenderer:
             "",
             "}  // namespace attention",
         ]
-
-    # -- statements
-
-    def statement(self, s: ChunkStmt) -> list[str]:
-        match s:
-            case Section(title):
-                return ["", RowRenderer.remark(f"-- {title}")]
-            case Rows():
-                return self._rows(s)
-            case Decays():
-                return self._decays(s)
-            case Scale(to, x, by):
-                return [f"scale_rows({to.name}, {x.name}, {by.name}, rows);"]
-            case Gram():
-                return [self._gram(s)]
-            case Diagonal(to, x, y):
-                return [f"add_diagonal({to.name}, {x.name}, {y.name}, rows);"]
-            case Product():
-                return self._product(s)
-            case Solve(to, matrix, turned):
-                return [f"solve_{'upper' if turned else 'lower'}({to.name}, {matrix.name}, rows);"]
-            case StateStep(state, keys, values, whole, negative):
-                factor = "Real(1)" if whole is None else f"{whole.name}{'[d]' if whole.axes else ''}"
-                capture = "" if whole is None else "&"
-                function = f"[{capture}](int{' d' if whole and whole.axes else ''}) {{ return {factor}; }}"
-                flag = "true" if negative else "false"
-                return [
-                    f"state_step<{flag}>({state.name}, D, {keys.name}, {values.name}, rows, {function});"
-                ]
-            case CarriedGradient():
-                return self._carried(s)
-            case GramGradient():
-                return [self._gram_gradient(s)]
-            case DiagonalGradient(d_matrix, x, y, d_x, d_y):
-                names = ", ".join(t.name for t in (d_matrix, x, y, d_x, d_y))
-                return [f"diagonal_gradient({names}, rows);"]
-
-            case TokenStep():
-                return self._token_step(s).split("\n")
-
-    def _rows(self, s: Rows) -> list[str]:
-        lines = self.rows.rows(s, self.tiles)
-        words = set(re.findall(r"\w+", "\n".join(lines)))
-        place = "first + length - 1 - chunk_start - row" if self.program.reverse else "first + chunk_start + row"
-        position = [f"const int token = {'row' if self.kernel.name == 'linear_step' else place};"]
-        position = position if words & {"token", "t"} else []
-        if "t" in words:
-            position.append(f"const int t = {self._position()};")
-        made = [tile.name for tile, _ in s.values]
-        found = [
-            "for (int row = 0; row < count; ++row) {",
-            *(f"  {line}" for line in [*position, *lines]),
-            "}",
-        ]
-        for tile, _ in s.values:
-            if tile.axes == ("t",):
-                found.append(f"for (int row = count; row < T_COLUMNS; ++row) {tile.name}[row] = 0;")
-            else:
-                found.append(f"clear_rows({tile.name}, count, rows);")
-        if s.fault is not None and s.fault.name in made:
-            place = "arguments.faults.data[(int64_t)sequence * arguments.heads + head]"
-            found += [
-                f"if (const int64_t fault = fault_in({s.fault.name}, count))",
-                f"  if (!{place}) {place} = fault + 2 * chunk_start;",
-            ]
-        return found
-
-    def _position(self) -> str:
-        """Where the token is in its tensors, for the mods: a single step is told."""
-        return "arguments.position" if self.kernel.name == "linear_step" else "token"
-
-    def _token_step(self, s: TokenStep) -> str:
-        none = "nullptr"
-        tiles = [f"{t.name}[0]" if t is not None else none for t in (s.eraser, s.bonus)]
-        if s.decay is None:
-            factor = "[](int) { return Real(1); }"
-        elif self.vector:
-            factor = f"[&](int d) {{ return {s.decay.name}[0][d]; }}"
-        else:
-            factor = f"[&](int) {{ return {s.decay.name}[0]; }}"
-        decay = [] if s.decay is None else [f"exponentials<{'D' if self.vector else 'T'}_COLUMNS>"]
-        place = f"{s.decay.name}[0]" if s.decay is not None and self.vector else s.decay.name if s.decay else ""
-        first = [f"{d}({place}, {place});" for d in decay]
-        flag = "true" if s.exclusive else "false"
-        call = (
-            f"token_step<{flag}>({s.to.name}[0], state, D, {s.query.name}[0], {s.key.name}[0], "
-            f"{s.value.name}[0], {', '.join(tiles)}, {factor});"
-        )
-        return "\n".join([*first, call])
-
-    def _decays(self, s: Decays) -> list[str]:
-        flag = "true" if s.exclusive else "false"
-        if self.vector:
-            tiles = (s.steps, s.reads, s.erases)
-            names = ", ".join("(Real(*)[D_COLUMNS])nullptr" if t is None else t.name for t in tiles)
-            return [
-                f"vector_factors<{flag}>({s.decay.name}, rows, {names}, {s.writes.name}, {s.whole.name});"
-            ]
-        lines = [f"sum_decays({s.decay.name}, rows, decay_sums, {s.writes.name}, {s.whole.name});"]
-        if s.reads is not None:
-            lines.append(f"read_factors<{flag}>({s.reads.name}, decay_sums);")
-        if s.erases is not None:
-            lines.append(f"read_factors<false>({s.erases.name}, decay_sums);")
-        return lines
-
-    def _gram(self, s: Gram) -> str:
-        strict, negative = ("true" if x else "false" for x in (s.strict, s.negative))
-        dims = self._dims(s.x)
-        if s.within is not None and s.within.vector:
-            assert s.within.steps is not None
-            exclusive = "true" if s.within.exclusive else "false"
-            return (
-                f"vector_gram<{strict}, {exclusive}, {negative}>({s.to.name}, {s.x.name}, {s.y.name}, "
-                f"{s.within.steps.name}, spare, rows, {dims});"
-            )
-        return (
-            f"gram<{strict}, {negative}>({s.to.name}, {s.x.name}, {s.y.name}, spare_rows, rows, {dims}, "
-            f"{self._between(s.within)});"
-        )
-
-    @staticmethod
-    def _between(within: Within | None) -> str:
-        if within is None:
-            return "NoDecay{}"
-        flag = "true" if within.exclusive else "false"
-        return f"TokenDecay<{flag}, T_COLUMNS>{{decay_sums}}"
-
-    @staticmethod
-    def _dims(x: Tile) -> str:
-        return "D" if x.axes[1] == "d" else "STATE_COLUMNS"
-
-    def _product(self, s: Product) -> list[str]:
-        kind = {
-            (False, False): "TO", (True, False): "ADD", (True, True): "SUBTRACT", (False, True): "NEGATIVE"
-        }[s.add, s.negative]  # fmt: skip
-        matrix = s.a.axes == ("t", "t")
-        depth = "ALL" if not matrix else "FROM_ROW" if s.upper else "UP_TO_ROW"
-        call = f"product<Set::{kind}, Depth::{depth}>({s.to.name}, rows"
-        if matrix:
-            strides = "T_COLUMNS, 1" if s.upper else "1, T_COLUMNS"
-            return [f"{call}, rows, {s.a.name}[0], {strides}, {s.b.name});"]
-        columns = COLUMNS[s.a.axes[1]]
-        if not s.turned:
-            return [f"{call}, {self._dims(s.a)}, {s.a.name}[0], {columns}, 1, {s.b.name});"]
-        assert s.b.axes == ("d", "v")
-        return [
-            f"turn(spare_state, {s.b.name}, D, STATE_COLUMNS);",
-            f"{call}, STATE_COLUMNS, {s.a.name}[0], {columns}, 1, spare_state);",
-        ]
-
-    def _carried(self, s: CarriedGradient) -> list[str]:
-        d, (keys, d_keys) = s.d_decay.name, s.write
-        lines = [
-            f"carried_gradient({d}, {keys.name}, {d_keys.name}, {s.state.name}, {s.d_state.name}, D, "
-            f"{s.whole.name}, rows);"
-        ]
-        for x, d_x, exclusive in s.reads:
-            lines.append(f"add_reads<{'true' if exclusive else 'false'}>({d}, {x.name}, {d_x.name}, rows);")
-        return lines
-
-    def _gram_gradient(self, s: GramGradient) -> str:
-        exclusive = s.within is not None and s.within.exclusive
-        strict, flag = ("true" if x else "false" for x in (s.strict, exclusive))
-        rows = f"{s.x.name}, {s.y.name}"
-        if s.within is not None and s.within.vector:
-            assert s.within.steps is not None
-            assert s.d_decay is not None
-            return (
-                f"vector_gram_gradient<{strict}, {flag}>({s.d_matrix.name}, {rows}, {s.within.steps.name}, "
-                f"{s.d_x.name}, {s.d_y.name}, {s.d_decay.name}, spare, rows, D);"
-            )
-        d_decay = "(Real*)nullptr" if s.d_decay is None else s.d_decay.name
-        return (
-            f"gram_gradient<{strict}, {flag}>({s.d_matrix.name}, {s.matrix.name}, {rows}, {s.d_x.name}, "
-            f"{s.d_y.name}, rows, {self._between(s.within)}, {d_decay});"
-        )
 
     # -- names
 

@@ -61,7 +61,9 @@ class RowRenderer(LaneRenderer):
         for tile, e in s.values:
             if tile.axes == ("t",):
                 lines.append(f"{tiles[tile]}[row] = {self._number(e, known)};")
-        lines += [line for w in s.writes if not set(w.axes) & set(DIMS) for line in self._write_number(w, known)]
+        lines += [
+            line for w in s.writes if not set(w.axes) & set(DIMS) for line in self._write_number(w, known)
+        ]
         for axis in DIMS:
             stores = [(f"{tiles[t]}[row]", e) for t, e in s.values if t.var.axes[1:] == (axis,)]
             writes = [w for w in s.writes if axis in w.axes]
@@ -177,13 +179,15 @@ class RowRenderer(LaneRenderer):
                     name, text = self.inputs[node.name]
                     lines.append(f"const Floats {name} = {text};")
                     here[node] = Var(name, node.dtype, node.axes)
-            elif isinstance(node, Call | Load) and axis in node.axes:
-                if uses.get(node, 0) > 1 or node in self.program.names:
-                    name = self._name(node)
-                    lines += self._noted(node)
-                    lines.append(f"const auto {name} = {self.expr(_shallow(node, here))};")
-                    here[node] = Var(name, node.dtype, node.axes)
+            elif isinstance(node, Call | Load) and axis in node.axes and self._is_named(node, uses):
+                name = self._name(node)
+                lines += self._noted(node)
+                lines.append(f"const auto {name} = {self.expr(_shallow(node, here))};")
+                here[node] = Var(name, node.dtype, node.axes)
         return lines, [self.expr(substitute(root, here)) for root in replaced]
+
+    def _is_named(self, node: Expr, uses: Mapping[Expr, int]) -> bool:
+        return uses.get(node, 0) > 1 or node in self.program.names
 
     def _number(self, e: Expr, known: dict[Expr, Expr]) -> str:
         replaced = known.get(e)

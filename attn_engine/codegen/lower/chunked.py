@@ -28,7 +28,7 @@ from attn_engine.ir.chunk import (
     TokenStep,
     Within,
 )
-from attn_engine.ir.expr import Const, substitute
+from attn_engine.ir.expr import Const, Expr, substitute
 from attn_engine.ir.linear import WEIGHT_SUM, LinearProgram, Rank
 
 QUERIES = Tile("queries", ("t", "d"))
@@ -88,7 +88,7 @@ def scaled(x: Tile, by: Tile | None) -> tuple[Tile, tuple[ChunkStmt, ...]]:
 def features(program: LinearProgram, reading: bool) -> tuple[ChunkStmt, ...]:
     """The rows that the mods make of a chunk's tokens; `reading`: also those that only an output needs."""
     decays = decay_tiles(program)
-    wanted = [(KEYS, program.write), (VALUES, program.value)]
+    wanted: list[tuple[Tile, Expr | None]] = [(KEYS, program.write), (VALUES, program.value)]
     if decays is not None:
         wanted.insert(0, (decays.decays, program.decay))
     if program.corrected:
@@ -166,7 +166,7 @@ def outputs(program: LinearProgram) -> tuple[ChunkStmt, ...]:
     return (*scale, Product(OUT, queries, STATE), Product(OUT, WEIGHTS, VALUES, add=True))
 
 
-def output_row(program: LinearProgram):
+def output_row(program: LinearProgram) -> Expr:
     """A token's row of the output."""
     if program.divisor is None:
         return OUT.var

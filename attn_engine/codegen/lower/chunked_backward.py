@@ -76,7 +76,7 @@ def captured_reads(program: LinearProgram) -> tuple[Load, ...]:
 
 
 def lower_chunked_backward(program: LinearProgram, wanted: Sequence[str]) -> ChunkKernel:
-    """Gradients of q, k, v, decay, beta (those of `wanted`) and of every read of the captured tensors among `wanted`."""
+    """Gradients of those of q, k, v, decay, beta that are `wanted`, and of every read of captured tensors that are."""
     body = (
         *features(program, reading=True),
         *corrected_values(program),
@@ -154,9 +154,7 @@ def _through_output(program: LinearProgram) -> tuple[ChunkStmt, ...]:
     return tuple(found)
 
 
-def _carried(
-    program: LinearProgram, erasers: tuple[tuple[Tile, Tile, bool], ...]
-) -> tuple[ChunkStmt, ...]:
+def _carried(program: LinearProgram, erasers: tuple[tuple[Tile, Tile, bool], ...]) -> tuple[ChunkStmt, ...]:
     tiles = decay_tiles(program)
     d_decays = _d_decays(program)
     if tiles is None or d_decays is None:
@@ -200,7 +198,9 @@ def _row_outputs(program: LinearProgram, wanted: Sequence[str]) -> tuple[RowOutp
         (program.bonus, D_BONUSES),
         (program.decay, d_decays),
     )
-    results: list[tuple[Expr, Expr]] = [(f, tile.var) for f, tile in seeds if f is not None and tile is not None]
+    results: list[tuple[Expr, Expr]] = [
+        (f, tile.var) for f, tile in seeds if f is not None and tile is not None
+    ]
     if program.divisor is not None:
         results.append((output_row(program), D_OUTPUT))
     inputs: list[tuple[str, Expr]] = [(f"d_{n}", var) for n, var in INPUTS.items() if n in wanted]

@@ -57,5 +57,3 @@ def fitted(d: Expr, node: Expr, arg: Expr) -> Expr:
             spread = d if axis in d.axes else d * Full(1.0, (axis,))
             d = Reduce("sum", spread, axis)
     return d
-
-
