@@ -36,6 +36,7 @@ from attn_engine.ir.chunk import (
 )
 from attn_engine.ir.expr import Var
 from attn_engine.ir.linear import LinearProgram
+from attn_engine.runtime.decay_faults import check_decays
 from attn_engine.runtime.linear_inputs import LinearInputs
 from attn_engine.runtime.token_rows import TokenRows
 
@@ -184,6 +185,8 @@ class _Machine:
                     self.rows.give(tile.last, x[..., dims])
         made = self.rows.values([(e, tile.var.axes) for tile, e in s.values])
         self.tiles |= {tile: x for (tile, _), x in zip(s.values, made, strict=True)}
+        if s.fault is not None:
+            check_decays(self.tiles[s.fault], self.batches, self.tokens)
         for tile, e in s.last:
             (column,) = self.rows.values(((e, ("q",)),))
             self.tiles[tile] = torch.cat([self.tiles[tile], column[..., None]], -1)

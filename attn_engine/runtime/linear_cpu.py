@@ -193,7 +193,8 @@ class CpuChunks:
             "initial": torch.empty((0, 0, 0, 0), dtype=inputs.initial_state.dtype),
             "kept": torch.empty((0, 0, 0, 0), dtype=inputs.initial_state.dtype),
         }
-        tensors = _given(inputs) | kept | {"final": inputs.initial_state, "O": inputs.v}
+        out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype)  # o of a step has no gaps, whatever v has
+        tensors = _given(inputs) | kept | {"final": inputs.initial_state, "O": out}
         heads = inputs.heads
         sizes = (shape[0], heads, inputs.q.shape[1], inputs.k.shape[1], 0, 0)
         return Step(self.program, library.prepare(tensors, sizes, inputs.scalars), kept, inputs)
@@ -218,7 +219,7 @@ class Step:
     inputs: LinearInputs
 
     def __call__(self, tensors: Mapping[str, Tensor], state: Tensor, out: Tensor, position: int) -> None:
-        """Fill out (as v lies), and change the state to that after the token. tensors: q, k, v, ... by kernel name."""
+        """Fill out (without gaps), and change the state to that after the token. tensors: by the kernel's names."""
         places = self.prepared.places
         addresses = [(places[name], x.data_ptr()) for name, x in tensors.items()]
         addresses += [(places["final"], state.data_ptr()), (places["O"], out.data_ptr())]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.ir.linear import WEIGHT_SUM, LinearProgram, Rank
+from attn_engine.runtime.decay_faults import check_decays
 from attn_engine.runtime.linear_inputs import LinearInputs
 from attn_engine.runtime.token_rows import TokenRows
 
@@ -53,6 +54,8 @@ def _sequence(
     erase = None if program.erase is None else rows.values(((program.erase, qd),))[0]
     bonus = None if program.bonus is None else rows.values(((program.bonus, qd),))[0]
     decay = _decay(program, rows)
+    if decay is not None:
+        check_decays(decay, batches, order)
     found: list[Tensor] = []
     for t in range(len(order)):
         before = state

@@ -105,7 +105,7 @@ def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     for name, want in wanted.items():
         have = found.get(name, torch.zeros_like(want))
         assert torch.isfinite(have).all(), name
-        errors.append(float((have - want).abs().max() / (want.abs().max() + 1e-30)))
+        errors.append(float((have - want).detach().abs().max() / (want.detach().abs().max() + 1e-30)))
     return max(errors)
 
 

@@ -69,8 +69,9 @@ class RowRenderer(LaneRenderer):
             writes = [w for w in s.writes if axis in w.axes]
             if stores or writes:
                 lines += self._columns(axis, stores, writes, known)
-        # After the columns of v, whose last vector of lanes reaches over it.
-        lines += [f"{tiles[tile]}[row][DV] = {self._number(e, known)};" for tile, e in s.last]
+        for tile, e in s.last:  # after the columns of v, whose last vector of lanes reaches over it
+            lines.append(f"__builtin_memset({tiles[tile]}[row] + DV, 0, (V_COLUMNS - DV) * sizeof(Real));")
+            lines.append(f"{tiles[tile]}[row][DV] = {self._number(e, known)};")
         return lines
 
     def _numbers(self, roots: list[Expr], known: dict[Expr, Expr]) -> list[str]:
