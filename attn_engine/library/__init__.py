@@ -26,11 +26,23 @@ from attn_engine.library.dense.streaming import streaming
 from attn_engine.library.dense.tree import tree
 from attn_engine.library.dense.vision_cross import vision_cross
 from attn_engine.library.differential import differential
+from attn_engine.library.sparse.dynamic import (
+    compact,
+    dynamic_sparse_attention,
+    hash_sparse_attention,
+    hash_sparse_attention_kernel,
+    pad_index,
+    qk_sparse_attention,
+    qk_sparse_attention_kernel,
+    sort_bucketed_attention,
+)
 
 __all__ = [
-    "AttentionLibrary", "OnlineRelu", "OnlineRetention", "OnlineSigmoid", "OnlineSoftmax", "alibi", "alibi_slopes",
-    "and_masks", "block_diffusion", "causal", "chunked", "differential", "dilated_window", "document",
-    "full", "global_window", "neighbourhood", "not_mask", "or_masks", "pair_bias", "prefix", "relative_bias",
-    "retention_decay", "retention_decays", "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window",
-    "soft_cap", "softmax_plus_one", "streaming", "t5_bias", "tree", "vision_cross",
+    "AttentionLibrary", "OnlineRelu", "OnlineRetention", "OnlineSigmoid", "OnlineSoftmax", "alibi",
+    "alibi_slopes", "and_masks", "block_diffusion", "causal", "chunked", "compact", "differential",
+    "dilated_window", "document", "dynamic_sparse_attention", "full", "global_window", "hash_sparse_attention",
+    "hash_sparse_attention_kernel", "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias", "prefix",
+    "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "retention_decay", "retention_decays",
+    "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one",
+    "sort_bucketed_attention", "streaming", "t5_bias", "tree", "vision_cross",
 ]  # fmt: skip
