@@ -33,6 +33,7 @@ from attn_engine.linear_steps import StepPlan, step
 from attn_engine.options import checked_scale, fixed_sizes, three_metas
 from attn_engine.runtime.backends import backend_named
 from attn_engine.runtime.bind import LAYOUTS, custom_by_name
+from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.linear_autograd import LinearMachine, attend
 from attn_engine.runtime.linear_cpu import CpuChunks
@@ -239,6 +240,7 @@ class LinearAttentionEngine:
         batch of 1, and the end. All but cu_seqlens may have gradients.
         """
         traced, inputs = self.bind(q, k, v, decay, custom, named, beta, initial_state, cu_seqlens)
+        refuse_transforms(inputs.tensors().values())
         if self.backend == "reference":
             o, states = token_recurrence(traced.program, inputs)
             o = o.to(q.dtype)
