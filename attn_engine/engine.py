@@ -11,8 +11,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from attn_engine.card import card
+from attn_engine.codegen.schedule import Schedule
 from attn_engine.dump import dump_stages
+from attn_engine.engine_text import EngineText
 from attn_engine.errors import (
     AttnEngineError,
     IndexNotInteger,
@@ -20,7 +21,6 @@ from attn_engine.errors import (
     ScoreIsBool,
     WrongOperands,
 )
-from attn_engine.explain import Explanation, Kernel, explain, sources
 from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
 from attn_engine.graph_calls import in_graph, numbered
 from attn_engine.graph_checks import GraphChecks
@@ -36,7 +36,7 @@ from attn_engine.options import (
     fixed_sizes,
     three_metas,
 )
-from attn_engine.runtime.backends import DEVICES, backend_for, backend_named, schedule_for
+from attn_engine.runtime.backends import DEVICES, backend_for, backend_named
 from attn_engine.runtime.bind import Expected, custom_by_name, storage_of
 from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
@@ -44,10 +44,11 @@ from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.operator import apply
 from attn_engine.runtime.reference import reference
+from attn_engine.schedules import TUNE_SECONDS, Schedules, tune_for_call
 from attn_engine.traced_program import Description, TracedProgram
 
 
-class AttentionEngine:
+class AttentionEngine(EngineText):
     """A compiled attention: softmax(mask(score_mod(q k^T * scale))) v, with any of its parts replaced by yours.
 
     qkv_meta: three `meta_tensor`s for q (B, H, S, D), k (B, Hkv, Skv, D) and v (B, Hkv, Skv, Dv), always in this
@@ -59,10 +60,14 @@ class AttentionEngine:
     mask_mod: (b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx, custom_fwd_inputs) -> bool; True keeps the pair. It acts
         after score_mod; a row that keeps nothing gives 0.
     layout: how tensors lie, "bshd" (batch, length, heads, dim) or "bhsd"; strides are free.
-    backend: "auto" (by the tensors' device), "cpu", "torch", "triton", "triton-interpreter", or "reference" (dense,
-        float64, O(S^2) memory: the definition).
+    backend: "auto" (by the tensors' device), "cpu", "torch", "triton", "triton-interpreter", "tilelang",
+        "tilelang-cpu", or "reference" (dense, float64, O(S^2) memory: the definition).
     block_mask: the blocks that are visible at all, made ahead of the calls: `BlockLists`, or what gives some by
         `.lists()`. mask_mod (its own, where none is given) is asked in partial blocks alone. A call may bring another.
+    schedule: tiles and launch options, such as `replace(engine.schedule, block_kv=32)`, which run so or are refused;
+        None: tuned ones where they were stored, else the target's default.
+    tune: measure schedules on the tensors of the first call, for up to tune_seconds per direction, and store the best
+        for later engines of the same program. Not while torch.compile traces.
     scale: multiplies q k^T before score_mod. None: 1 where a score_mod is given (it scales itself), else 1/sqrt(D).
 
     Functions may use plain Python and torch operators; numbers and tensors they capture are read at every call, and
@@ -83,7 +88,9 @@ class AttentionEngine:
         backend: str = "auto",
         scale: float | None = None,
         block_mask: Any = None,
+        schedule: Schedule | None = None,
         tune: bool = False,
+        tune_seconds: float = TUNE_SECONDS,
         **unknown: Any,
     ) -> None:
         self._arguments = {
@@ -96,8 +103,9 @@ class AttentionEngine:
             "backend": backend,
             "scale": scale,
             "block_mask": block_mask,
+            "schedules": (schedule, tune, tune_seconds),
         }
-        self._set_up(**self._arguments, options=(tune, unknown))
+        self._set_up(**self._arguments, unknown=unknown)
         self._traced = self._first_trace()
 
     def _set_up(
@@ -111,12 +119,13 @@ class AttentionEngine:
         backend: str,
         scale: float | None,
         block_mask: Any,
-        options: tuple[bool, dict[str, Any]] = (False, {}),
+        schedules: tuple[Schedule | None, bool, float],
+        unknown: dict[str, Any] | None = None,
     ) -> None:
         """Everything but the first trace."""
         from attn_engine.library.dense.softmax import OnlineSoftmax  # the library is made of engines
 
-        check_options(layout, backend, *options)
+        check_options(layout, unknown or {})
         mask_mod = getattr(block_mask, "mask_mod", None) if mask_mod is None else mask_mod
         self._block_mask = block_mask
         q, k, v = three_metas(qkv_meta)
@@ -135,12 +144,14 @@ class AttentionEngine:
         self._lists_of(None)
         if backend != "auto":
             backend_named(backend)
+        self._schedules = Schedules(*schedules, backend)
         sizes = tuple(fixed_sizes(m) for m in (q, k, v))
         expected = Expected(layout, q.dtype, (q.dim, k.dim, v.dim), sizes)
         self._checks = CallChecks(expected, self.custom_io.shapes, backend, DEVICES.get(backend))
         self._first_error: AttnEngineError | None = None
         self._traced: TracedProgram | None = None
         self._calls: dict[tuple[object, str], tuple[Call, int]] = {}
+        self._retired: list[tuple[Call, int]] = []
         self._number = numbered(self)
 
     def _first_trace(self) -> TracedProgram | None:
@@ -227,6 +238,8 @@ class AttentionEngine:
             refuse_transforms((q, k, v, *custom_inputs, *named.values()))
             traced, captured, numbers, kind = self._bind(q, k, v, custom_inputs, named, block_mask)
             refuse_transforms(captured.values())
+            if self._schedules.tuning:
+                tune_for_call(self, traced, (q, k, v), captured, numbers)
             call, key = self._call(traced, q.device.type)
             o, rows = apply(call, key, q, k, v, captured, numbers, kind, return_final_rowscales)
         if return_final_rowscales:
@@ -276,36 +289,7 @@ class AttentionEngine:
         report = compare(self, q, k, v, *custom_inputs, **named)
         return replace(report, methods=self._description.check_methods(self.program.rule))
 
-    # -- looking inside
-
-    def source(self, backend: str | None = None, kernel: Kernel = "forward") -> str:
-        """The text of a generated kernel: "forward", "decode" (the forward pass of one query over split keys, and the
-        merge), "delta" (the backward's row sums) or "backward" (all the rest).
-
-        backend: "cpu", "triton", ...; None: the engine's own. No device and no compiler is needed. The backward text
-        includes the gradients of every captured tensor that can have one and that the backend can compute.
-        """
-        return "\n\n".join(self._sources(backend, kernel))
-
-    def graph(self) -> Any:
-        """The program's dataflow as a networkx.DiGraph; see `attn_engine.runtime.graph` for its attributes."""
-        from attn_engine.runtime.graph import program_graph
-
-        return program_graph(self.program)
-
-    def explain(self) -> Explanation:
-        """What was traced, what the mask plan is and why, what is saved for the backward pass, the tiles. Print it."""
-        return explain(self.program, self.scale, self._compiled(self._shown, backend_for(self.backend)))
-
-    def __repr__(self) -> str:
-        p = self.program
-        return (
-            f"AttentionEngine({p.name}, {p.element.value}, D={p.dim_qk}, Dv={p.dim_v}, layout={self.layout!r}, "
-            f"backend={self.backend!r})"
-        )
-
-    def _repr_html_(self) -> str:
-        return card(repr(self), self.program, self._description.mask_mod, self._checks.expected.sizes)
+    # -- copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionEngine:
         """A fresh engine of a copied description.
@@ -321,7 +305,7 @@ class AttentionEngine:
 
     def __reduce__(self) -> Any:
         """Pickled by its description, where the functions can be; kernels are made anew from the cache."""
-        return _remade, (self._arguments,)
+        return _remade, (dict(self._arguments),)
 
     # -- from a call to its kernels
 
@@ -364,6 +348,11 @@ class AttentionEngine:
     def _logical(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2) if self.layout == "bshd" else x
 
+    def _forget_calls(self, traced: TracedProgram, name: str) -> None:
+        """Make kernels anew at the next call; those of a call that has begun stay for its gradients."""
+        self._retired += [found for found in (self._calls.pop((traced.program, name), None),) if found]
+        traced.calls.pop(name, None)
+
     def _call(self, traced: TracedProgram, device: str) -> tuple[Call, int]:
         name = backend_for(self.backend, device)
         found = traced.calls.get(name)
@@ -380,14 +369,12 @@ class AttentionEngine:
             dump_stages(call.compiled, self.scale)
         return found
 
-    def _compiled(self, traced: TracedProgram, name: str) -> CompiledAttention:
+    def _compiled(self, traced: TracedProgram, name: str, target: str | None = None) -> CompiledAttention:
         backend = backend_named(name)
-        return CompiledAttention(traced.program, backend, schedule_for(traced.program, backend))
-
-    def _sources(self, backend: str | None, kernel: str) -> list[str]:
-        compiled = self._compiled(self._shown, backend_for(self.backend) if backend is None else backend)
-        return sources(compiled, kernel)
+        chosen = self._schedules.choose(traced.program, backend, target)
+        return CompiledAttention(traced.program, backend, chosen.schedule)
 
 
 def _remade(arguments: dict[str, Any]) -> AttentionEngine:
-    return AttentionEngine(**arguments)
+    schedule, tune, tune_seconds = arguments.pop("schedules")
+    return AttentionEngine(**arguments, schedule=schedule, tune=tune, tune_seconds=tune_seconds)

@@ -11,11 +11,22 @@ exactly those that the two name. Every keyword is also an attribute.
 
 from __future__ import annotations
 
+from attn_engine.device_errors import BackendDeviceMismatch as BackendDeviceMismatch
+from attn_engine.device_errors import BackendNotInstalled as BackendNotInstalled
+from attn_engine.device_errors import NoGpu as NoGpu
+from attn_engine.device_errors import OldDriver as OldDriver
+from attn_engine.device_errors import StridesTooLarge as StridesTooLarge
+from attn_engine.device_errors import UnsupportedGpu as UnsupportedGpu
 from attn_engine.error_base import AttnEngineError as AttnEngineError
 from attn_engine.locations import Location as Location
 from attn_engine.locations import definition_of as definition_of
 from attn_engine.locations import is_user_code as is_user_code
 from attn_engine.locations import location_of as location_of
+from attn_engine.schedule_errors import IllegalSchedule as IllegalSchedule
+from attn_engine.schedule_errors import NothingToTune as NothingToTune
+from attn_engine.schedule_errors import OutOfSharedMemory as OutOfSharedMemory
+from attn_engine.schedule_errors import StoreIgnored as StoreIgnored
+from attn_engine.schedule_errors import UnknownTarget as UnknownTarget
 
 # ---- q, k, v and their descriptions
 
@@ -304,16 +315,6 @@ class WrongArgument(AttnEngineError, TypeError):
 class UnknownBackend(AttnEngineError, ValueError):
     template = "backend={backend!r} is not known."
     advice = "Use one of {known}."
-
-
-class BackendNotInstalled(AttnEngineError, RuntimeError):
-    template = 'Backend "{backend}" needs {needs}, which is missing here.'
-    advice = "{instead}"
-
-
-class BackendDeviceMismatch(AttnEngineError, ValueError):
-    template = 'Backend "{backend}" does not run tensors on {device}.'
-    advice = "{instead}"
 
 
 class UnsupportedOnBackend(AttnEngineError, NotImplementedError):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from attn_engine.codegen.lower.row_values import uses_delta
+from attn_engine.codegen.targets import Target
 from attn_engine.errors import UnknownOption
+from attn_engine.explain_work import Known, bound_text, occupancy_text, sizes_of_call, work_of, work_text
 from attn_engine.ir.expr import Expr, Var, postorder, substitute
+from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.mask_range import MaskPlan, NoneKnown, plan_mask
 from attn_engine.ir.passes.mask_tiles import TileClass, classify_tiles
 from attn_engine.ir.passes.merge_rule import MergeRule, NotMergeable, derive_merge
@@ -30,8 +34,27 @@ class Explanation:
         return "\n\n".join(f"{title}\n{_indented(text)}" for title, text in self.sections.items())
 
 
-def explain(program: Attention, scale: float, compiled: CompiledAttention) -> Explanation:
-    """Traced functions, scale, mask plans with their reasons, what is saved, tiles and backend."""
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What is explained besides the kernels: where the schedule comes from, a call's sizes and numbers, the GPU.
+
+    known: (batch, heads, length) of q, k and v as far as they are fixed. target: None where no GPU is meant.
+    """
+
+    origin: str
+    known: Known
+    sizes: Mapping[str, int]
+    numbers: Mapping[str, Number]
+    target: Target | None
+
+
+def explain(
+    program: Attention, scale: float, compiled: CompiledAttention, about: Circumstances | None = None
+) -> Explanation:
+    """Traced functions, scale, mask plans with their reasons, what is saved, tiles and backend; what a call computes
+    and moves and what a GPU makes of it, where the circumstances are given."""
+    tiles = f"{compiled.schedule}" + (f"\n{about.origin}" if about else "")
+    counted = _counted(compiled, about) if about else {}
     return Explanation(
         {
             "Program": format_program(program),
@@ -42,10 +65,26 @@ def explain(program: Attention, scale: float, compiled: CompiledAttention) -> Ex
             "Masking": _masking_text(program),
             "Saved for the backward pass": _saved_text(program),
             "Few query rows": _few_rows_text(compiled),
-            "Tiles": f"{compiled.schedule}",
+            "Tiles": tiles,
+            **counted,
             "Backend": compiled.backend.name,
         }
     )
+
+
+def _counted(compiled: CompiledAttention, about: Circumstances) -> dict[str, str]:
+    """The sections that count."""
+    sizes, assumed = sizes_of_call(about.known, about.sizes)
+    work = work_of(compiled, sizes, about.numbers)
+    sections = {"Work": work_text(work, sizes, assumed)}
+    if about.target is not None:
+        occupancy = occupancy_text(compiled, about.target)
+        sections = {
+            "Occupancy": occupancy,
+            **sections,
+            "Bound": bound_text(compiled, work, about.target),
+        }
+    return sections
 
 
 def _plan_of(program: Attention, loop: str) -> str:

@@ -8,22 +8,19 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from attn_engine.errors import UnknownLayout, UnknownOption, UnsupportedOnBackend, WrongArgument, WrongMeta
+from attn_engine.errors import UnknownLayout, UnknownOption, WrongArgument, WrongMeta
 from attn_engine.frontend import MetaTensor, OnlineFunc
 from attn_engine.masks.lists import BlockLists
 from attn_engine.runtime.bind import LAYOUTS
 
 
-def check_options(layout: str, backend: str, tune: bool, unknown: dict[str, Any]) -> None:
+def check_options(layout: str, unknown: dict[str, Any]) -> None:
     """Raise a typed error for an option that is unknown or that this version does not take."""
-    known = "layout, backend, scale, block_mask, tune"
+    known = "layout, backend, scale, block_mask, schedule, tune, tune_seconds"
     for option, value in unknown.items():
         raise UnknownOption(option=option, value=value, where="AttentionEngine", known=known)
     if layout not in LAYOUTS:
         raise UnknownLayout(layout=layout)
-    if tune:
-        instead = "Leave tune=False: the default schedule is chosen from the head dimensions and the target."
-        raise UnsupportedOnBackend(backend=backend, feature="tune=True", instead=instead)
 
 
 def three_metas(qkv_meta: Sequence[MetaTensor]) -> tuple[MetaTensor, MetaTensor, MetaTensor]:

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 
 from attn_engine.runtime.cpu_compile import find_compiler
-from benchmarks.cases import Case
-from benchmarks.measure import Outcome
 
 FORMAT = 2
 FOLDER = Path(__file__).parent / "results"
@@ -30,17 +28,17 @@ class ResultNotUsable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """A result file's content. entries: {"case": fields of Case, "ratios", "seconds", "others"}."""
+    """A result file's content. entries: {"case": fields of a case, and those of its outcome}; both are dataclasses."""
 
     machine: dict[str, Any]
     commands: list[str] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
 
-    def has(self, case: Case) -> bool:
+    def has(self, case: Any) -> bool:
         fields = asdict(case)
         return any(entry["case"] == fields for entry in self.entries)
 
-    def add(self, case: Case, outcome: Outcome) -> None:
+    def add(self, case: Any, outcome: Any) -> None:
         """Replaces what is there of the same case."""
         fields = asdict(case)
         self.entries[:] = [entry for entry in self.entries if entry["case"] != fields]
@@ -73,12 +71,17 @@ def load(path: Path) -> Results:
     return Results(**content)
 
 
-def go_on(path: Path, here: dict[str, Any]) -> Results:
-    """The results so far, to be continued on this machine; raises ResultNotUsable where they are from another."""
+def go_on(path: Path, here: dict[str, Any], same: tuple[str, ...] = SAME) -> Results:
+    """The results so far, to be continued on this machine; raises ResultNotUsable where they are from another.
+
+    same: what must be equal of the machine then and now.
+    """
     before = load(path)
-    differing = [key for key in SAME if before.machine.get(key) != here[key]]
+    differing = [key for key in same if before.machine.get(key) != here.get(key)]
     if differing:
-        described = ", ".join(f"{key}: {before.machine.get(key)} then, {here[key]} now" for key in differing)
+        described = ", ".join(
+            f"{key}: {before.machine.get(key)} then, {here.get(key)} now" for key in differing
+        )
         raise ResultNotUsable(f"{path} was measured elsewhere ({described}); name another file with --output")
     return before
 

@@ -74,9 +74,9 @@ def _cpp(kernel: Kernel, _: Schedule) -> str:
 
 
 def _triton(kernel: Kernel, schedule: Schedule) -> str:
-    return render_triton(
-        with_header(kernel, "triton", "golden"), TritonOptions(schedule.num_warps, schedule.num_stages)
-    )
+    launch = schedule.launch(kernel.name)
+    options = TritonOptions(launch.num_warps, launch.num_stages, schedule.descriptors)
+    return render_triton(with_header(kernel, "triton", "golden"), options)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "top",
     },  # joins what it needs, as the engine does
     "conformance": {"flex", "top"},  # through the public package, as a user would
+    "gpu_check": {"top", "library", "frontend", "runtime", "codegen", "ir"},  # a tool: nothing imports it
     "masks": {"frontend", "ir", "runtime"},  # plans made from user functions and the tensors that they read
     "integrations": {"top"},  # through the public package, as a user would
     "top": {
@@ -62,6 +63,7 @@ PACKAGES = {
     "runtime": {"torch", "numpy", "networkx", "triton", "tilelang"},
     "flex": {"torch"},
     "conformance": {"torch"},
+    "gpu_check": {"torch"},
     "masks": {"torch", "numpy", "matplotlib"},
     "integrations": {"torch", "transformers"},
     "top": {"torch"},
@@ -77,8 +79,9 @@ ONLY_BOTH_BRANCHES = {
     "__main__.py",
     "__init__.py",
 }
-# Imported by everybody, so they import nobody (but errors.py its base, and that the locations).
-STANDALONE = {"errors.py", "linear_errors.py", "error_base.py", "locations.py", "version.py"}
+# Imported by everybody, so they import nobody (but the errors their base, and that the locations).
+ERRORS = {"errors.py", "device_errors.py", "linear_errors.py", "schedule_errors.py", "error_base.py"}
+STANDALONE = ERRORS | {"locations.py", "version.py"}
 LAZY = {
     "triton",
     "tilelang",
@@ -139,9 +142,10 @@ def target_layer(module: str) -> str:
 
 def forbidden(path: Path, module: str) -> bool:
     own = layer(path)
-    if module in ("attn_engine.locations", "attn_engine.error_base"):
-        return path.name in STANDALONE - {"errors.py", "linear_errors.py", "error_base.py"}
-    if module in ("attn_engine.errors", "attn_engine.linear_errors", "attn_engine.version"):
+    name = module.removeprefix("attn_engine.")
+    if name == "locations" or (f"{name}.py" in ERRORS and name != "errors"):
+        return path.name in STANDALONE - ERRORS
+    if module in ("attn_engine.errors", "attn_engine.version"):
         return path.name in STANDALONE
     if module.split(".")[0] == "attn_engine":
         return path.name in STANDALONE or target_layer(module) not in MAY_IMPORT[own] | {own}

@@ -16,6 +16,7 @@ from attn_engine.codegen.lower.pooled import lower_pooled_forward
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.passes.pooled_gradient import backward_program
+from attn_engine.ir.passes.powers_of_two import backward_in_powers_of_two, forward_in_powers_of_two
 from attn_engine.ir.passes.unread import without_unread
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, Lanes, Module
@@ -38,14 +39,22 @@ def lower(
     """
     assert direction in DIRECTIONS, direction
     if direction == "forward":
+        program = (
+            replace(program, rule=forward_in_powers_of_two(program.rule)) if schedule.folded else program
+        )
         lower_one = lower_pooled_forward if program.rule.pooled else lower_forward
         module = Module("forward", (lower_one(program, schedule),))
     elif direction == "decode":
+        folded = forward_in_powers_of_two(program.rule) if schedule.folded else program.rule
+        if isinstance(derive_merge(folded), MergeRule):
+            program = replace(program, rule=folded)
         merge = derive_merge(program.rule)
         assert isinstance(merge, MergeRule), "keys are split where the parts can be merged"
         module = lower_decode(program, schedule, merge)
     else:
         program = backward_program(program, rows)
+        if schedule.folded:
+            program = replace(program, rule=backward_in_powers_of_two(program.rule))
         module = lower_backward(program, schedule, learned)
         if program.rule.adjoints:  # they read delta, and the kernels of the gradients read them
             first = [k for k in module.kernels if k.name == "delta"]

@@ -26,14 +26,33 @@ class Gradients(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Launch:
+    """How one kernel is cut and launched: rows of its tiles, warps of a program instance, stages of its loads."""
+
+    q: int
+    kv: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.q} x {self.kv} ({self.num_warps} warps, {self.num_stages} stages)"
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """Tile sizes and loop structure.
 
     block_q, block_kv: rows of a tile. backward_q, backward_kv: the same for dK/dV (and the one-kernel backward).
     few_row_kernels: heads of few query rows get forward kernels of their own, with keys in lanes.
+    folded: normalisers in powers of two, the scale of the scores folded in; for elements of 16 bits and scales > 0.
+    short_tiles: forward kernels for heads of few query rows have tiles of 16, 32 or 64 rows.
+    sections: where the mask gives tiles different work, heavy tiles of many heads are handed out before light ones.
+    descriptors: tiles that loops read are loaded through tensor descriptors, where a target has what runs them.
     split_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
     num_warps, num_stages: GPU launch options of forward and dQ; backward_* those of dK/dV.
     lanes: what lies across a CPU's vectors in the forward kernel; backward_lanes: in the one-kernel backward pass.
+    d_query: tiles and launch options of dQ; None: those of the forward pass. delta_rows: query rows of a program of the
+    kernel of row sums; 0: block_q.
     """
 
     block_q: int
@@ -50,14 +69,48 @@ class Schedule:
     backward_lanes: Lanes = Lanes.QUERIES
     few_row_kernels: bool = False
     split_tasks: int = 0
+    folded: bool = False
+    descriptors: bool = False
+    sections: bool = False
+    d_query: Launch | None = None
+    delta_rows: int = 0
+    short_tiles: bool = False
+
+    @property
+    def forward_launch(self) -> Launch:
+        return Launch(self.block_q, self.block_kv, self.num_warps, self.num_stages)
+
+    @property
+    def d_query_launch(self) -> Launch:
+        return self.d_query or self.forward_launch
+
+    @property
+    def d_key_value_launch(self) -> Launch:
+        return Launch(self.backward_q, self.backward_kv, self.backward_warps, self.backward_stages)
+
+    def launch(self, kernel: str) -> Launch:
+        """Of the kernel of that name."""
+        if kernel in ("dq", "adjoints"):
+            return self.d_query_launch
+        if kernel == "delta" and self.delta_rows:
+            return Launch(self.delta_rows, self.block_kv)
+        return self.forward_launch if kernel in FORWARD_KERNELS else self.d_key_value_launch
 
     def __str__(self) -> str:
         kernels = "one kernel" if self.gradients is Gradients.ONE_KERNEL else "two kernels (dQ; dK and dV)"
         edges = "loops of their own" if self.edges is Edges.SPLIT else "a branch in the loop"
+        if self.d_query is not None:
+            kernels = f"dK and dV, {self.d_query.q} x {self.d_query.kv} in dQ"
         return (
             f"forward {self.block_q} x {self.block_kv} (queries x keys), "
             f"backward {self.backward_q} x {self.backward_kv} in {kernels}, masked tiles in {edges}"
         )
+
+
+FORWARD_KERNELS = ("forward", "decode", "merge", "delta")
+# What may differ between schedules of one program and backend: tiles and launch options, by direction.
+FORWARD_FIELDS = ("block_q", "block_kv", "num_warps", "num_stages")
+BACKWARD_FIELDS = ("backward_q", "backward_kv", "backward_warps", "backward_stages", "d_query")
 
 
 def cpu_schedule(lanes: int, *, masked: bool = True) -> Schedule:
@@ -122,8 +175,13 @@ def within_blocks(schedule: Schedule, listed: ListedBlocks | None) -> Schedule:
     """The schedule in tiles that listed blocks can be cut into."""
     if listed is None:
         return schedule
+    d_query = schedule.d_query
+    if d_query is not None:
+        q, kv = tile_within(listed.q, d_query.q), tile_within(listed.kv, d_query.kv)
+        d_query = replace(d_query, q=q, kv=kv)
     tiles = replace(
         schedule,
+        d_query=d_query,
         block_q=tile_within(listed.q, schedule.block_q),
         block_kv=tile_within(listed.kv, schedule.block_kv),
         backward_q=tile_within(listed.q, schedule.backward_q),
@@ -140,14 +198,42 @@ def torch_schedule() -> Schedule:
     return Schedule(128, 256, 128, 256, Edges.SPLIT, Gradients.ONE_KERNEL)
 
 
-def gpu_schedule(dim_qk: int, dim_v: int, element_bytes: int) -> Schedule:
+def short_query_schedule(schedule: Schedule, rows: int) -> Schedule:
+    """A GPU's forward pass for heads of few query rows: the smallest tile that holds them, of 16, 32 or 64 rows.
+
+    Half the warps and tiles of 64 or more keys: such calls wait for keys and values, not for products.
+    """
+    tile = next((n for n in _SHORT_TILES if rows <= n < schedule.block_q), None)
+    return (
+        schedule if tile is None or not schedule.short_tiles else replace(schedule, block_q=tile, num_warps=4)
+    )
+
+
+_SHORT_TILES = (16, 32, 64)
+MULTIPROCESSORS = 128  # program instances that a large GPU runs at once, roughly
+TENSOR_MEMORY = ("sm_90", "sm_100")  # targets that load tiles through tensor descriptors
+
+
+def gpu_schedule(dim_qk: int, dim_v: int, element_bytes: int, target: str = "sm_90") -> Schedule:
     """Tiles that compile without spills for sm_80, sm_90 and sm_100 with a soft-cap, ALiBi and a mask (measured).
 
     Up to 64 dimensions that holds for gfx942 too. float32 counts twice: its products need twice the room.
     """
-    widest = max(dim_qk, dim_v) * (2 if element_bytes >= 4 else 1)
+    short = element_bytes == 2
+    tiles = _gpu_tiles(max(dim_qk, dim_v) * (2 if element_bytes >= 4 else 1))
+    return replace(
+        tiles,
+        folded=short,
+        descriptors=short and target in TENSOR_MEMORY,
+        sections=True,
+        short_tiles=True,
+        split_tasks=MULTIPROCESSORS,
+    )
+
+
+def _gpu_tiles(widest: int) -> Schedule:
     if widest <= 64:
-        return Schedule(128, 64, 32, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 4, 1)
+        return Schedule(128, 64, 32, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 4, 2)
     if widest <= 128:
-        return Schedule(64, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 8, 1)
+        return Schedule(128, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 8, 2)
     return Schedule(64, 32, 32, 32, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 1, 8, 1)

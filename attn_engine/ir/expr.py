@@ -7,7 +7,8 @@ Nodes are immutable and interned: building the same node twice returns the same 
 equality, hashing is O(1) and common subexpressions are shared for free. Names and source lines belong to the
 trace that built a node (`ScalarFn`) or to the `Let` that stores it, never to the node.
 
-Axes are a set ("q", "kv", "d", "dv"): a value over ("q", "kv") is a tile of them. Broadcasting is implied.
+Axes are a set ("q", "kv", "d", "dv"): a value over ("q", "kv") is a tile of them. Broadcasting is implied. Head
+dimensions that are cut into pieces span "d", "d2", ... and "dv", "dv2", ...
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from weakref import WeakValueDictionary
 
 from attn_engine.ir.ops import INFO, DType, Number, Op, result_dtype
 
-AXES = ("q", "kv", "d", "dv")
+AXES = ("q", "kv", "d", "d2", "d3", "d4", "dv", "dv2", "dv3", "dv4")
+COLUMNS = AXES[2:]
 
 
 class _Interned(type):

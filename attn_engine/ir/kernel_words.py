@@ -11,6 +11,6 @@ KERNEL_WORDS = frozenset(
     batch_begin batch_end kv_head_begin kv_head_end
     row_is_empty tile_is_whole entry q_block kv_block partial_begin partial_end full_begin full_end partial_listed
     full_listed listed_blocks blocks_per_split partial_count partial_first partial_stop full_first full_stop
-    partial_out part_out tl triton kernel args lanes rows row block tile
+    partial_out part_out scale_log2 tl triton kernel args lanes rows row block tile
     """.split()
 )

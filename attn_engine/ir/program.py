@@ -145,6 +145,7 @@ class OnlineRule:
     scalars: tuple[Var, ...] = ()
     pooled: tuple[Pooled, ...] = ()
     reasons: tuple[str, ...] = field(default=(), compare=False)  # why one pass is not enough
+    powers_of_two: bool = False  # LOGIT is in powers of two, logit / ln 2 (passes/powers_of_two.py)
 
     @property
     def row_outputs(self) -> tuple[str, ...]:

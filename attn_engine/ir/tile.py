@@ -156,6 +156,7 @@ class Kernel:
     """One kernel: parameters, what its program ids are, and what a program instance does.
 
     grid: axes of the launch, fastest first, such as ("q", "head", "batch"); a tile axis counts tiles, others ones.
+    sections: the launch may take heads in sections that fit a cache, and tile by tile all heads of a section.
     """
 
     name: str
@@ -163,18 +164,24 @@ class Kernel:
     scalars: tuple[Var, ...]
     grid: tuple[str, ...]
     order: tuple[str, ...]
-    tile: tuple[tuple[str, int], ...]  # block sizes of "q" and "kv", dimensions of "d" and "dv"
+    tile: tuple[tuple[str, int], ...]  # block sizes of "q" and "kv"; columns of "d" and "dv"
     body: tuple[Stmt, ...]
     header: tuple[str, ...] = ()
     heavy_last: bool = False  # later tiles of the first grid axis have more work: hand them out first
     lanes: Lanes = Lanes.QUERIES
     tables: tuple[TileTable, ...] = ()
+    first_columns: tuple[tuple[str, int], ...] = ()  # where pieces of "d", "dv" begin if not at 0
+    sections: bool = False
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
 
     def block(self, axis: str) -> int:
         return dict(self.tile)[axis]
+
+    def first_column(self, axis: str) -> int:
+        """Where the columns of "d", "dv" or of one of their pieces begin."""
+        return dict(self.first_columns).get(axis, 0)
 
 
 @dataclass(frozen=True, slots=True)

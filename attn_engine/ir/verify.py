@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attn_engine.ir.expr import AXES, Cast, Dot, Expr, Load, Reduce, Var, postorder
+from attn_engine.ir.expr import AXES, COLUMNS, Cast, Dot, Expr, Load, Reduce, Var, postorder
 from attn_engine.ir.ops import DType
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Section, Stmt, StoreTile
 
@@ -36,7 +36,7 @@ class _Verifier:
             self.define(Var(size, DType.INT))
         for axis in kernel.grid:
             self.place(axis) if axis in _TILED else self.define(Var(axis, DType.INT))
-        for axis in ("d", "dv"):
+        for axis in COLUMNS:
             if axis in self.tile:
                 self.define(Var(f"{axis}_idx", DType.INT, (axis,)))
         self.block(kernel.body)

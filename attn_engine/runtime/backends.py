@@ -13,9 +13,10 @@ from torch import Tensor
 
 from attn_engine.codegen.backends.cpu import render_cpu
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
+from attn_engine.codegen.gpu_schedule import default_schedule
 from attn_engine.codegen.lower.capture import CaptureGradient, runs_side_by_side
 from attn_engine.codegen.pipeline import with_header
-from attn_engine.codegen.schedule import Schedule, cpu_schedule, gpu_schedule, torch_schedule, within_blocks
+from attn_engine.codegen.schedule import Schedule, cpu_schedule, torch_schedule, within_blocks
 from attn_engine.errors import (
     BackendNotInstalled,
     CompilerMissing,
@@ -28,11 +29,17 @@ from attn_engine.ir.printer import format_kernel
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.compiled import Backend, Launchable
-from attn_engine.runtime.storage import TORCH_DTYPES
+from attn_engine.runtime.gpu_target import current_device_name, current_target
+from attn_engine.runtime.tilelang_backend import TileLangBackend
 from attn_engine.version import VERSION
 
-NAMES = ("auto", "cpu", "torch", "triton", "triton-interpreter", "reference")
-DEVICES = {"cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda"}
+NAMES = (
+    "auto", "cpu", "torch", "triton", "triton-interpreter", "tilelang", "tilelang-cpu", "reference",
+)  # fmt: skip
+DEVICES = {
+    "cpu": "cpu", "torch": "cpu", "triton-interpreter": "cpu", "triton": "cuda",
+    "tilelang-cpu": "cpu", "tilelang": "cuda",
+}  # fmt: skip
 
 
 class CpuBackend:
@@ -106,8 +113,7 @@ class TritonBackend:
     interpret: bool
 
     def schedule(self, program: Attention) -> Schedule:
-        element_bytes = TORCH_DTYPES[program.element].itemsize
-        chosen = gpu_schedule(program.dim_qk, program.dim_v, element_bytes)
+        chosen = default_schedule(program, current_target(), current_device_name())
         return interpreter_schedule(chosen) if self.interpret else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
@@ -124,9 +130,8 @@ class TritonBackend:
             )
 
     def options(self, kernel: Kernel, schedule: Schedule) -> TritonOptions:
-        if kernel.name in ("forward", "decode", "merge", "dq", "delta", "adjoints"):
-            return TritonOptions(schedule.num_warps, schedule.num_stages)
-        return TritonOptions(schedule.backward_warps, schedule.backward_stages)
+        launch = schedule.launch(kernel.name)
+        return TritonOptions(launch.num_warps, launch.num_stages, schedule.descriptors)
 
     def source(self, kernel: Kernel, schedule: Schedule) -> str:
         return render_triton(with_header(kernel, self.name, VERSION), self.options(kernel, schedule))
@@ -140,18 +145,26 @@ class TritonBackend:
             )
         from attn_engine.runtime.triton_launch import compile_triton
 
-        source = self.source(kernel, schedule)
-        return compile_triton(kernel, source, self.options(kernel, schedule), interpret=self.interpret)
+        options = self.options(kernel, schedule)
+        return compile_triton(
+            kernel,
+            self.source(kernel, schedule),
+            options,
+            interpret=self.interpret,
+            pointers=lambda: self.source(kernel, replace(schedule, descriptors=False)),
+        )
 
 
 def interpreter_schedule(schedule: Schedule) -> Schedule:
     """The interpreter's cost is per step, nearly whatever the tile: large tiles, same structure."""
-    return replace(schedule, block_q=64, block_kv=64, backward_q=64, backward_kv=64)
+    return replace(
+        schedule, block_q=64, block_kv=64, backward_q=64, backward_kv=64, d_query=None, delta_rows=0
+    )
 
 
-def schedule_for(program: Attention, backend: Backend) -> Schedule:
-    """The backend's choice for a program, in tiles that its listed blocks can be cut into."""
-    return within_blocks(backend.schedule(program), program.listed)
+def schedule_for(program: Attention, backend: Backend, schedule: Schedule | None = None) -> Schedule:
+    """That schedule, or the backend's choice for a program, in tiles that its listed blocks can be cut into."""
+    return within_blocks(schedule or backend.schedule(program), program.listed)
 
 
 @cache
@@ -181,6 +194,10 @@ def backend_named(name: str) -> Backend:
             return TritonBackend("triton", interpret=False)
         case "triton-interpreter":
             return TritonBackend("triton-interpreter", interpret=True)
+        case "tilelang":
+            return TileLangBackend("tilelang", on_cpu=False)
+        case "tilelang-cpu":
+            return TileLangBackend("tilelang-cpu", on_cpu=True)
         case _:
             raise UnknownBackend(backend=name, known=", ".join(repr(n) for n in NAMES))
 

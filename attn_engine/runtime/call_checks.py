@@ -23,6 +23,7 @@ from attn_engine.runtime.bind import (
 from attn_engine.runtime.block_lists import check_lists
 from attn_engine.runtime.captured_indices import POSITIONS
 from attn_engine.runtime.compiled import sizes_of
+from attn_engine.runtime.gpu_device import check_gpu, check_strides, missing_gpu
 from attn_engine.runtime.launch_plan import CallKind
 
 MOST_REMEMBERED = 1024
@@ -97,7 +98,12 @@ class CallChecks:
         check_inputs(q, k, v, self.expected)
         if self.device is not None and q.device.type != self.device:
             instead = 'Move the tensors, or use backend="auto".'
-            raise BackendDeviceMismatch(backend=self.backend, device=q.device, instead=instead)
+            missing = missing_gpu(self.backend) if self.device == "cuda" else None
+            raise missing or BackendDeviceMismatch(backend=self.backend, device=q.device, instead=instead)
+        if q.device.type == "cuda":
+            check_gpu(q.device)
+            for name, x in (("q", q), ("k", k), ("v", v)):
+                check_strides(name, self._logical(x))
 
     def _passed_of(self, program: Attention) -> Passed:
         """The memory that equal programs share."""

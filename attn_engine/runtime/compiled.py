@@ -6,7 +6,7 @@ All tensors here are in logical order, (batch, head, row, dimension), with any s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -24,7 +24,13 @@ from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
 from attn_engine.codegen.lower.row_values import row_gradient_param
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import Gradients, Schedule, few_rows_schedule, tile_of_few_rows
+from attn_engine.codegen.schedule import (
+    Gradients,
+    Schedule,
+    few_rows_schedule,
+    short_query_schedule,
+    tile_of_few_rows,
+)
 from attn_engine.errors import GradientNotSupported
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
@@ -130,6 +136,8 @@ class CompiledAttention:
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in order, and pooled weights."""
+        if self.schedule.folded and scalars["scale"] <= 0:
+            return self.unfolded.forward(q, k, v, captured, scalars, out)
         packing = choose_packing(self.program, self.schedule, q, k)
         if packing is Packing.NONE:
             return self.of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
@@ -138,17 +146,26 @@ class CompiledAttention:
         numbers = {**scalars, GROUP.name: packed.group}
         return packed.finish(compiled._forward(packed.q, k, v, captured, numbers, packed.out))
 
+    @cached_property
+    def unfolded(self) -> CompiledAttention:
+        """The kernels for a scale that is not positive: it cannot be taken out of a maximum."""
+        return CompiledAttention(self.program, self.backend, replace(self.schedule, folded=False))
+
     def of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""
         tile = 0 if self.program.rule.pooled else tile_of_few_rows(self.schedule, rows)
-        if packing is Packing.NONE and tile == 0:
+        kv_block = self.program.listed.kv if self.program.listed else 0
+        schedule = (
+            few_rows_schedule(tile, self.schedule.block_q, kv_block)
+            if tile
+            else short_query_schedule(self.schedule, rows)
+        )
+        if packing is Packing.NONE and schedule is self.schedule:
             return self
-        found = self._variants.get((packing, tile))
+        found = self._variants.get((packing, schedule.block_q))
         if found is None:
-            kv_block = self.program.listed.kv if self.program.listed else 0
-            schedule = few_rows_schedule(tile, self.schedule.block_q, kv_block) if tile else self.schedule
             found = CompiledAttention(pack_heads(self.program, packing), self.backend, schedule)
-            self._variants[packing, tile] = found
+            self._variants[packing, schedule.block_q] = found
         return found
 
     def _forward(
@@ -216,6 +233,10 @@ class CompiledAttention:
         d_rows: gradients (B, H, Sq) of saved row values by name, of those that have one. d_pools: what the kernels
         read of the gradient of pooled sums (`pools.pooled_gradients`).
         """
+        if self.schedule.folded and scalars["scale"] <= 0:
+            return self.unfolded.backward(
+                d_out, inputs, out, saved, captured, scalars, gradients, learned, d_rows, d_pools
+            )
         q, k, v = inputs
         dq, dk, dv = gradients
         rows = (*d_rows, *(p.name for p in self.program.rule.pooled if d_pools and p.kind == "sum"))

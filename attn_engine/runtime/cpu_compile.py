@@ -244,14 +244,8 @@ def _build(library: Path, source: str, compiler: Compiler) -> None:
     )
     include = _include_folder(compiler, definition)
     command = [*compiler.command, *compiler.flags, f"-I{include}", str(text), "-o", str(library)]
-    seconds = seconds_to_compile()
-    try:
-        done = _run(command, seconds)
-        output, failed = done.stderr, done.returncode != 0
-    except subprocess.TimeoutExpired:
-        output = f"The compiler took more than {seconds:g} seconds and was stopped; {SECONDS} sets the limit."
-        failed = True
-    if failed:
+    output = run_compiler(command)
+    if output is not None:
         for code in NO_ROOM:
             if os.strerror(code) in output:
                 raise OSError(code, os.strerror(code))
@@ -259,3 +253,13 @@ def _build(library: Path, source: str, compiler: Compiler) -> None:
         text.replace(kept)
         command = [part.replace(str(library.parent), str(kept.parent)) for part in command]
         raise CompilationFailed(command=shlex.join(command), source=kept, output=output)
+
+
+def run_compiler(command: list[str]) -> str | None:
+    """Run a compiler for as long as it may take; what it said where it failed, None where it did not."""
+    seconds = seconds_to_compile()
+    try:
+        done = _run(command, seconds)
+    except subprocess.TimeoutExpired:
+        return f"The compiler took more than {seconds:g} seconds and was stopped; {SECONDS} sets the limit."
+    return done.stderr if done.returncode != 0 else None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attn_engine.ir.expr import (
     AXES,
+    COLUMNS,
     Call,
     Cast,
     Const,
@@ -99,9 +100,9 @@ class _Instance:
         self.names: dict[str, Value] = dict(numbers)
         self.start: dict[str, int] = {}
         self.sizes: dict[str, int] = dict(kernel.tile)
-        for axis in ("d", "dv"):
+        for axis in COLUMNS:
             if axis in self.sizes:
-                self._place(axis, 0)
+                self._place(axis, kernel.first_column(axis))
         for axis, position in place.items():
             if axis in _TILED:
                 self._place(axis, position * self.sizes[axis])

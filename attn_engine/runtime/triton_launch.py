@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from attn_engine.codegen.backends.triton import TritonOptions, argument_names
 from attn_engine.codegen.backends.triton_address import GRID_SIZES, captured, stride_names
+from attn_engine.codegen.backends.triton_descriptors import TileDescriptor, tile_descriptors
+from attn_engine.codegen.backends.triton_grid import section_size
 from attn_engine.errors import BackendNotInstalled, LaunchFailed
 from attn_engine.ir.ops import DType, Number
 from attn_engine.ir.tile import Kernel
@@ -18,19 +22,34 @@ from attn_engine.runtime.source_module import load_source
 
 _LENGTHS = {"q": "q_len", "kv": "kv_len"}
 _MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # CUDA's limits of a grid's three dimensions
+_DESCRIPTOR_BYTES = 16  # what a tensor descriptor's address and strides are multiples of
 _Call = tuple[Mapping[str, Tensor], Mapping[str, Number], Mapping[str, int]]
 
 
 class TritonKernel:
-    """A generated kernel, ready to launch. Triton compiles it at the first launch on a GPU, and keeps it on disk."""
+    """A generated kernel, ready to launch. Triton compiles it at the first launch on a GPU, and keeps it on disk.
 
-    def __init__(self, kernel: Kernel, source: str, options: TritonOptions, interpret: bool) -> None:
+    pointers: makes the same kernel without tensor descriptors, for calls whose tensors do not fit them.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        source: str,
+        options: TritonOptions,
+        interpret: bool,
+        pointers: Callable[[], TritonKernel] | None = None,
+    ) -> None:
         self.name = kernel.name
         self.options = options
         self.interpret = interpret
         self._function = getattr(load_source(source, kernel.name), kernel.name)
-        known = _arguments(kernel)
-        self._values = [known[name] for name in argument_names(kernel)]
+        described = tile_descriptors(kernel) if options.descriptors else ()
+        self._described = tuple(dict.fromkeys(d.tensor for d in described))
+        self._pointers = cache(pointers) if pointers is not None else None
+        known = _arguments(kernel, described)
+        self._values = [known[name] for name in argument_names(kernel, options.descriptors)]
+        self._kernel = kernel
         self._grid = [
             (_LENGTHS.get(a) or GRID_SIZES[a], kernel.block(a) if a in _LENGTHS else 1) for a in kernel.grid
         ]
@@ -47,10 +66,12 @@ class TritonKernel:
         grid = self.grid({**scalars, **sizes})
         if 0 in grid:
             return
+        if self._pointers is not None and not all(fits_descriptor(tensors[name]) for name in self._described):
+            self.with_pointers().launch(tensors, scalars, sizes)
+            return
         call = (tensors, scalars, sizes)
-        args = [value(call) for value in self._values]
         try:
-            self._run(grid, args)
+            self._run(grid, [value(call) for value in self._values])
         except Exception as error:
             raise LaunchFailed(
                 kernel=self.name, backend=self._backend, reason=str(error) or repr(error)
@@ -59,11 +80,20 @@ class TritonKernel:
     def grid(self, sizes: Mapping[str, Number]) -> tuple[int, int, int]:
         """How many program instances there are along each of the launch's three dimensions."""
         counts = [-(-int(sizes[size]) // block) for size, block in self._grid]
+        if self._kernel.sections:
+            tiles, heads, batches = counts
+            section = section_size(self._kernel, sizes)
+            return section, tiles, heads * batches // section
         shared = 1
         for count in counts[2:]:
             shared *= count
         first, second = (*counts[:2], 1, 1)[:2]
         return first, second, shared
+
+    def with_pointers(self) -> TritonKernel:
+        """The same kernel without tensor descriptors, made once."""
+        assert self._pointers is not None
+        return self._pointers()
 
     @property
     def _backend(self) -> str:
@@ -85,10 +115,43 @@ class TritonKernel:
             self._function[grid](*args, num_warps=self.options.num_warps, num_stages=self.options.num_stages)
 
 
+def fits_descriptor(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can address a tensor (batch, head, row, dimension).
+
+    It wants elements side by side in the last dimension, and everything else at multiples of 16 bytes.
+    """
+    steps = [
+        step * x.element_size() for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1
+    ]
+    return (
+        x.numel() > 0
+        and x.stride(-1) == 1
+        and x.data_ptr() % _DESCRIPTOR_BYTES == 0
+        and all(step > 0 and step % _DESCRIPTOR_BYTES == 0 for step in steps)
+    )
+
+
+def tensor_descriptor(x: Tensor, block: Sequence[int]) -> Any:
+    """Tiles of a tensor that fits; the strides of dimensions of one position, which mean nothing, become legal."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    aligned = _DESCRIPTOR_BYTES // x.element_size()
+    steps = [step if size > 1 else aligned for step, size in zip(x.stride(), x.shape, strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*steps[:-1], 1], list(block))
+
+
 def compile_triton(
-    kernel: Kernel, source: str, options: TritonOptions | None = None, *, interpret: bool = False
+    kernel: Kernel,
+    source: str,
+    options: TritonOptions | None = None,
+    *,
+    interpret: bool = False,
+    pointers: Callable[[], str] | None = None,
 ) -> TritonKernel:
-    """`source` as a kernel to launch. Raises BackendNotInstalled where there is no triton package."""
+    """`source` as a kernel to launch. Raises BackendNotInstalled where there is no triton package.
+
+    pointers: the text without tensor descriptors, where options.descriptors; it is made when a call needs it.
+    """
     try:
         import triton  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
@@ -97,11 +160,20 @@ def compile_triton(
             needs="the package triton",
             instead="Install it: pip install 'triton>=3.6,<3.8'.",
         ) from error
-    return TritonKernel(kernel, source, options or TritonOptions(), interpret)
+    options = options or TritonOptions()
+    if pointers is None or not options.descriptors:
+        return TritonKernel(kernel, source, options, interpret)
+    plain = replace(options, descriptors=False)
+    return TritonKernel(
+        kernel, source, options, interpret, lambda: TritonKernel(kernel, pointers(), plain, interpret)
+    )
 
 
-def _arguments(kernel: Kernel) -> dict[str, Callable[[_Call], Any]]:
+def _arguments(kernel: Kernel, described: Sequence[TileDescriptor]) -> dict[str, Callable[[_Call], Any]]:
     """How to get each argument's value from a launch's tensors, numbers and sizes."""
+
+    def tiles(d: TileDescriptor) -> Callable[[_Call], Any]:
+        return lambda call: tensor_descriptor(call[0][d.tensor], d.shape)
 
     def tensor(name: str) -> Callable[[_Call], Any]:
         return lambda call: call[0][name]
@@ -127,4 +199,4 @@ def _arguments(kernel: Kernel) -> dict[str, Callable[[_Call], Any]]:
         found |= {name: stride(p.name, i) for i, name in enumerate(stride_names(p))}
         if captured(p):
             found |= {own: extent(p.name, i) for i, own in enumerate(p.shape)}
-    return found
+    return {**found, **{d.name: tiles(d) for d in described}}

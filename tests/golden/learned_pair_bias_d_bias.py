@@ -1,6 +1,7 @@
 # attn_engine golden | score_mod_OnlineSoftmax: backward, d_bias | triton | block_q=32 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="d_bias")
-# launch with num_warps=8, num_stages=2
+# launch with num_warps=4, num_stages=2
+# K and V: tensor descriptors of tiles, batch and head first
 import triton
 import triton.language as tl
 
@@ -10,19 +11,23 @@ BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
 
 
+@triton.jit
+def load_tile(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from `row` on of one batch and head, through a tensor descriptor: zeros past the end."""
+    place = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32), column]
+    return tiles.load(place).reshape(ROWS, COLUMNS)
+
+
 @triton.jit(do_not_specialize=[
-    "saved_row_max_batch_stride", "saved_row_max_head_stride", "saved_inverse_sum_batch_stride",
-    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride", "scale", "batches",
-    "heads", "kv_heads", "q_len", "kv_len", "bias_size_0", "bias_size_1", "bias_size_2"
+    "saved_lse_batch_stride", "saved_lse_head_stride", "Delta_batch_stride", "Delta_head_stride",
+    "scale", "batches", "heads", "kv_heads", "q_len", "kv_len", "bias_size_0", "bias_size_1",
+    "bias_size_2"
 ])  # fmt: skip
 def d_bias(
-    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, bias, d_bias,
+    Q, K, V, dO, saved_lse, Delta, bias, d_bias,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
-    K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
-    V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
     dO_batch_stride, dO_head_stride, dO_row_stride, dO_d_stride,
-    saved_row_max_batch_stride, saved_row_max_head_stride, saved_row_max_row_stride,
-    saved_inverse_sum_batch_stride, saved_inverse_sum_head_stride, saved_inverse_sum_row_stride,
+    saved_lse_batch_stride, saved_lse_head_stride, saved_lse_row_stride,
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     bias_stride_0, bias_stride_1, bias_stride_2,
     d_bias_stride_0, d_bias_stride_1, d_bias_stride_2,
@@ -61,27 +66,14 @@ def d_bias(
             mask=q_idx[:, None] < q_len,
             other=0.0,
         )
-        saved_row_max_base = (
-            saved_row_max
-            + tl.cast(batch, tl.int64) * saved_row_max_batch_stride
-            + head * saved_row_max_head_stride
-            + q_row * saved_row_max_row_stride
+        saved_lse_base = (
+            saved_lse
+            + tl.cast(batch, tl.int64) * saved_lse_batch_stride
+            + head * saved_lse_head_stride
+            + q_row * saved_lse_row_stride
         )
-        row_max = tl.load(
-            saved_row_max_base + q_tile * saved_row_max_row_stride, mask=q_idx < q_len, other=0.0
-        )
-        safe_row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-        saved_inverse_sum_base = (
-            saved_inverse_sum
-            + tl.cast(batch, tl.int64) * saved_inverse_sum_batch_stride
-            + head * saved_inverse_sum_head_stride
-            + q_row * saved_inverse_sum_row_stride
-        )
-        inverse_sum = tl.load(
-            saved_inverse_sum_base + q_tile * saved_inverse_sum_row_stride,
-            mask=q_idx < q_len,
-            other=0.0,
-        )
+        lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0)
+        safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
         Delta_base = (
             Delta
             + tl.cast(batch, tl.int64) * Delta_batch_stride
@@ -89,6 +81,7 @@ def d_bias(
             + q_row * Delta_row_stride
         )
         delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
+        log2_sum = safe_lse * 1.4426950408889634
         kv_begin = 0
         kv_end = tl.maximum((kv_len + 63) // 64 * 64, kv_begin)
         kv_full_end = tl.maximum(
@@ -99,28 +92,8 @@ def d_bias(
         for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
             kv_row = tl.cast(kv_start, tl.int64)
             kv_idx = kv_start + kv_tile
-            K_base = (
-                K
-                + tl.cast(batch, tl.int64) * K_batch_stride
-                + kv_head * K_head_stride
-                + kv_row * K_row_stride
-            )
-            key = tl.load(
-                K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
-                mask=kv_idx[:, None] < kv_len,
-                other=0.0,
-            )
-            V_base = (
-                V
-                + tl.cast(batch, tl.int64) * V_batch_stride
-                + kv_head * V_head_stride
-                + kv_row * V_row_stride
-            )
-            value = tl.load(
-                V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
-                mask=kv_idx[:, None] < kv_len,
-                other=0.0,
-            )
+            key = load_tile(K, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_D)
+            value = load_tile(V, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_DV)
             score = tl.dot(query, key.T) * scale
             # test_golden.py:62: return score + bias[h, q_idx, kv_idx]
             bias_base = (
@@ -135,9 +108,7 @@ def d_bias(
                 other=0.0,
             )
             logit = score + bias_value
-            # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
-            below_max = tl.minimum(logit - safe_row_max[:, None], 0.0)
-            probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[:, None]
+            probs = tl.exp2(logit * 1.4426950408889634 - log2_sum[:, None])
             d_probs = tl.dot(d_out, value.T)
             d_logit = probs * (d_probs - delta[:, None])
             d_bias_tile = d_logit

@@ -1,6 +1,7 @@
 # attn_engine golden | score_mod_OnlineSoftmax: backward, dq | triton | block_q=128 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="dq")
 # launch with num_warps=8, num_stages=2
+# K and V: tensor descriptors of tiles, batch and head first
 import triton
 import triton.language as tl
 
@@ -10,19 +11,22 @@ BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
 
 
+@triton.jit
+def load_tile(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from `row` on of one batch and head, through a tensor descriptor: zeros past the end."""
+    place = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32), column]
+    return tiles.load(place).reshape(ROWS, COLUMNS)
+
+
 @triton.jit(do_not_specialize=[
-    "saved_row_max_batch_stride", "saved_row_max_head_stride", "saved_inverse_sum_batch_stride",
-    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride", "scale", "heads",
-    "kv_heads", "q_len", "kv_len", "bias_size_0", "bias_size_1", "bias_size_2"
+    "saved_lse_batch_stride", "saved_lse_head_stride", "Delta_batch_stride", "Delta_head_stride",
+    "scale", "heads", "kv_heads", "q_len", "kv_len", "bias_size_0", "bias_size_1", "bias_size_2"
 ])  # fmt: skip
 def dq(
-    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, bias, dQ,
+    Q, K, V, dO, saved_lse, Delta, bias, dQ,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
-    K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
-    V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
     dO_batch_stride, dO_head_stride, dO_row_stride, dO_d_stride,
-    saved_row_max_batch_stride, saved_row_max_head_stride, saved_row_max_row_stride,
-    saved_inverse_sum_batch_stride, saved_inverse_sum_head_stride, saved_inverse_sum_row_stride,
+    saved_lse_batch_stride, saved_lse_head_stride, saved_lse_row_stride,
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     bias_stride_0, bias_stride_1, bias_stride_2,
     dQ_batch_stride, dQ_head_stride, dQ_row_stride, dQ_d_stride,
@@ -53,31 +57,19 @@ def dq(
         mask=q_idx[:, None] < q_len,
         other=0.0,
     )
-    saved_row_max_base = (
-        saved_row_max
-        + batch * saved_row_max_batch_stride
-        + head * saved_row_max_head_stride
-        + q_row * saved_row_max_row_stride
+    saved_lse_base = (
+        saved_lse
+        + batch * saved_lse_batch_stride
+        + head * saved_lse_head_stride
+        + q_row * saved_lse_row_stride
     )
-    row_max = tl.load(
-        saved_row_max_base + q_tile * saved_row_max_row_stride, mask=q_idx < q_len, other=0.0
-    )
-    safe_row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-    saved_inverse_sum_base = (
-        saved_inverse_sum
-        + batch * saved_inverse_sum_batch_stride
-        + head * saved_inverse_sum_head_stride
-        + q_row * saved_inverse_sum_row_stride
-    )
-    inverse_sum = tl.load(
-        saved_inverse_sum_base + q_tile * saved_inverse_sum_row_stride,
-        mask=q_idx < q_len,
-        other=0.0,
-    )
+    lse = tl.load(saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0)
+    safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
     Delta_base = (
         Delta + batch * Delta_batch_stride + head * Delta_head_stride + q_row * Delta_row_stride
     )
     delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
+    log2_sum = safe_lse * 1.4426950408889634
     d_query = tl.full([BLOCK_Q, BLOCK_D], 0.0, tl.float32)
 
     # -- kv tiles this tile meets
@@ -89,18 +81,8 @@ def dq(
     for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
-        K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-        key = tl.load(
-            K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
-            mask=kv_idx[:, None] < kv_len,
-            other=0.0,
-        )
-        V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-        value = tl.load(
-            V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
-            mask=kv_idx[:, None] < kv_len,
-            other=0.0,
-        )
+        key = load_tile(K, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_D)
+        value = load_tile(V, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_DV)
         score = tl.dot(query, key.T) * scale
         # test_golden.py:62: return score + bias[h, q_idx, kv_idx]
         bias_base = (
@@ -115,9 +97,7 @@ def dq(
             other=0.0,
         )
         logit = score + bias_value
-        # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
-        below_max = tl.minimum(logit - safe_row_max[:, None], 0.0)
-        probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[:, None]
+        probs = tl.exp2(logit * 1.4426950408889634 - log2_sum[:, None])
         d_probs = tl.dot(d_out, value.T)
         d_logit = probs * (d_probs - delta[:, None])
         d_score = d_logit
@@ -125,7 +105,7 @@ def dq(
             visible = kv_idx < kv_len
             probs = tl.where(visible[None, :], probs, 0.0)
             d_score = tl.where(visible[None, :], d_score, 0.0)
-        d_query = d_query + tl.dot(d_score.to(K.dtype.element_ty), key)
+        d_query = d_query + tl.dot(d_score.to(K.dtype), key)
 
     # -- store
     dQ_base = dQ + batch * dQ_batch_stride + head * dQ_head_stride + q_row * dQ_row_stride

@@ -1,6 +1,7 @@
 # attn_engine golden | score_mod_OnlineSoftmax: forward | triton | block_q=128 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="forward")
 # launch with num_warps=8, num_stages=2
+# K and V: tensor descriptors of tiles, batch and head first
 import triton
 import triton.language as tl
 
@@ -8,6 +9,13 @@ BLOCK_Q = tl.constexpr(128)
 BLOCK_KV = tl.constexpr(64)
 BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
+
+
+@triton.jit
+def load_tile(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from `row` on of one batch and head, through a tensor descriptor: zeros past the end."""
+    place = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32), column]
+    return tiles.load(place).reshape(ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=[
@@ -18,8 +26,6 @@ BLOCK_DV = tl.constexpr(64)
 def forward(
     Q, K, V, bias, O, saved_lse, saved_row_max, saved_inverse_sum,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
-    K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
-    V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
     bias_stride_0, bias_stride_1, bias_stride_2,
     O_batch_stride, O_head_stride, O_row_stride, O_d_stride,
     saved_lse_batch_stride, saved_lse_head_stride, saved_lse_row_stride,
@@ -47,7 +53,7 @@ def forward(
         other=0.0,
     )
 
-    # -- row state of OnlineSoftmax
+    # -- row state of OnlineSoftmax, maxima in powers of two
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.full([BLOCK_Q], 0.0, tl.float32)
     out = tl.full([BLOCK_Q, BLOCK_DV], 0.0, tl.float32)
@@ -61,18 +67,8 @@ def forward(
     for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
         kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
-        K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-        key = tl.load(
-            K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
-            mask=kv_idx[:, None] < kv_len,
-            other=0.0,
-        )
-        V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-        value = tl.load(
-            V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
-            mask=kv_idx[:, None] < kv_len,
-            other=0.0,
-        )
+        key = load_tile(K, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_D)
+        value = load_tile(V, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_DV)
         score = tl.dot(query, key.T) * scale
         # test_golden.py:62: return score + bias[h, q_idx, kv_idx]
         bias_base = (
@@ -91,14 +87,14 @@ def forward(
             visible = kv_idx < kv_len
             logit = tl.where(visible[None, :], logit, float("-inf"))
         # softmax.py:27: new_max = old_max.max(scores.get_reduce("max"))
-        new_max = tl.maximum(row_max, tl.max(logit, axis=1))
+        new_max = tl.maximum(row_max, tl.max(logit, axis=1) * 1.4426950408889634)
         safe_row_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         # softmax.py:28: rescale = torch.exp(old_max - new_max)
-        rescale = tl.exp2((row_max - safe_row_max) * 1.4426950408889634)
-        probs = tl.exp2((logit - safe_row_max[:, None]) * 1.4426950408889634)
+        rescale = tl.exp2(row_max - safe_row_max)
+        probs = tl.exp2(logit * 1.4426950408889634 - safe_row_max[:, None])
         # softmax.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
         new_sum = row_sum * rescale + tl.sum(probs, axis=1)
-        out = out * rescale[:, None] + tl.dot(probs.to(V.dtype.element_ty), value)
+        out = out * rescale[:, None] + tl.dot(probs.to(V.dtype), value)
         row_max = new_max
         row_sum = new_sum
 
@@ -119,7 +115,7 @@ def forward(
     )
     tl.store(
         saved_lse_base + q_tile * saved_lse_row_stride,
-        row_max + tl.log(row_sum),
+        row_max * 0.6931471805599453 + tl.log(row_sum),
         mask=q_idx < q_len,
     )
     saved_row_max_base = (
@@ -128,7 +124,11 @@ def forward(
         + head * saved_row_max_head_stride
         + q_row * saved_row_max_row_stride
     )
-    tl.store(saved_row_max_base + q_tile * saved_row_max_row_stride, row_max, mask=q_idx < q_len)
+    tl.store(
+        saved_row_max_base + q_tile * saved_row_max_row_stride,
+        row_max * 0.6931471805599453,
+        mask=q_idx < q_len,
+    )
     saved_inverse_sum_base = (
         saved_inverse_sum
         + batch * saved_inverse_sum_batch_stride

@@ -1,6 +1,7 @@
 # attn_engine golden | mask_mod_OnlineRetention: backward, dkdv | triton | block_q=32 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="dkdv")
-# launch with num_warps=8, num_stages=2
+# launch with num_warps=4, num_stages=2
+# Q and dO: tensor descriptors of tiles, batch and head first
 import triton
 import triton.language as tl
 
@@ -10,16 +11,21 @@ BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
 
 
+@triton.jit
+def load_tile(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from `row` on of one batch and head, through a tensor descriptor: zeros past the end."""
+    place = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32), column]
+    return tiles.load(place).reshape(ROWS, COLUMNS)
+
+
 @triton.jit(do_not_specialize=[
     "saved_abs_sum_batch_stride", "saved_abs_sum_head_stride", "Delta_batch_stride",
     "Delta_head_stride", "scale", "heads", "kv_heads", "q_len", "kv_len", "documents_size_0"
 ])  # fmt: skip
 def dkdv(
     Q, K, V, dO, saved_abs_sum, Delta, documents, q_documents_range, kv_documents_range, dK, dV,
-    Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
-    dO_batch_stride, dO_head_stride, dO_row_stride, dO_d_stride,
     saved_abs_sum_batch_stride, saved_abs_sum_head_stride, saved_abs_sum_row_stride,
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     documents_stride_0,
@@ -34,11 +40,13 @@ def dkdv(
     kv_tile = tl.arange(0, BLOCK_KV)
     d_idx = tl.arange(0, BLOCK_D)
     dv_idx = tl.arange(0, BLOCK_DV)
-    kv_start = tl.program_id(0) * BLOCK_KV
+    # heads come in sections that share a cache; in each of them the heavy tiles come first
+    place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    kv_start = tl.program_id(1) * BLOCK_KV
     kv_row = tl.cast(kv_start, tl.int64)
     kv_idx = kv_start + kv_tile
-    kv_head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    kv_head = (place % kv_heads).to(tl.int64)
+    batch = (place // kv_heads).to(tl.int64)
 
     # -- kv tile of this program
     K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
@@ -87,20 +95,8 @@ def dkdv(
                 + q_documents_range_end_stride,
             ).to(tl.int32)
             if (q_documents_min <= kv_documents_max) & (kv_documents_min <= q_documents_max):
-                Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-                query = tl.load(
-                    Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
-                    mask=q_idx[:, None] < q_len,
-                    other=0.0,
-                )
-                dO_base = (
-                    dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
-                )
-                d_out = tl.load(
-                    dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
-                    mask=q_idx[:, None] < q_len,
-                    other=0.0,
-                )
+                query = load_tile(Q, batch, head, q_start, 0, BLOCK_Q, BLOCK_D)
+                d_out = load_tile(dO, batch, head, q_start, 0, BLOCK_Q, BLOCK_DV)
                 saved_abs_sum_base = (
                     saved_abs_sum
                     + batch * saved_abs_sum_batch_stride

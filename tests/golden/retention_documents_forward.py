@@ -1,6 +1,7 @@
 # attn_engine golden | mask_mod_OnlineRetention: forward | triton | block_q=128 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="forward")
 # launch with num_warps=8, num_stages=2
+# K and V: tensor descriptors of tiles, batch and head first
 import triton
 import triton.language as tl
 
@@ -10,6 +11,13 @@ BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
 
 
+@triton.jit
+def load_tile(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from `row` on of one batch and head, through a tensor descriptor: zeros past the end."""
+    place = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32), column]
+    return tiles.load(place).reshape(ROWS, COLUMNS)
+
+
 @triton.jit(do_not_specialize=[
     "saved_abs_sum_batch_stride", "saved_abs_sum_head_stride", "scale", "heads", "kv_heads",
     "q_len", "kv_len", "documents_size_0"
@@ -17,8 +25,6 @@ BLOCK_DV = tl.constexpr(64)
 def forward(
     Q, K, V, documents, q_documents_range, kv_documents_range, O, saved_abs_sum,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
-    K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
-    V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
     documents_stride_0,
     q_documents_range_tile_stride, q_documents_range_end_stride,
     kv_documents_range_tile_stride, kv_documents_range_end_stride,
@@ -31,11 +37,13 @@ def forward(
     kv_tile = tl.arange(0, BLOCK_KV)
     d_idx = tl.arange(0, BLOCK_D)
     dv_idx = tl.arange(0, BLOCK_DV)
-    q_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    # heads come in sections that share a cache; in each of them the heavy tiles come first
+    place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    q_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q
     q_row = tl.cast(q_start, tl.int64)
     q_idx = q_start + q_tile
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    head = (place % heads).to(tl.int64)
+    batch = (place // heads).to(tl.int64)
 
     # -- query tile of this program
     kv_head = head // (heads // kv_heads)
@@ -68,7 +76,6 @@ def forward(
 
     # -- kv tiles in sight: none, some or all of the pairs visible
     for kv_start in tl.range(kv_begin, kv_end, BLOCK_KV):
-        kv_row = tl.cast(kv_start, tl.int64)
         kv_idx = kv_start + kv_tile
         kv_documents_min = tl.load(
             kv_documents_range + tl.cast(kv_start // 64, tl.int64) * kv_documents_range_tile_stride
@@ -79,18 +86,8 @@ def forward(
             + kv_documents_range_end_stride,
         ).to(tl.int32)
         if (q_documents_min <= kv_documents_max) & (kv_documents_min <= q_documents_max):
-            K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
-            key = tl.load(
-                K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
-                mask=kv_idx[:, None] < kv_len,
-                other=0.0,
-            )
-            V_base = V + batch * V_batch_stride + kv_head * V_head_stride + kv_row * V_row_stride
-            value = tl.load(
-                V_base + (kv_tile[:, None] * V_row_stride + dv_idx[None, :] * V_d_stride),
-                mask=kv_idx[:, None] < kv_len,
-                other=0.0,
-            )
+            key = load_tile(K, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_D)
+            value = load_tile(V, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_DV)
             score = tl.dot(query, key.T) * scale
             # test_golden.py:52: same_document = documents[q_idx] == documents[kv_idx]
             documents_value = tl.load(
@@ -103,7 +100,7 @@ def forward(
             probs = tl.where(visible, score, 0.0)
             # retention.py:24: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("ab ...
             new_sum = row_abs_sum + tl.sum(tl.where(visible, tl.abs(probs), 0.0), axis=1)
-            out = out + tl.dot(probs.to(V.dtype.element_ty), value)
+            out = out + tl.dot(probs.to(V.dtype), value)
             row_abs_sum = new_sum
 
     # -- normalise and store

@@ -1,6 +1,7 @@
 # attn_engine golden | causal_OnlineSoftmax: backward, dkdv | triton | block_q=32 block_kv=64
 # regenerate: engine.source(backend="triton", kernel="dkdv")
-# launch with num_warps=8, num_stages=2
+# launch with num_warps=4, num_stages=2
+# Q and dO: tensor descriptors of tiles, batch and head first
 import triton
 import triton.language as tl
 
@@ -10,19 +11,22 @@ BLOCK_D = tl.constexpr(64)
 BLOCK_DV = tl.constexpr(64)
 
 
+@triton.jit
+def load_tile(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from `row` on of one batch and head, through a tensor descriptor: zeros past the end."""
+    place = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32), column]
+    return tiles.load(place).reshape(ROWS, COLUMNS)
+
+
 @triton.jit(do_not_specialize=[
-    "saved_row_max_batch_stride", "saved_row_max_head_stride", "saved_inverse_sum_batch_stride",
-    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride", "scale", "heads",
-    "kv_heads", "q_len", "kv_len"
+    "saved_lse_batch_stride", "saved_lse_head_stride", "Delta_batch_stride", "Delta_head_stride",
+    "scale", "heads", "kv_heads", "q_len", "kv_len"
 ])  # fmt: skip
 def dkdv(
-    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, dK, dV,
-    Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
+    Q, K, V, dO, saved_lse, Delta, dK, dV,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
-    dO_batch_stride, dO_head_stride, dO_row_stride, dO_d_stride,
-    saved_row_max_batch_stride, saved_row_max_head_stride, saved_row_max_row_stride,
-    saved_inverse_sum_batch_stride, saved_inverse_sum_head_stride, saved_inverse_sum_row_stride,
+    saved_lse_batch_stride, saved_lse_head_stride, saved_lse_row_stride,
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     dK_batch_stride, dK_head_stride, dK_row_stride, dK_d_stride,
     dV_batch_stride, dV_head_stride, dV_row_stride, dV_d_stride,
@@ -32,13 +36,16 @@ def dkdv(
     kv_tile = tl.arange(0, BLOCK_KV)
     d_idx = tl.arange(0, BLOCK_D)
     dv_idx = tl.arange(0, BLOCK_DV)
-    kv_start = tl.program_id(0) * BLOCK_KV
+    # heads come in sections that share a cache; in each of them the heavy tiles come first
+    place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    kv_start = tl.program_id(1) * BLOCK_KV
     kv_row = tl.cast(kv_start, tl.int64)
     kv_idx = kv_start + kv_tile
-    kv_head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    kv_head = (place % kv_heads).to(tl.int64)
+    batch = (place // kv_heads).to(tl.int64)
 
     # -- kv tile of this program
+    scale_log2 = scale * 1.4426950408889634
     K_base = K + batch * K_batch_stride + kv_head * K_head_stride + kv_row * K_row_stride
     key = tl.load(
         K_base + (kv_tile[:, None] * K_row_stride + d_idx[None, :] * K_d_stride),
@@ -68,41 +75,18 @@ def dkdv(
         for q_start in tl.range(q_begin, q_end, BLOCK_Q):
             q_row = tl.cast(q_start, tl.int64)
             q_idx = q_start + q_tile
-            Q_base = Q + batch * Q_batch_stride + head * Q_head_stride + q_row * Q_row_stride
-            query = tl.load(
-                Q_base + (q_tile[:, None] * Q_row_stride + d_idx[None, :] * Q_d_stride),
-                mask=q_idx[:, None] < q_len,
-                other=0.0,
+            query = load_tile(Q, batch, head, q_start, 0, BLOCK_Q, BLOCK_D)
+            d_out = load_tile(dO, batch, head, q_start, 0, BLOCK_Q, BLOCK_DV)
+            saved_lse_base = (
+                saved_lse
+                + batch * saved_lse_batch_stride
+                + head * saved_lse_head_stride
+                + q_row * saved_lse_row_stride
             )
-            dO_base = dO + batch * dO_batch_stride + head * dO_head_stride + q_row * dO_row_stride
-            d_out = tl.load(
-                dO_base + (q_tile[:, None] * dO_row_stride + dv_idx[None, :] * dO_d_stride),
-                mask=q_idx[:, None] < q_len,
-                other=0.0,
+            lse = tl.load(
+                saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0
             )
-            saved_row_max_base = (
-                saved_row_max
-                + batch * saved_row_max_batch_stride
-                + head * saved_row_max_head_stride
-                + q_row * saved_row_max_row_stride
-            )
-            row_max = tl.load(
-                saved_row_max_base + q_tile * saved_row_max_row_stride,
-                mask=q_idx < q_len,
-                other=0.0,
-            )
-            safe_row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-            saved_inverse_sum_base = (
-                saved_inverse_sum
-                + batch * saved_inverse_sum_batch_stride
-                + head * saved_inverse_sum_head_stride
-                + q_row * saved_inverse_sum_row_stride
-            )
-            inverse_sum = tl.load(
-                saved_inverse_sum_base + q_tile * saved_inverse_sum_row_stride,
-                mask=q_idx < q_len,
-                other=0.0,
-            )
+            safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
             Delta_base = (
                 Delta
                 + batch * Delta_batch_stride
@@ -110,10 +94,9 @@ def dkdv(
                 + q_row * Delta_row_stride
             )
             delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
-            score = tl.dot(key, query.T) * scale
-            # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
-            below_max = tl.minimum(score - safe_row_max[None, :], 0.0)
-            probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[None, :]
+            score = tl.dot(key, query.T)
+            log2_sum = safe_lse * 1.4426950408889634
+            probs = tl.exp2(score * scale_log2 - log2_sum[None, :])
             d_probs = tl.dot(value, d_out.T)
             d_score = probs * (d_probs - delta[None, :])
             if (q_start < q_full_begin) | (q_full_end <= q_start):

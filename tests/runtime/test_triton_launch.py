@@ -18,6 +18,7 @@ from attn_engine.ir.expr import Expr, Load, Var, call
 from attn_engine.ir.ops import DType, Op, Storage
 from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, SCORE, Attention, Captured
 from attn_engine.ir.tile import Kernel
+from attn_engine.runtime.backends import TritonBackend
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.storage import TORCH_DTYPES
 from attn_engine.runtime.triton_launch import TritonKernel, compile_triton
@@ -191,11 +192,19 @@ def test_grid_counts_tiles_and_folds_further_axes() -> None:
     assert compile_triton(folded, render_triton(folded)).grid(sizes) == (3, 2, 15)
 
 
-def check(case: Case, element: Storage, generator: torch.Generator, tolerance: float) -> None:
+def check(
+    case: Case,
+    element: Storage,
+    generator: torch.Generator,
+    tolerance: float,
+    schedule: Schedule | None = None,
+    inputs: list[Tensor] | None = None,
+) -> None:
+    """schedule: not the usual one. inputs: q, k, v and d_out, else random."""
     captured = captured_tensors(case, generator)
-    inputs = [x.to(TORCH_DTYPES[element]) for x in random_inputs(case, generator)]
+    inputs = inputs or [x.to(TORCH_DTYPES[element]) for x in random_inputs(case, generator)]
     learned = tuple(c.name for c in case.captures if c.storage.floating)
-    got = run(case, element, inputs, captured, learned)
+    got = run(case, element, inputs, captured, learned, schedule)
     for key, want in reference(case, inputs, captured, learned).items():
         scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
         error = (got[key].double() - want).abs().max().item() / scale if want.numel() else 0.0
@@ -228,7 +237,12 @@ def captured_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor
 
 
 def run(
-    case: Case, element: Storage, inputs: list[Tensor], captured: dict, learned: tuple[str, ...]
+    case: Case,
+    element: Storage,
+    inputs: list[Tensor],
+    captured: dict,
+    learned: tuple[str, ...],
+    schedule: Schedule | None = None,
 ) -> dict[str, Tensor]:
     q, k, v, d_out = inputs
     scalars = tuple(WINDOW for name in case.scalars if name == "window")
@@ -243,8 +257,8 @@ def run(
         else function(case.mask, *(c for c in case.captures if not c.storage.floating), scalars=scalars)
     )
     attention = program(score, mask, case.rule(), element, *case.dims)
-    backend = Interpreter()
-    schedule = Schedule(64, 64, 64, 64, case.edges, case.gradients)
+    backend = Interpreter() if schedule is None else TritonBackend("triton-interpreter", interpret=True)
+    schedule = schedule or Schedule(64, 64, 64, 64, case.edges, case.gradients)
     compiled = CompiledAttention(attention, backend, schedule)
     numbers = {"scale": case.dims[0] ** -0.5, **case.scalars}
     out = torch.full((*q.shape[:3], case.dims[1]), float("nan"), dtype=q.dtype)

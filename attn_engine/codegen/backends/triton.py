@@ -16,19 +16,26 @@ from typing import ClassVar
 from attn_engine.codegen.backends.triton_address import (
     BLOCKS,
     DIMENSION_CONSTANTS,
-    GRID_SIZES,
     Address,
     Addressing,
     block_size,
     captured,
     stride_names,
 )  # fmt: skip
+from attn_engine.codegen.backends.triton_descriptors import (
+    TileDescriptor,
+    descriptor_name,
+    tile_descriptors,
+    tile_load,
+)
 from attn_engine.codegen.backends.triton_functions import HELPERS, helper_lines
+from attn_engine.codegen.backends.triton_grid import positions, tile_positions, unread
 from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
 from attn_engine.codegen.backends.triton_types import TYPES, element_storage, widened
+from attn_engine.codegen.lower.columns import cut_columns
 from attn_engine.codegen.lower.emit import Names
 from attn_engine.codegen.render import ATOM, ordered
-from attn_engine.ir.expr import Call, Expr, Full, Load, Var, transform
+from attn_engine.ir.expr import COLUMNS, Call, Expr, Full, Load, Var, transform
 from attn_engine.ir.ops import DType, Op, Storage
 from attn_engine.ir.tile import (
     Accumulate,
@@ -47,23 +54,29 @@ SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
 
 @dataclass(frozen=True, slots=True)
 class TritonOptions:
-    """How a kernel is compiled and launched: warps per program instance, stages of the load pipeline."""
+    """How a kernel is spelled, compiled and launched.
+
+    num_warps: per program instance. num_stages: of the load pipeline. descriptors: tiles that loops read come as tensor
+    descriptors, where the target has a tensor memory accelerator.
+    """
 
     num_warps: int = 4
     num_stages: int = 2
+    descriptors: bool = False
 
 
 def render_triton(kernel: Kernel, options: TritonOptions | None = None) -> str:
     """The text of a Python file that defines the kernel as a `@triton.jit` function of the kernel's name."""
     options = options or TritonOptions()
     launch = f"launch with num_warps={options.num_warps}, num_stages={options.num_stages}"
-    return TritonRenderer().render(replace(kernel, header=(*kernel.header, launch)))
+    renderer = TritonRenderer(descriptors=options.descriptors)
+    return renderer.render(replace(kernel, header=(*kernel.header, launch)))
 
 
 @lru_cache(maxsize=1024)
-def argument_names(kernel: Kernel) -> tuple[str, ...]:
+def argument_names(kernel: Kernel, descriptors: bool = False) -> tuple[str, ...]:
     """The rendered kernel's arguments in order: tensors, strides, numbers, sizes; those it never reads are left out."""
-    renderer = TritonRenderer()
+    renderer = TritonRenderer(descriptors=descriptors)
     renderer.render(kernel)
     return tuple(name for group in renderer.arguments for name in group)
 
@@ -79,53 +92,74 @@ class TritonRenderer(Addressing):
     }  # fmt: skip
 
     arguments: list[list[str]]  # in groups, one line of the signature each
+    _said: list[str]  # bases named before the statement above
+
+    def __init__(self, *, descriptors: bool = False) -> None:
+        self._with_descriptors = descriptors
+        self._described: tuple[TileDescriptor, ...] = ()
 
     # -- the file
 
     def render(self, kernel: Kernel) -> str:
+        kernel = cut_columns(kernel)
         self.element = element_storage(kernel)
+        self._described = tile_descriptors(kernel) if self._with_descriptors else ()
         self.kernel = replace(kernel, body=map_expressions(kernel.body, self._widened))
         self.learn(self.kernel)
         self._hoisted: list[str] = []
         self._names_of: dict[object, str] = {}
         self._renamed = self._renamings()
         body = self.block(self.kernel.body, depth=1)
-        body = [*self._positions("\n".join(body)), *body]
-        body = [line for line in body if not _unread(line, body)]
+        body = [*positions(self.kernel, "\n".join(body)), *body]
+        body = [line for line in body if not unread(line, body)]
         text = "\n".join(body)
         self.arguments = self._arguments(text)
         used = {name for name in HELPERS if re.search(rf"\b{name}\(", text)}
         return (
-            "\n".join([*self._top(text), *helper_lines(used, self.compute), *self._signature(), *body]) + "\n"
+            "\n".join([*self._top(text), *helper_lines(used, self.element), *self._signature(), *body]) + "\n"
         )
 
     def _top(self, body: str) -> list[str]:
         lines = [
             *(f"# {line}" for line in self.kernel.header),
+            *self._about_descriptors(),
             "import triton",
             "import triton.language as tl",
             "",
         ]
         for axis, size in self.kernel.tile:
             block = block_size(self.kernel, axis)
-            if axis in ("d", "dv") and block != size:
-                lines.append(f"{_dimension(axis)} = tl.constexpr({size})")
+            if axis in COLUMNS and block != size:
+                columns = self.kernel.first_column(axis) + size
+                lines.append(f"{_dimension(axis)} = tl.constexpr({columns})")
             if re.search(rf"\b{BLOCKS[axis]}\b", body):
                 lines.append(f"{BLOCKS[axis]} = tl.constexpr({block})")
         return [*lines, "", ""]
+
+    def _about_descriptors(self) -> list[str]:
+        names = [d.name for d in self._described]
+        if not names:
+            return []
+        listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        return [f"# {listed}: tensor descriptors of tiles, batch and head first"]
 
     def _arguments(self, body: str) -> list[list[str]]:
         """The arguments that the body reads: tensors, then the strides of each, then numbers and sizes."""
         params = self.kernel.params
         own_sizes = dict.fromkeys(s for p in params if captured(p) for s in p.shape)
         groups = [
-            [p.name for p in params],
+            [name for p in params for name in self._names_of_tensor(p.name)],
             *(list(stride_names(p)) for p in params),
             [*dict.fromkeys([*(s.name for s in self.kernel.scalars), *SIZES])],
             list(own_sizes),
         ]
         words = set(re.findall(r"\w+", body)) | {p.name for p in params}
+        words |= {d.name for d in self._described}
         return [kept for group in groups if (kept := [name for name in group if name in words])]
+
+    def _names_of_tensor(self, tensor: str) -> list[str]:
+        """Its argument, or those of the descriptors of its pieces."""
+        return [d.name for d in self._described if d.tensor == tensor] or [tensor]
 
     def _signature(self) -> list[str]:
         """Lengths, counts and row vectors' strides change from call to call: no recompilation for their values."""
@@ -148,29 +182,12 @@ class TritonRenderer(Addressing):
             "):  # fmt: skip",
         ]
 
-    def _positions(self, body: str) -> list[str]:
-        """What this program instance is: its grid indices and its tile's positions, as far as the body reads them."""
-        tiles: list[str] = []
-        for axis, _ in self.kernel.tile:
-            name = f"{axis}_tile" if axis in ("q", "kv") else f"{axis}_idx"
-            if axis in self.kernel.grid or re.search(rf"\b{name}\b", body):
-                tiles.append(f"{name} = tl.arange(0, {BLOCKS[axis]})")
-        lines: list[str] = []
-        for axis, program in zip(self.kernel.grid, _program_ids(self.kernel.grid), strict=True):
-            if axis in ("q", "kv"):
-                if self.kernel.heavy_last and axis == self.kernel.grid[0]:
-                    program = f"(tl.num_programs(0) - 1 - {program})"
-                lines += [f"{axis}_start = {program} * {BLOCKS[axis]}", *_tile_positions(axis)]
-            elif re.search(rf"\b{axis}\b", body):
-                lines.append(f"{axis} = {program}.to(tl.int64)")
-        return [f"    {line}" for line in [*tiles, *lines]]
-
     # -- names
 
     def _renamings(self) -> dict[str, str]:
         """New names for a user's values that would hide the file's own names."""
         own = {"tl", "triton", "float", *HELPERS, *BLOCKS.values(), *DIMENSION_CONSTANTS.values()}
-        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")}
+        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {"place"}
         for p in self.kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
         taken = Names(own | {s.name for s in walk(self.kernel.body) if isinstance(s, Let)})
@@ -190,14 +207,18 @@ class TritonRenderer(Addressing):
     # -- statements
 
     def block(self, body: tuple[Stmt, ...], depth: int) -> list[str]:
-        outer, self._depth = self._depth, depth
+        outer, self._depth, self._said = self._depth, depth, []
         lines = super().block(body, depth)
-        self._depth = outer
+        self._depth, self._said = outer, []
         return lines or ["    " * depth + "pass"]
 
     def statement(self, s: Stmt) -> list[str]:
         self._hoisted = []
         lines = super().statement(s)
+        # The pieces of one tile have one base: it is said once.
+        own = re.compile(rf"tl\.load|\b{s.name if isinstance(s, Let) else 'tl'}\b")
+        still_true = [x for x in self._hoisted if not own.search(x)]
+        self._hoisted, self._said = [x for x in self._hoisted if x not in self._said], still_true
         if isinstance(s, Let):
             comment, assignment = lines[:-1], lines[-1]
             said = s.source == self._source  # the line above came from the same line of the user's
@@ -212,19 +233,34 @@ class TritonRenderer(Addressing):
 
     def let(self, s: Let) -> list[str]:
         name = self._renamed.get(s.name, s.name)
+        if self._is_described(s.value):
+            return [f"{name} = {self._tile(s)}"]
         if isinstance(s.value, Load):
             return [f"{name} = {self._loaded(s.value, self.span(s.value))}"]
         return [f"{name} = {self.expr(s.value)}"]
+
+    def _is_described(self, e: Expr) -> bool:
+        return isinstance(e, Load) and any(d.tensor == e.tensor for d in self._described)
+
+    def _tile(self, s: Let) -> str:
+        """A load through a descriptor: batch, head, first row and column of the tile."""
+        load = tile_load(self.kernel, s)
+        assert load is not None
+        rows, columns = (i.axes[0] for i in load.indices[2:])
+        place = [self.expr(i) for i in load.indices[:2]]
+        place += [f"{rows}_start", str(self.kernel.first_column(columns))]
+        name = descriptor_name(load.tensor, columns)
+        return f"load_tile({', '.join([name, *place, BLOCKS[rows], BLOCKS[columns]])})"
 
     def loop(self, s: Loop) -> list[str]:
         lo, hi = self.expr(s.lo), self.expr(s.hi)
         if s.axis is None:
             return [f"for {s.var} in tl.range({lo}, {hi}):"]
         if self.is_flat(s):
-            return [f"{s.var} = {lo}", *_tile_positions(s.axis)]
+            return [f"{s.var} = {lo}", *tile_positions(s.axis)]
         return [
             f"for {s.var} in tl.range({lo}, {hi}, {BLOCKS[s.axis]}):",
-            *(f"    {line}" for line in _tile_positions(s.axis)),
+            *(f"    {line}" for line in tile_positions(s.axis)),
         ]
 
     def is_flat(self, s: Loop | If) -> bool:
@@ -333,7 +369,8 @@ class TritonRenderer(Addressing):
     def cast(self, x: str, like: str) -> str:
         if TYPES[self.kernel.param(like).storage] == self.compute:
             return x
-        return f"{x}.to({like}.dtype.element_ty)"
+        described = any(d.tensor == like for d in self._described)
+        return f"{x}.to({like}.dtype{'' if described else '.element_ty'})"
 
     def reduce(self, kind: str, x: str, axis: int) -> str:
         return f"tl.{kind}({x}, axis={axis})"
@@ -352,30 +389,5 @@ class TritonRenderer(Addressing):
         return transform(root, widened)
 
 
-def _tile_positions(axis: str) -> list[str]:
-    """The positions of a tile that begins at <axis>_start; its first row in 64 bits, for addresses."""
-    return [f"{axis}_row = tl.cast({axis}_start, tl.int64)", f"{axis}_idx = {axis}_start + {axis}_tile"]
-
-
-def _unread(line: str, body: list[str]) -> bool:
-    """Whether a line defines a tile's positions or its first row for nobody."""
-    found = re.match(r"\s*((?:q|kv)_(?:row|idx)) = ", line)
-    return found is not None and sum(len(re.findall(rf"\b{found[1]}\b", other)) > 0 for other in body) == sum(
-        bool(re.match(rf"\s*{found[1]} = ", other)) for other in body
-    )
-
-
-def _program_ids(grid: tuple[str, ...]) -> list[str]:
-    """The program id of each grid axis. A launch has three dimensions: further axes share the third."""
-    if len(grid) <= 3:
-        return [f"tl.program_id({i})" for i in range(len(grid))]
-    shared, divisor, ids = grid[2:], "", ["tl.program_id(0)", "tl.program_id(1)"]
-    for axis in shared:
-        quotient = f"(tl.program_id(2){divisor})" if divisor else "tl.program_id(2)"
-        ids.append(f"({quotient} % {GRID_SIZES[axis]})" if axis != shared[-1] else quotient)
-        divisor += f" // {GRID_SIZES[axis]}"
-    return ids
-
-
 def _dimension(axis: str) -> str:
-    return "DIM_QK" if axis == "d" else "DIM_V"
+    return "DIM_V" if axis.startswith("dv") else "DIM_QK"

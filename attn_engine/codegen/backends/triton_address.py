@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attn_engine.codegen.lower.columns import padded
 from attn_engine.codegen.render import ATOM, Renderer
-from attn_engine.ir.expr import Call, Const, Expr, Load, Var
+from attn_engine.ir.expr import AXES, COLUMNS, Call, Const, Expr, Load, Var
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.printer import INFIX
 from attn_engine.ir.tile import Kernel, Let, Loop, Param, walk
@@ -24,15 +25,14 @@ DIMENSION_WORDS = {
     "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
-BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
+BLOCKS = {axis: f"BLOCK_{axis.upper()}" for axis in AXES}
 GRID_SIZES = {"head": "heads", "kv_head": "kv_heads", "batch": "batches", "split": "splits"}
 NON_NEGATIVE = frozenset(
-    f"{axis}_{what}" for axis in ("q", "kv", "d", "dv") for what in ("idx", "start", "len")
+    f"{axis}_{what}" for axis in AXES for what in ("idx", "start", "len")
 ) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
 LISTED = frozenset(
     {"q_bounds", "kv_bounds", "partial_listed", "full_listed"}
 )  # last sizes of lists of blocks
-_SMALLEST_BLOCK = 16  # what a matrix unit multiplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,7 @@ class Address:
 def block_size(kernel: Kernel, axis: str) -> int:
     """How many positions a tile has along an axis: a power of two, at least 16 for the head dimensions."""
     size = kernel.block(axis)
-    if axis in ("q", "kv"):
-        return size
-    return max(_SMALLEST_BLOCK, 1 << (size - 1).bit_length())
+    return padded(size) if axis in COLUMNS else size
 
 
 def captured(param: Param) -> bool:
@@ -113,7 +111,7 @@ class Addressing(Renderer):
         base, offset, inside = [tensor], list[str](), list[str]()
         for index, size, stride in zip(indices, param.shape, stride_names(param), strict=True):
             axis = tile_axis(index)
-            if axis in ("d", "dv"):
+            if axis in COLUMNS:
                 position = self.expr(index, axes, ATOM)
                 offset.append(f"{position} * {stride}")
                 if self.kernel.block(axis) != block_size(self.kernel, axis):

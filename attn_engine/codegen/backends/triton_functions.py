@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from attn_engine.ir.ops import Storage
+
 # Triton rounds integer quotients toward zero; programs floor, as Python does.
 _FLOOR_DIVIDE = '''
 @triton.jit
@@ -41,12 +43,37 @@ def tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 '''
 
-HELPERS: dict[str, str] = {"floor_divide": _FLOOR_DIVIDE, "floor_modulo": _FLOOR_MODULO, "tanh": _TANH}
+# For elements of 16 bits: a few operations instead of thirty.
+_TANH_SHORT = '''
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent, to 2e-7 beside 1."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x))
+'''
+
+_LOAD_TILE = '''
+@triton.jit
+def load_tile(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from `row` on of one batch and head, through a tensor descriptor: zeros past the end."""
+    place = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(row, tl.int32), column]
+    return tiles.load(place).reshape(ROWS, COLUMNS)
+'''
+
+HELPERS: dict[str, str] = {
+    "floor_divide": _FLOOR_DIVIDE,
+    "floor_modulo": _FLOOR_MODULO,
+    "tanh": _TANH,
+    "load_tile": _LOAD_TILE,
+}
 
 
-def helper_lines(names: set[str], compute: str) -> list[str]:
-    """The definitions of these functions, each followed by the two empty lines of a top-level definition."""
-    texts = {**HELPERS, "tanh": _TANH_DOUBLE} if compute == "float64" else HELPERS
+def helper_lines(names: set[str], element: Storage) -> list[str]:
+    """The definitions of these functions, each followed by the two empty lines of a top-level definition.
+
+    element: the storage of q, k and v, which says how exact is exact enough.
+    """
+    by_element = {Storage.FLOAT64: _TANH_DOUBLE, Storage.FLOAT32: _TANH}
+    texts = {**HELPERS, "tanh": by_element.get(element, _TANH_SHORT)}
     return [
         line for name, text in texts.items() if name in names for line in [*text.strip().split("\n"), "", ""]
     ]

@@ -29,7 +29,7 @@ def _parts(line: str) -> tuple[str, str, str]:
         return found[1], found[2], found[3]
     if found := re.match(r"(\w+ = )(tl\.load\(.*\))(\.to\([\w.]+\))$", line):
         return found[1], found[2], found[3]
-    if found := re.match(r"(\w+ = )(.*)$", line):
+    if found := re.match(r"(\w+(?:\[[\w, ]+\])? = )(.*)$", line):
         return found[1], found[2], ""
     return "", line, ""
 
@@ -42,6 +42,9 @@ def _broken(head: str, value: str, tail: str, room: int) -> list[str]:
         before = value[: len(value) - len(last) + opening]
         if len(f"{head}{before}(") <= room:
             return [f"{head}{before}{last[opening]}", *_inside(last, opening, room), f"{last[-1]}{tail}"]
+    if (closing := _leading_group(value)) and not set(_OPENING) & set(value[closing:]):
+        inside = [INDENT + x for x in _operand(value[1:closing], room - len(INDENT))]
+        return [f"{head}(", *inside, f"{value[closing:]}{tail}"]
     if len(value) <= room - len(INDENT):
         return [f"{head}(", INDENT + value, f"){tail}"]
     lines = [INDENT + line for operand in operands for line in _operand(operand, room - len(INDENT))]
@@ -106,6 +109,16 @@ def _split(text: str, symbols: tuple[str, ...], *, keep: bool) -> list[str]:
 def _is_call(text: str, opening: int) -> bool:
     """Whether the bracket at `opening` belongs to a call or a subscript, and is no group."""
     return opening > 0 and re.search(r"[\w\]]$", text[:opening]) is not None
+
+
+def _leading_group(text: str) -> int:
+    """Where the bracket closes that opens at the start of `text`; 0 where text starts otherwise."""
+    level = 0
+    for position, letter in enumerate(text if text.startswith("(") else ""):
+        level += (letter in _OPENING) - (letter in _CLOSING)
+        if level == 0:
+            return position
+    return 0
 
 
 def _call_start(text: str) -> int:

@@ -25,7 +25,7 @@ from attn_engine.ir.tile import Kernel, Let, Section, Stmt, StoreTile
 def lower_adjoints(program: Attention, schedule: Schedule) -> Kernel:
     """The values of every pass in `adjoints`, of one q tile."""
     rule, names = program.rule, reserved_names(program)
-    tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
+    tiles = {"q": schedule.d_query_launch.q, "kv": schedule.d_query_launch.kv}
     sweep = Sweep(program, schedule, names, "kv", tiles)
     roots = [e for p in rule.adjoints for e in (*p.new_states, *(value for _, value in p.values))]
     if PROBS in postorder(*roots):
@@ -68,7 +68,7 @@ def _step(sweep: Sweep, p: RowPass, masked: Masked) -> list[Stmt]:
     program, rule, names = sweep.program, sweep.program.rule, sweep.names.copy()
     seen = None if masked is False else visibility(program, names, sweep.known, ("kv",), masked)
     known = {**sweep.known, **row_bindings(rule), DELTA: tile("delta", "q")}
-    emitter = Emitter(names, known, adjuster(seen.var if seen else None))
+    emitter = Emitter(names, known, adjuster(program.rule, seen.var if seen else None))
     read = set(postorder(*p.new_states))
     emitter.lets += [Let("key", load_tile("K"))]
     score_lets(program, emitter)

@@ -28,6 +28,7 @@ from attn_engine.codegen.lower.score import (
     Visibility,
     hoisted,
     reserved_names,
+    scale_lets,
     score_lets,
     visibility,
 )
@@ -55,7 +56,7 @@ from attn_engine.codegen.lower.values import (
     wide,
 )
 from attn_engine.codegen.schedule import Gradients, Schedule
-from attn_engine.ir.expr import Const, Dot, Expr, Full, Reduce, Var, where
+from attn_engine.ir.expr import Call, Const, Dot, Expr, Full, Reduce, Var, postorder, where
 from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
 from attn_engine.ir.passes.row_gradients import backward_roots
@@ -101,7 +102,7 @@ def lower_backward(program: Attention, schedule: Schedule, learned: tuple[str, .
 def lower_delta(program: Attention, schedule: Schedule) -> Kernel:
     """delta = <dO, O> per row: the one reduction that a normaliser's gradient needs."""
     out, product = tile("out", "q", "dv"), tile("product", "q", "dv")
-    tiles = {"q": schedule.block_q}
+    tiles = {"q": schedule.delta_rows or schedule.block_q}
     return Kernel(
         name="delta",
         params=(wide(program, "O"), wide(program, "dO"), rows(program, "Delta", output=True)),
@@ -122,13 +123,14 @@ def lower_delta(program: Attention, schedule: Schedule) -> Kernel:
 def lower_d_query(program: Attention, schedule: Schedule, captures: tuple[CaptureGradient, ...]) -> Kernel:
     """dQ of one q tile, and the captured gradients that are sums over a query row."""
     names, sums = reserved_names(program), [c for c in captures if c.route is Route.ROW]
-    tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
+    tiles = {"q": schedule.d_query_launch.q, "kv": schedule.d_query_launch.kv}
     sweep = Sweep(program, schedule, names, "kv", tiles)
     update: list[Stmt] = [Let("d_query", D_QUERY + Dot(rounded(D_SCORE, "K"), KEY))]
     update += [Let(c.total.name, c.total + Reduce("sum", c.value, "kv")) for c in sums]
     body: list[Stmt] = [
         Section("query tile of this program"),
         Let("kv_head", HEAD // GROUP_OF_HEADS),
+        *scale_lets(program),
         *query_loads(program),
         *sweep.before,
         Let("d_query", Full(0.0, ("q", "d"))),
@@ -140,7 +142,9 @@ def lower_d_query(program: Attention, schedule: Schedule, captures: tuple[Captur
     ]
     outputs = (wide(program, "dQ", output=True), *(buffer_param(program, c) for c in sums))
     grid = ("q", "head", "batch")
-    return backward_kernel(program, "dq", grid, ORDER_Q, tiles, outputs, body, tests=sweep.tests)
+    return backward_kernel(
+        program, "dq", grid, ORDER_Q, tiles, outputs, body, tests=sweep.tests, sections=schedule.sections
+    )
 
 
 def lower_d_key_value(
@@ -164,7 +168,17 @@ def lower_d_key_value(
     outputs += [buffer_param(program, c) for c in columns]
     if not with_query:
         grid = ("kv", "kv_head", "batch")
-        return backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), body, tests=sweep.tests)
+        return backward_kernel(
+            program,
+            name,
+            grid,
+            ORDER_KV,
+            tiles,
+            tuple(outputs),
+            body,
+            tests=sweep.tests,
+            sections=schedule.sections,
+        )
     outputs.append(Param("dQ_parts", compute_storage(program), DQ_PARTS_SHAPE, True))
     outputs += {c.buffer: buffer_param(program, c, parts=True) for c in parts}.values()
     n = tiles["kv"]
@@ -214,6 +228,7 @@ def kv_tile(
     )
     first, group = scalar("first_head"), scalar("group")
     return [
+        *scale_lets(program),
         *key_loads(),
         Let("d_key", Full(0.0, ("kv", "d"))),
         Let("d_value", Full(0.0, ("kv", "dv"))),
@@ -249,6 +264,19 @@ class Sweep:
             program, loop, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis
         )
         self.before, self.known = hoisted(program, names, loop, backward_roots(program.rule))
+        if program.rule.powers_of_two and loop == "kv":
+            self._compute_rows_once()
+
+    def _compute_rows_once(self) -> None:
+        """Before the loop: what the weights subtract from every pair of a row."""
+        rule, emitter = (
+            self.program.rule,
+            Emitter(self.names, {**self.known, **row_bindings(self.program.rule)}),
+        )
+        for node in postorder(rule.recompute):
+            if isinstance(node, Call) and node.axes == ("q",) and node in rule.names:
+                self.known[node] = emitter.define(rule.names[node], node)
+        self.before += emitter.lets
 
     def loops(
         self, wanted: list[CaptureGradient], loads: list[Stmt], update: list[Stmt], *, in_loop: bool = False
@@ -343,6 +371,8 @@ def backward_kernel(
     more_scalars: tuple[Var, ...] = (),
     tests: TileTests | None = None,
     read: RowReads | None = None,
+    *,
+    sections: bool = False,
 ) -> Kernel:
     plan = plan_mask(program.mask.result if program.mask else None, "kv")
     inputs = (
@@ -361,5 +391,6 @@ def backward_kernel(
         body=tuple(body),
         header=(f"{program.name}: backward" + (f", {name}" if name != "backward" else ""),),
         heavy_last=grid[:1] == ("q",) and later_rows_see_more(plan),
+        sections=sections and grid[:1] in (("q",), ("kv",)) and later_rows_see_more(plan),
         tables=tests.tables if tests else (),
     )

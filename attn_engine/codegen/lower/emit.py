@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from attn_engine.ir.expr import Call, Cast, Expr, Var, postorder, rebuild
+from attn_engine.ir.expr import Call, Cast, Expr, Reduce, Var, postorder, rebuild
 from attn_engine.ir.ops import Op
 from attn_engine.ir.passes.simplify import simplify
 from attn_engine.ir.tile import Let, Stmt
@@ -95,6 +95,15 @@ def base_two(e: Expr) -> Expr:
     match e:
         case Call(Op.EXP, (x,)):
             return Call(Op.EXP2, (x * LOG2_E,))
+        case _:
+            return e
+
+
+def factor_outside(e: Expr) -> Expr:
+    """max(x * c) -> max(x) * c for a positive factor of all pairs: of a normaliser in powers of two."""
+    match e:
+        case Reduce("max" | "min" as kind, Call(Op.MUL, (x, factor)), axis) if not factor.axes:
+            return Reduce(kind, x, axis) * factor
         case _:
             return e
 

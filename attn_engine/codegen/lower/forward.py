@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
+from attn_engine.codegen.lower.emit import Emitter, Names, base_two, factor_outside, rounded
 from attn_engine.codegen.lower.listed import list_params
 from attn_engine.codegen.lower.ranges import Phases, masking, phases_of
 from attn_engine.codegen.lower.score import (
     Masked,
     Visibility,
     hoisted,
+    logit_of,
     reserved_names,
+    scale_lets,
     score_lets,
     visibility,
 )
@@ -90,6 +92,7 @@ def forward_kernel(
         body=(*keys.body, *end),
         header=(f"{program.name}: {name}",),
         heavy_last=not split and later_rows_see_more(mask_plan(program)),
+        sections=schedule.sections and not split and later_rows_see_more(mask_plan(program)),
         lanes=schedule.lanes,
         tables=tests.tables if tests else (),
     )
@@ -104,6 +107,7 @@ def pass_over_keys(program: Attention, schedule: Schedule, names: Names, *, one_
     body: list[Stmt] = [
         Section("query tile of this program"),
         Let("kv_head", HEAD // GROUP_OF_HEADS),
+        *scale_lets(program),
         Let("query", load_tile("Q")),
         *before,
     ]
@@ -125,8 +129,9 @@ def forward_roots(rule: OnlineRule) -> list[Expr]:
 
 def empty_row_state(rule: OnlineRule) -> list[Stmt]:
     """A row that has met no key."""
+    counted = ", maxima in powers of two" if rule.powers_of_two and rule.states else ""
     return [
-        Section(f"row state of {rule.name}"),
+        Section(f"row state of {rule.name}{counted}"),
         *(Let(s.name, Full(s.initial, ("q",))) for s in rule.states),
         Let(OUT.name, Full(0.0, OUT.axes)),
     ]
@@ -211,7 +216,7 @@ def kv_step(
     emitter = Emitter(names, known, base_two)
     emitter.lets += [Let("key", load_tile("K")), *([Let("value", load_tile("V"))] if output else [])]
     logit = score_lets(program, emitter)
-    update = partial(online_update, program.rule, names, known, output=output)
+    update = partial(online_update, program, names, known, output=output)
     seen = None if masked is False else visibility(program, names, known, ("kv",), masked)
     if seen is None:
         return [*emitter.lets, *update(logit, None)]
@@ -232,7 +237,7 @@ def hide_scores(emitter: Emitter, logit: Expr, seen: Visibility, masked: Masked)
 
 
 def online_update(
-    rule: OnlineRule,
+    program: Attention,
     names: Names,
     known: dict[Expr, Expr],
     logit: Expr,
@@ -241,7 +246,8 @@ def online_update(
     output: bool = True,
 ) -> list[Stmt]:
     """The rule's step on one tile; `visible` where masking the score alone would not do."""
-    emitter = Emitter(names, {**known, LOGIT: logit}, adjuster(visible))
+    rule = program.rule
+    emitter = Emitter(names, {**known, LOGIT: logit_of(program, logit)}, adjuster(rule, visible))
     called = names_of_step(rule)
     new: dict[str, Expr] = {}
     for state, value in in_dependency_order(rule):
@@ -291,13 +297,13 @@ def names_of_step(rule: OnlineRule) -> dict[Expr, str]:
     return called
 
 
-def adjuster(visible: Expr | None) -> Callable[[Expr], Expr]:
+def adjuster(rule: OnlineRule, visible: Expr | None) -> Callable[[Expr], Expr]:
     """Powers of two, and reductions over visible pairs only."""
 
     def adjust(e: Expr) -> Expr:
         if visible is not None and isinstance(e, Reduce):
-            return Reduce(e.kind, where(visible, e.x, REDUCE_IDENTITY[e.kind]), e.axis)
-        return base_two(e)
+            e = Reduce(e.kind, where(visible, e.x, REDUCE_IDENTITY[e.kind]), e.axis)
+        return factor_outside(e) if rule.powers_of_two and isinstance(e, Reduce) else base_two(e)
 
     return adjust
 

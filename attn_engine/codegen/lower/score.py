@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from attn_engine.codegen.lower.emit import Emitter, Names, base_two
-from attn_engine.codegen.lower.values import INSIDE, KEY, QUERY, SCALE
+from attn_engine.codegen.lower.emit import LOG2_E, Emitter, Names, base_two
+from attn_engine.codegen.lower.values import INSIDE, KEY, QUERY, SCALE, SCALE_LOG2
 from attn_engine.ir.expr import Call, Const, Dot, Expr, Load, Var, loads, postorder, substitute
 from attn_engine.ir.kernel_words import KERNEL_WORDS
 from attn_engine.ir.ops import Op
@@ -75,17 +75,34 @@ def quotients(root: Expr) -> list[Expr]:
 
 def score_lets(program: Attention, emitter: Emitter) -> Expr:
     """score = query . key * scale, then the user's score_mod; returns what the row rule reads as LOGIT."""
-    emitter.let(SCORE.name, Dot(QUERY, KEY) * SCALE)
+    emitter.let(SCORE.name, Dot(QUERY, KEY) * (1.0 if scale_is_folded(program) else SCALE))
     if program.score is None:
-        emitter.bind(LOGIT, SCORE)
+        emitter.bind(LOGIT, logit_of(program, SCORE))
         return SCORE
     fn = program.score
     logit = emitter.value(fn.result, fn.names, fn.sources)
     if not isinstance(logit, Var):
         logit = emitter.let(LOGIT.name, logit, fn.sources.get(fn.result, ""))
     emitter.bind(fn.result, logit)
-    emitter.bind(LOGIT, logit)
+    emitter.bind(LOGIT, logit_of(program, logit))
     return logit
+
+
+def scale_is_folded(program: Attention) -> bool:
+    """Whether `score` is the bare product, and its scale a part of the factor that makes powers of two of it."""
+    return program.rule.powers_of_two and program.score is None
+
+
+def scale_lets(program: Attention) -> list[Stmt]:
+    """That factor, before the loops."""
+    return [Let(SCALE_LOG2.name, SCALE * LOG2_E)] if scale_is_folded(program) else []
+
+
+def logit_of(program: Attention, logit: Expr) -> Expr:
+    """What the row rule reads as LOGIT, of the variable that `score_lets` returns."""
+    if not program.rule.powers_of_two:
+        return logit
+    return logit * (SCALE_LOG2 if scale_is_folded(program) else LOG2_E)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ KV_HEAD, SPLIT = scalar("kv_head"), scalar("split")
 HEADS, KV_HEADS, BATCHES = scalar("heads"), scalar("kv_heads"), scalar("batches")
 Q_LEN, KV_LEN, SPLITS = scalar("q_len"), scalar("kv_len"), scalar("splits")
 D_IDX, DV_IDX = Var("d_idx", INT, ("d",)), Var("dv_idx", INT, ("dv",))
-SCALE = Var("scale", FLOAT)
+SCALE, SCALE_LOG2 = Var("scale", FLOAT), Var("scale_log2", FLOAT)
 
 QUERY, KEY = Var("query", ELEMENT, ("q", "d")), Var("key", ELEMENT, ("kv", "d"))
 VALUE, D_OUT = Var("value", ELEMENT, ("kv", "dv")), Var("d_out", ELEMENT, ("q", "dv"))
