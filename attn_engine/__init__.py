@@ -27,6 +27,7 @@ from attn_engine.frontend import (
 )
 from attn_engine.frontend.pooling import with_pooled
 from attn_engine.library import AttentionLibrary, and_masks, not_mask, or_masks
+from attn_engine.linear_engine import LinearAttentionEngine
 from attn_engine.masks import BlockMask, create_block_mask
 from attn_engine.version import VERSION as __version__
 
@@ -38,6 +39,7 @@ __all__ = [
     "AuxRequest",
     "BlockMask",
     "CustomIO",
+    "LinearAttentionEngine",
     "MetaTensor",
     "OnlineFunc",
     "SymbolScalar",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from attn_engine.errors import NotACustomIO, UnknownOption
+from attn_engine.errors import NotACustomIO, UnknownOption, WrongCustomIO
 from attn_engine.frontend import (
     CustomIO,
     OnlineFunc,
@@ -24,6 +24,7 @@ from attn_engine.frontend import (
     trace_online,
     trace_score_mod,
 )
+from attn_engine.frontend.custom_io import LINEAR_DIMENSIONS
 from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.pooling import without_pooled
 from attn_engine.frontend.trace import MaskMod, ScoreMod
@@ -54,6 +55,11 @@ class Description:
         given: object = self.custom_io
         if not isinstance(given, CustomIO):
             raise NotACustomIO(argument="custom_fwd_inputs", got=type_name(given), expected="a CustomIO")
+        for name, shape in given.shapes.items():
+            for size in LINEAR_DIMENSIONS:
+                if size in shape:
+                    reason = f"{size!r} is a dimension of a LinearAttentionEngine alone"
+                    raise WrongCustomIO(name=name, shape=shape, reason=reason)
 
     def trace(self, storages: Mapping[str, Storage]) -> TracedProgram:
         """Run the user's functions on symbols; `storages` says how the custom inputs lie."""

@@ -21,6 +21,7 @@ MAY_IMPORT = {
         "frontend",
         "library",
     },  # describes mathematics; of the library only the checks of arguments
+    "library/linear": {"frontend", "library"},
     "library": {"library/dense", "frontend", "runtime", "top"},  # what is made of engines
     "codegen": {"ir"},
     "runtime": {"codegen", "ir"},
@@ -41,6 +42,7 @@ MAY_IMPORT = {
         "frontend",
         "library",
         "library/dense",
+        "library/linear",
         "ir",
         "codegen",
         "runtime",
@@ -56,6 +58,7 @@ PACKAGES = {
     "codegen": set[str](),
     "frontend": {"torch"},
     "library/dense": {"torch"},
+    "library/linear": {"torch"},
     "library": {"torch"},
     "runtime": {"torch", "numpy", "networkx", "triton", "tilelang"},
     "flex": {"torch"},
@@ -71,11 +74,13 @@ ONLY_BOTH_BRANCHES = {
     "graph_checks.py",
     "options.py",
     "traced_program.py",
+    "linear_engine.py",
+    "traced_linear.py",
     "__main__.py",
     "__init__.py",
 }
 # Imported by everybody, so they import nobody (but the errors their base, and that the locations).
-ERRORS = {"errors.py", "device_errors.py", "schedule_errors.py", "error_base.py"}
+ERRORS = {"errors.py", "device_errors.py", "linear_errors.py", "schedule_errors.py", "error_base.py"}
 STANDALONE = ERRORS | {"locations.py", "version.py"}
 LAZY = {
     "triton",
@@ -91,8 +96,8 @@ LAZY_FILES = {"runtime/triton_interpreter.py": "attn_engine.runtime.triton_inter
 
 def layer(path: Path) -> str:
     parts = path.relative_to(PACKAGE).parts
-    if parts[:2] == ("library", "dense"):
-        return "library/dense"
+    if parts[:2] in (("library", "dense"), ("library", "linear")) and len(parts) > 2:
+        return "/".join(parts[:2])
     return parts[0] if len(parts) > 1 else "top"
 
 
@@ -129,8 +134,9 @@ def runs_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def target_layer(module: str) -> str:
     """The layer that `attn_engine.x.y` belongs to."""
     name = module.split(".")[1] if "." in module else ""
-    if module.startswith("attn_engine.library.dense"):
-        return "library/dense"
+    for room in ("dense", "linear"):
+        if module.startswith(f"attn_engine.library.{room}"):
+            return f"library/{room}"
     return name if name and (PACKAGE / name).is_dir() else "top"
 
 

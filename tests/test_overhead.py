@@ -89,7 +89,7 @@ def test_equal_calls_are_checked_and_traced_once(monkeypatch: pytest.MonkeyPatch
     built(q, k, v)
     monkeypatch.setattr(call_checks, "check_inputs", lambda *_: pytest.fail("checked again"))
     monkeypatch.setattr(call_checks, "check_captured", lambda *_: pytest.fail("checked again"))
-    monkeypatch.setattr(frontend_trace._Run, "trace", lambda *_: pytest.fail("traced again"))
+    monkeypatch.setattr(frontend_trace.FunctionRun, "trace", lambda *_: pytest.fail("traced again"))
     monkeypatch.setattr(compiled, "lower", lambda *_: pytest.fail("lowered again"))
     repeated = built(q, k, v)
     bias = torch.arange(4.0) * 5 - bias  # another tensor of the same kind: the same checks hold

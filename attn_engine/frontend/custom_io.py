@@ -9,6 +9,7 @@ from attn_engine.errors import NotACustomIO, WrongCustomIO
 from attn_engine.frontend.names import type_name
 
 NAMED_DIMENSIONS = ("batch", "heads", "seq_len", "seq_len_kv")
+LINEAR_DIMENSIONS = ("dimqk", "dimv")  # of a LinearAttentionEngine alone
 CustomShape = tuple[str | int, ...]
 
 
@@ -73,7 +74,7 @@ def _checked(name: object, shape: object) -> CustomShape:
     sizes: list[str | int] = []
     for size in cast(Sequence[object], shape):
         is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        if not is_count and size not in NAMED_DIMENSIONS:
+        if not is_count and size not in NAMED_DIMENSIONS + LINEAR_DIMENSIONS:
             raise WrongCustomIO(name=name, shape=cast(object, shape), reason=f"{size!r} is not a dimension")
         sizes.append(cast(str | int, size))
     return tuple(sizes)

@@ -112,7 +112,7 @@ def trace_score_mod(
     storages: how the custom inputs lie, float32 where not given. names: pass one to all functions of an engine.
     Raises WrongParameters, ControlFlowOnTraced, ScoreIsBool and the other tracing errors of the catalogue.
     """
-    run = _Run(fn, custom_io or CustomIO(), storages or {}, names or KernelNames())
+    run = FunctionRun(fn, custom_io or CustomIO(), storages or {}, names or KernelNames())
     takes_custom = _takes_custom(fn, 5, "A score_mod", _SCORE_PARAMETERS)
     position = 1 if takes_custom else None
     return run.trace((SCORE, BATCH, HEAD, Q_IDX, KV_IDX), position, _score_result)
@@ -125,7 +125,7 @@ def trace_mask_mod(
     names: KernelNames | None = None,
 ) -> Trace:
     """Trace mask_mod(b, h, q_idx, kv_idx) or mask_mod(b, h, q_idx, kv_idx, custom_fwd_inputs); see trace_score_mod."""
-    run = _Run(fn, custom_io or CustomIO(), storages or {}, names or KernelNames())
+    run = FunctionRun(fn, custom_io or CustomIO(), storages or {}, names or KernelNames())
     takes_custom = _takes_custom(fn, 4, "A mask_mod", _MASK_PARAMETERS)
     return run.trace((BATCH, HEAD, Q_IDX, KV_IDX), 4 if takes_custom else None, _mask_result)
 
@@ -138,7 +138,7 @@ def trace_plain_mask(fn: MaskMod) -> Trace:
     return trace_mask_mod(fn)
 
 
-class _Run:
+class FunctionRun:
     """One trace of one function."""
 
     def __init__(
@@ -147,12 +147,12 @@ class _Run:
         self.fn = fn
         self.session = Session(names=names)
         self.custom = CustomInputs(
-            {name: self._view(name, shape, storages) for name, shape in custom_io.shapes.items()},
+            {name: self.view(name, shape, storages) for name, shape in custom_io.shapes.items()},
             self.session,
         )
         self.copy = Rebuilder(self.session, {id(custom_io): self.custom}).callable(fn)
 
-    def _view(self, name: str, shape: tuple[str | int, ...], storages: Mapping[str, Storage]) -> TensorView:
+    def view(self, name: str, shape: tuple[str | int, ...], storages: Mapping[str, Storage]) -> TensorView:
         known = all(size in _DIMENSION_INDEX for size in shape)
         element = tuple(_DIMENSION_INDEX[size] for size in shape) if known else None
         storage = storages.get(name, Storage.FLOAT32)
@@ -163,7 +163,7 @@ class _Run:
 
     def trace(
         self,
-        inputs: tuple[Var, ...],
+        inputs: tuple[Expr, ...],
         custom_position: int | None,
         convert: Callable[[Any, Session, str], Expr],
     ) -> Trace:

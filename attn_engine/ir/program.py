@@ -188,7 +188,7 @@ class ListedBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """A call brings sequences of lengths of their own, in tables (docs/adr/0025): what is known of how they lie.
+    """A call brings sequences of lengths of their own, in tables (docs/adr/0024): what is known of how they lie.
 
     packed: one after the other along one axis of rows, without a batch; else each in its place of the batch, from a
     row of its own on. Kernels are the same for both. Positions count from a sequence's first row, and BATCH is its

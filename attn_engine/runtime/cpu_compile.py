@@ -13,10 +13,12 @@ import struct
 import subprocess
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from attn_engine.codegen.backends.cpu import CpuTarget
 from attn_engine.codegen.backends.cpu_names import INCLUDE
@@ -37,6 +39,7 @@ FLAGS = (
 # Tuning for one processor loses up to 30 % on vectors of 32 bytes with some compilers; generic tuning never did.
 MACHINE_FLAGS = {"x86_64": ("-march={0}", "-mtune=generic"), "AMD64": ("-march={0}", "-mtune=generic")}
 OTHER_MACHINE_FLAGS = ("-mcpu={0}",)
+Loaded = TypeVar("Loaded")
 VECTOR_BYTES = (("__AVX512F__", 64), ("__AVX2__", 32))
 
 
@@ -167,20 +170,27 @@ def _headers() -> str:
 
 
 def compile_cpu(kernel: Kernel, source: str, compiler: Compiler | None = None) -> CpuKernel:
-    """The kernel as machine code, from the disk cache where it is there.
+    """The kernel as machine code, from the disk cache where it is there; see `compile_library`."""
+    return compile_library(kernel.name, source, lambda library: CpuKernel(kernel, library), compiler)
+
+
+def compile_library(
+    name: str, source: str, loaded: Callable[[Path], Loaded], compiler: Compiler | None = None
+) -> Loaded:
+    """What `loaded` makes of the library of a source, from the disk cache where it is there.
 
     A damaged file there is compiled again, once. Raises CompilationFailed with the compiler's message, its source kept
     where the message says, and BrokenLibrary where the fresh library cannot be loaded either.
     """
     compiler = compiler or find_compiler()
     assert compiler is not None, "the engine asks find_compiler() first"
-    name = f"{kernel.name}_{key_of(source, _headers(), *_made_by(compiler), ABI_VERSION)}.so"
+    name = f"{name}_{key_of(source, _headers(), *_made_by(compiler), ABI_VERSION)}.so"
 
-    def load() -> CpuKernel:
+    def load() -> Loaded:
         library = stored(name, lambda path: _build(path, source, compiler))
         if not _is_whole(library):
             raise OSError("the file is cut off")
-        return CpuKernel(kernel, library)
+        return loaded(library)
 
     try:
         return load()

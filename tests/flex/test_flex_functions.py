@@ -23,7 +23,7 @@ from tests.flex.inputs import LONG, S, close, qkv
 
 def refuse_work(monkeypatch: pytest.MonkeyPatch, traces: bool = False) -> None:
     if not traces:
-        monkeypatch.setattr(frontend_trace._Run, "trace", lambda *_: pytest.fail("traced again"))
+        monkeypatch.setattr(frontend_trace.FunctionRun, "trace", lambda *_: pytest.fail("traced again"))
     monkeypatch.setattr(compiled, "lower", lambda *_: pytest.fail("lowered again"))
 
 

@@ -1,0 +1,234 @@
+"""C++ of the statements of a chunk program: calls of include/chunk*.h."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from attn_engine.codegen.backends.chunk_rows import RowRenderer
+from attn_engine.ir.chunk import (
+    CarriedGradient,
+    ChunkKernel,
+    ChunkStmt,
+    Decays,
+    Diagonal,
+    DiagonalGradient,
+    Gram,
+    GramGradient,
+    Product,
+    Rows,
+    Scale,
+    Section,
+    Solve,
+    StateStep,
+    Tile,
+    TokenStep,
+    Within,
+)
+from attn_engine.ir.linear import LinearProgram
+
+COLUMNS = {"t": "T_COLUMNS", "d": "D_COLUMNS", "v": "V_COLUMNS"}
+
+
+def flag_of(condition: bool) -> str:
+    return "true" if condition else "false"
+
+
+class StatementRenderer:
+    """Prints statements; the file around them is chunk_cpu.py's."""
+
+    kernel: ChunkKernel
+    program: LinearProgram
+    rows: RowRenderer
+    tiles: Mapping[Tile, str]
+    vector: bool  # the decay is one for each dimension
+
+    def statement(self, s: ChunkStmt) -> list[str]:
+        """The lines of a statement."""
+        match s:
+            case Section(title):
+                return ["", RowRenderer.remark(f"-- {title}")]
+            case Rows():
+                return self._rows(s)
+            case Decays():
+                return self._decays(s)
+            case Scale(to, x, by):
+                return [f"scale_rows({to.name}, {x.name}, {by.name}, rows);"]
+            case CarriedGradient():
+                return self._carried(s)
+            case GramGradient():
+                return [self._gram_gradient(s)]
+            case DiagonalGradient(d_matrix, x, y, d_x, d_y):
+                names = ", ".join(t.name for t in (d_matrix, x, y, d_x, d_y))
+                return [f"diagonal_gradient({names}, rows);"]
+            case _:
+                return self._matrices(s)
+
+    def _matrices(self, s: Gram | Diagonal | Product | Solve | StateStep | TokenStep) -> list[str]:
+        match s:
+            case Gram():
+                return [self._gram(s)]
+            case Diagonal(to, x, y):
+                return [f"add_diagonal({to.name}, {x.name}, {y.name}, rows);"]
+            case Product():
+                return self._product(s)
+            case Solve(to, matrix, turned):
+                return [f"solve_{'upper' if turned else 'lower'}({to.name}, {matrix.name}, rows);"]
+            case StateStep(state, keys, values, whole, negative):
+                names = f"{state.name}, D, {keys.name}, {values.name}"
+                return [f"state_step<{flag_of(negative)}>({names}, rows, {self._whole(whole)});"]
+
+            case TokenStep():
+                return self._token_step(s)
+
+    def _rows(self, s: Rows) -> list[str]:
+        lines = self.rows.rows(s, self.tiles)
+        words = set(re.findall(r"\w+", "\n".join(lines)))
+        place = (
+            "first + length - 1 - chunk_start - row" if self.program.reverse else "first + chunk_start + row"
+        )
+        position = [f"const int token = {'row' if self.kernel.name == 'linear_step' else place};"]
+        position = position if words & {"token", "t"} else []
+        if "t" in words:
+            position.append(f"const int t = {self._position()};")
+        made = [tile.name for tile, _ in s.values]
+        found = [
+            "for (int row = 0; row < count; ++row) {",
+            *(f"  {line}" for line in [*position, *lines]),
+            "}",
+        ]
+        for tile, _ in s.values:
+            if tile.axes == ("t",):
+                found.append(f"for (int row = count; row < T_COLUMNS; ++row) {tile.name}[row] = 0;")
+            else:
+                found.append(f"clear_rows({tile.name}, count, rows);")
+        if s.fault is not None and s.fault.name in made:
+            place = "arguments.faults.data[(int64_t)sequence * arguments.heads + head]"
+            found += [
+                f"if (const int64_t fault = fault_in({s.fault.name}, count))",
+                f"  if (!{place}) {place} = fault + 2 * chunk_start;",
+            ]
+        return found
+
+    def _position(self) -> str:
+        """Where the token is in its tensors, for the mods: a single step is told."""
+        return "arguments.position" if self.kernel.name == "linear_step" else "token"
+
+    @staticmethod
+    def _whole(whole: Tile | None) -> str:
+        """What is left of a row of the state, as a function of the row."""
+        if whole is None:
+            return "[](int) { return Real(1); }"
+        return (
+            f"[&](int d) {{ return {whole.name}[d]; }}"
+            if whole.axes
+            else f"[&](int) {{ return {whole.name}; }}"
+        )
+
+    def _token_step(self, s: TokenStep) -> list[str]:
+        none = "nullptr"
+        tiles = [f"{t.name}[0]" if t is not None else none for t in (s.eraser, s.bonus)]
+        if s.decay is None:
+            factor = "[](int) { return Real(1); }"
+        elif self.vector:
+            factor = f"[&](int d) {{ return {s.decay.name}[0][d]; }}"
+        else:
+            factor = f"[&](int) {{ return {s.decay.name}[0]; }}"
+        decay = [] if s.decay is None else [f"exponentials<{'D' if self.vector else 'T'}_COLUMNS>"]
+        place = (
+            f"{s.decay.name}[0]" if s.decay is not None and self.vector else s.decay.name if s.decay else ""
+        )
+        first = [f"{d}({place}, {place});" for d in decay]
+        flag = flag_of(s.exclusive)
+        call = (
+            f"token_step<{flag}>({s.to.name}[0], state, D, {s.query.name}[0], {s.key.name}[0], "
+            f"{s.value.name}[0], {', '.join(tiles)}, {factor});"
+        )
+        return [*first, call]
+
+    def _decays(self, s: Decays) -> list[str]:
+        flag = flag_of(s.exclusive)
+        if self.vector:
+            tiles = (s.steps, s.reads, s.erases)
+            names = ", ".join("(Real(*)[D_COLUMNS])nullptr" if t is None else t.name for t in tiles)
+            return [
+                f"vector_factors<{flag}>({s.decay.name}, rows, {names}, {s.writes.name}, {s.whole.name});"
+            ]
+        lines = [f"sum_decays({s.decay.name}, rows, decay_sums, {s.writes.name}, {s.whole.name});"]
+        if s.reads is not None:
+            lines.append(f"read_factors<{flag}>({s.reads.name}, decay_sums);")
+        if s.erases is not None:
+            lines.append(f"read_factors<false>({s.erases.name}, decay_sums);")
+        return lines
+
+    def _gram(self, s: Gram) -> str:
+        strict, negative = (flag_of(s.strict), flag_of(s.negative))
+        dims = self._dims(s.x)
+        if s.within is not None and s.within.vector:
+            assert s.within.steps is not None
+            exclusive = flag_of(s.within.exclusive)
+            return (
+                f"vector_gram<{strict}, {exclusive}, {negative}>({s.to.name}, {s.x.name}, {s.y.name}, "
+                f"{s.within.steps.name}, spare, rows, {dims});"
+            )
+        return (
+            f"gram<{strict}, {negative}>({s.to.name}, {s.x.name}, {s.y.name}, spare_rows, rows, {dims}, "
+            f"{self._between(s.within)});"
+        )
+
+    @staticmethod
+    def _between(within: Within | None) -> str:
+        if within is None:
+            return "NoDecay{}"
+        flag = flag_of(within.exclusive)
+        return f"TokenDecay<{flag}, T_COLUMNS>{{decay_sums}}"
+
+    @staticmethod
+    def _dims(x: Tile) -> str:
+        return "D" if x.axes[1] == "d" else "STATE_COLUMNS"
+
+    def _product(self, s: Product) -> list[str]:
+        kind = {
+            (False, False): "TO", (True, False): "ADD", (True, True): "SUBTRACT", (False, True): "NEGATIVE"
+        }[s.add, s.negative]  # fmt: skip
+        matrix = s.a.axes == ("t", "t")
+        depth = "ALL" if not matrix else "FROM_ROW" if s.upper else "UP_TO_ROW"
+        call = f"product<Set::{kind}, Depth::{depth}>({s.to.name}, rows"
+        if matrix:
+            strides = "T_COLUMNS, 1" if s.upper else "1, T_COLUMNS"
+            return [f"{call}, rows, {s.a.name}[0], {strides}, {s.b.name});"]
+        columns = COLUMNS[s.a.axes[1]]
+        if not s.turned:
+            return [f"{call}, {self._dims(s.a)}, {s.a.name}[0], {columns}, 1, {s.b.name});"]
+        assert s.b.axes == ("d", "v")
+        return [
+            f"turn(spare_state, {s.b.name}, D_COLUMNS, STATE_COLUMNS);",
+            f"{call}, STATE_COLUMNS, {s.a.name}[0], {columns}, 1, spare_state);",
+        ]
+
+    def _carried(self, s: CarriedGradient) -> list[str]:
+        d, (keys, d_keys) = s.d_decay.name, s.write
+        lines = [
+            f"carried_gradient({d}, {keys.name}, {d_keys.name}, {s.state.name}, {s.d_state.name}, D, "
+            f"{s.whole.name}, rows);"
+        ]
+        for x, d_x, exclusive in s.reads:
+            lines.append(f"add_reads<{flag_of(exclusive)}>({d}, {x.name}, {d_x.name}, rows);")
+        return lines
+
+    def _gram_gradient(self, s: GramGradient) -> str:
+        exclusive = s.within is not None and s.within.exclusive
+        strict, flag = (flag_of(s.strict), flag_of(exclusive))
+        rows = f"{s.x.name}, {s.y.name}"
+        if s.within is not None and s.within.vector:
+            assert s.within.steps is not None
+            assert s.d_decay is not None
+            return (
+                f"vector_gram_gradient<{strict}, {flag}>({s.d_matrix.name}, {rows}, {s.within.steps.name}, "
+                f"{s.d_x.name}, {s.d_y.name}, {s.d_decay.name}, spare, rows, D);"
+            )
+        d_decay = "(Real*)nullptr" if s.d_decay is None else s.d_decay.name
+        return (
+            f"gram_gradient<{strict}, {flag}>({s.d_matrix.name}, {s.matrix.name}, {rows}, {s.d_x.name}, "
+            f"{s.d_y.name}, rows, {self._between(s.within)}, {d_decay});"
+        )
