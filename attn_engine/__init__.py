@@ -26,12 +26,13 @@ from attn_engine.frontend import (
     online,
 )
 from attn_engine.frontend.pooling import with_pooled
-from attn_engine.library import and_masks, not_mask, or_masks
+from attn_engine.library import AttentionLibrary, and_masks, not_mask, or_masks
 from attn_engine.masks import BlockMask, create_block_mask
 from attn_engine.version import VERSION as __version__
 
 __all__ = [
     "AttentionEngine",
+    "AttentionLibrary",
     "AttnEngineError",
     "AuxOutput",
     "AuxRequest",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from attn_engine.engine import AttentionEngine
 from attn_engine.errors import AttnEngineError
 from attn_engine.explain import Kernel
 from attn_engine.frontend import meta_tensor
-from attn_engine.library.catalogue import CATALOGUE
+from attn_engine.library import AttentionLibrary
+from attn_engine.library.catalogue import ATTENTIONS, MASKS, found
+from attn_engine.library.samples import sample
 from attn_engine.runtime.backends import NAMES
 from attn_engine.version import VERSION
 
@@ -61,6 +64,10 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "attention", help="a name from `list`, or file.py:name of an AttentionEngine in your file"
     )
+    command.add_argument("--mask", help="the mask of a named attention (default Causal)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of either"
+    )
     command.add_argument("--backend", default="cpu", choices=[n for n in NAMES if n != "auto"])
     command.add_argument("--dim", type=int, default=64, help="head dimension of q and k (default 64)")
     command.add_argument("--dim-v", type=int, default=None, help="head dimension of v (default: the same)")
@@ -69,9 +76,7 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
 
 
 def _list(_: argparse.Namespace) -> str:
-    width = max(map(len, CATALOGUE))
-    lines = [f"{name:{width}}  {entry.summary}" for name, entry in CATALOGUE.items()]
-    return "\n".join(["attentions", *lines, "", f"backends: {', '.join(NAMES)}"])
+    return str(AttentionLibrary.list())
 
 
 def _show(options: argparse.Namespace) -> str:
@@ -86,13 +91,35 @@ def _engine(options: argparse.Namespace) -> AttentionEngine:
     """The engine that the first argument names."""
     if ".py:" in options.attention:
         return _engine_of_file(*options.attention.rsplit(":", 1))
-    if options.attention not in CATALOGUE:
-        raise SystemExit(f"attn_engine: no attention {options.attention!r}; known: {', '.join(CATALOGUE)}")
+    attention, mask = _parts(options.attention, options.mask)
     dtype = getattr(torch, options.dtype)
     dims = (options.dim, options.dim, options.dim_v or options.dim)
-    meta = [meta_tensor(None, None, None, dim, dtype=dtype) for dim in dims]
-    keywords: dict[str, Any] = CATALOGUE[options.attention].arguments()
-    return AttentionEngine(meta, backend=options.backend, **keywords)
+    metas = [meta_tensor(None, None, None, dim, dtype=dtype) for dim in dims]
+    given = dict(_parameter(text) for text in options.set)
+    parameters = sample(ATTENTIONS[attention]) | sample(MASKS[mask]) | given
+    made = AttentionLibrary(attention, mask, qkv_meta=metas, backend=options.backend, **parameters)
+    return made.engine(*(torch.empty(0) for _ in range(3)))
+
+
+def _parts(name: str, mask: str | None) -> tuple[str, str]:
+    """The names of an attention and of a mask: one of them is `name`."""
+    if attention := found(ATTENTIONS, name):
+        masked = found(MASKS, mask or "Causal")
+    else:
+        attention, masked = ATTENTIONS["SoftmaxAttention"], found(MASKS, name if mask is None else "")
+    if masked is None:
+        known = ", ".join((*ATTENTIONS, *MASKS))
+        raise SystemExit(f"attn_engine: no attention {name!r} with mask {mask!r}; known: {known}")
+    return attention.name, masked.name
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        what = "is no Python number, tuple or text" if equals else "has no ="
+        raise SystemExit(f"attn_engine: --set {text}: {what}; write --set window=512") from None
 
 
 def _engine_of_file(path: str, name: str) -> AttentionEngine:

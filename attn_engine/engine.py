@@ -26,7 +26,6 @@ from attn_engine.graph_calls import in_graph, numbered
 from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.program import Attention
-from attn_engine.library.normalisers import OnlineSoftmax
 from attn_engine.listed_calls import blocks_of, lists_of_call
 from attn_engine.masks.lists import BlockLists
 from attn_engine.options import (
@@ -117,6 +116,8 @@ class AttentionEngine:
         options: tuple[bool, dict[str, Any]] = (False, {}),
     ) -> None:
         """Everything but the first trace."""
+        from attn_engine.library.dense.softmax import OnlineSoftmax  # the library is made of engines
+
         check_options(layout, backend, *options)
         mask_mod = getattr(block_mask, "mask_mod", None) if mask_mod is None else mask_mod
         self._block_mask = block_mask

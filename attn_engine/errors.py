@@ -363,6 +363,26 @@ class UnknownOption(AttnEngineError, TypeError):
     advice = "Known: {known}."
 
 
+class MissingParameter(AttnEngineError, TypeError):
+    template = "{entry} needs {parameter}=, which was not given."
+    advice = "{paper} AttentionLibrary.list() shows every parameter."
+
+
+class UseNotSupported(AttnEngineError, ValueError):
+    template = "use_types={use!r} does not fit {entry}."
+    advice = "It is for {known}."
+
+
+class UnknownSparsity(AttnEngineError, KeyError):
+    template = "Unknown sparsity_mode: {mode!r}, should be in ['hash', 'qk']."
+    advice = '"hash" takes buckets, "qk" takes what to keep.'
+
+
+class FractionalKeep(AttnEngineError, ValueError):
+    template = "{argument} contains {value}; it keeps (1) or drops (0) a token, nothing between."
+    advice = "Threshold it first: (keep > 0.5).float(). To weigh tokens, use a score_mod."
+
+
 class CompilerMissing(UserWarning):
     """No C++ compiler was found: the slow tile program in torch is used instead."""
 

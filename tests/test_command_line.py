@@ -9,7 +9,7 @@ import torch
 
 from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.__main__ import main
-from attn_engine.library.catalogue import CATALOGUE
+from attn_engine.library.catalogue import ATTENTIONS, MASKS
 
 OWN = """
 import torch
@@ -30,16 +30,26 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "list")
-    assert all(name in text for name in CATALOGUE)
+    assert all(name in text for name in (*ATTENTIONS, *MASKS))
     assert "triton" in text
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", [*ATTENTIONS, *MASKS])
 def test_show_every_attention(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "multiply_add" in run(capsys, "show", name)
     assert "@triton.jit" in run(
         capsys, "show", name, "--backend", "triton", "--kernel", "backward", "--dtype", "bfloat16"
     )
+
+
+def test_show_with_a_mask_and_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(
+        capsys, "show", "soft_cap", "--mask", "dilated_window", "--set", "dilation=3", "--set", "cap=20.0"
+    )
+    assert "dilation" in text and "tanh" in text
+    with pytest.raises(SystemExit, match="write --set window=512"):
+        main(["show", "sliding_window", "--set", "window"])
+    assert main(["show", "sliding_window", "--set", "widow=3"]) == 1
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +68,7 @@ def test_an_engine_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_unknown_attention() -> None:
-    with pytest.raises(SystemExit, match="sliding_window"):
+    with pytest.raises(SystemExit, match="SlidingWindow"):
         main(["show", "nothing_like_it"])
 
 

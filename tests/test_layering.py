@@ -17,12 +17,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "ir": set[str](),
     "frontend": {"ir"},
-    "library": {"frontend"},
+    "library/dense": {
+        "frontend",
+        "library",
+    },  # describes mathematics; of the library only the checks of arguments
+    "library": {"library/dense", "frontend", "runtime", "top"},  # what is made of engines
     "codegen": {"ir"},
     "runtime": {"codegen", "ir"},
     "flex": {
         "frontend",
         "library",
+        "library/dense",
         "ir",
         "runtime",
         "masks",
@@ -34,6 +39,7 @@ MAY_IMPORT = {
     "top": {
         "frontend",
         "library",
+        "library/dense",
         "ir",
         "codegen",
         "runtime",
@@ -48,6 +54,7 @@ PACKAGES = {
     "ir": {"sympy", "networkx"},  # passes/: row functions (docs/adr/0020)
     "codegen": set[str](),
     "frontend": {"torch"},
+    "library/dense": {"torch"},
     "library": {"torch"},
     "runtime": {"torch", "numpy", "networkx", "triton", "tilelang"},
     "flex": {"torch"},
@@ -81,6 +88,8 @@ LAZY_FILES = {"runtime/triton_interpreter.py": "attn_engine.runtime.triton_inter
 
 def layer(path: Path) -> str:
     parts = path.relative_to(PACKAGE).parts
+    if parts[:2] == ("library", "dense"):
+        return "library/dense"
     return parts[0] if len(parts) > 1 else "top"
 
 
@@ -117,6 +126,8 @@ def runs_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def target_layer(module: str) -> str:
     """The layer that `attn_engine.x.y` belongs to."""
     name = module.split(".")[1] if "." in module else ""
+    if module.startswith("attn_engine.library.dense"):
+        return "library/dense"
     return name if name and (PACKAGE / name).is_dir() else "top"
 
 

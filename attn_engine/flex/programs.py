@@ -16,7 +16,7 @@ from attn_engine.flex.functions import Composition, StandIns
 from attn_engine.frontend import CustomIO
 from attn_engine.ir.ops import Number
 from attn_engine.ir.program import Attention
-from attn_engine.library.normalisers import OnlineSoftmax
+from attn_engine.library.dense.softmax import OnlineSoftmax
 from attn_engine.listed_calls import lists_of_call
 from attn_engine.masks import BlockLists
 from attn_engine.runtime.backends import DEVICES, backend_named, schedule_for

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_engine import AttentionEngine, meta_tensor
-from attn_engine.library.normalisers import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
+from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
 from tests.conformance.cases import NORMALISERS, VARIANTS, Context, Variant, dense_attention
 
 RULES = {"softmax": OnlineSoftmax, "sigmoid": OnlineSigmoid, "relu": OnlineRelu, "retention": OnlineRetention}

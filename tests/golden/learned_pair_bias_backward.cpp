@@ -133,7 +133,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
               const Floats score = sums[r];
               // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
               const auto logit = score + bias(head, q_idx, kv_idx);
-              // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+              // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
               const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
               const auto probs = exp(below_max) * inverse_sum_tile[row];
               store(probs_tile[row], probs);
@@ -202,7 +202,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
               const Floats score = sums[r];
               // test_golden.py:62: return score + bias[h, q_idx, kv_idx]
               const auto logit = score + bias(head, q_idx, kv_idx);
-              // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+              // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
               const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
               const auto visible = (q_idx < q_len) & (kv_idx < kv_len);
               const auto probs = where(visible, exp(below_max) * inverse_sum_tile[row], 0.0f);

@@ -124,7 +124,7 @@ def dkdv(
                 other=0.0,
             )
             logit = score + bias_value
-            # normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             below_max = tl.minimum(logit - safe_row_max[None, :], 0.0)
             probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[None, :]
             d_probs = tl.dot(value, d_out.T)

@@ -90,20 +90,20 @@ def forward(
         if kv_full_end <= kv_start:
             visible = kv_idx < kv_len
             logit = tl.where(visible[None, :], logit, float("-inf"))
-        # normalisers.py:27: new_max = old_max.max(scores.get_reduce("max"))
+        # softmax.py:27: new_max = old_max.max(scores.get_reduce("max"))
         new_max = tl.maximum(row_max, tl.max(logit, axis=1))
         safe_row_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        # normalisers.py:28: rescale = torch.exp(old_max - new_max)
+        # softmax.py:28: rescale = torch.exp(old_max - new_max)
         rescale = tl.exp2((row_max - safe_row_max) * 1.4426950408889634)
         probs = tl.exp2((logit - safe_row_max[:, None]) * 1.4426950408889634)
-        # normalisers.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduc ...
+        # softmax.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
         new_sum = row_sum * rescale + tl.sum(probs, axis=1)
         out = out * rescale[:, None] + tl.dot(probs.to(V.dtype.element_ty), value)
         row_max = new_max
         row_sum = new_sum
 
     # -- normalise and store
-    # normalisers.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
+    # softmax.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
     inverse_sum = tl.where(0.0 < row_sum, 1.0 / row_sum, 0.0)
     O_base = O + batch * O_batch_stride + head * O_head_stride + q_row * O_row_stride
     tl.store(

@@ -124,7 +124,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const Floats score = sums[r];
             const auto probs = score / where(abs_sum_tile[row] < 1.0f, 1.0f, abs_sum_tile[row]);
             store(probs_tile[row], probs);
-            // normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
+            // retention.py:41: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
             const auto through_sum = where(1.0f < abs_sum_tile[row], delta_tile[row] * (to_float(0.0f < probs) - to_float(probs < 0.0f)), 0.0f);
             store(d_probs_tile[row], (load(d_probs_tile[row]) - through_sum) / where(abs_sum_tile[row] < 1.0f, 1.0f, abs_sum_tile[row]));
           }
@@ -185,7 +185,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const auto visible = same_document & (kv_idx <= q_idx) & ((q_idx < q_len) & (kv_idx < kv_len));
             const auto probs = where(visible, score / where(abs_sum_tile[row] < 1.0f, 1.0f, abs_sum_tile[row]), 0.0f);
             store(probs_tile[row], probs);
-            // normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
+            // retention.py:41: through_sum = torch.where(total > 1, doosum * torch.sign(scores), 0.0)
             const auto through_sum = where(1.0f < abs_sum_tile[row], delta_tile[row] * (to_float(0.0f < probs) - to_float(probs < 0.0f)), 0.0f);
             store(d_probs_tile[row], where(visible, (load(d_probs_tile[row]) - through_sum) / where(abs_sum_tile[row] < 1.0f, 1.0f, abs_sum_tile[row]), 0.0f));
           }

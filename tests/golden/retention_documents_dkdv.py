@@ -134,7 +134,7 @@ def dkdv(
                     visible, score / tl.where(abs_sum[None, :] < 1.0, 1.0, abs_sum[None, :]), 0.0
                 )
                 d_probs = tl.dot(value, d_out.T)
-                # normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(s ...
+                # retention.py:41: through_sum = torch.where(total > 1, doosum * torch.sign(scor ...
                 through_sum = tl.where(
                     1.0 < abs_sum[None, :],
                     delta[None, :] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),

@@ -122,7 +122,7 @@ def dq(
                 visible, score / tl.where(abs_sum[:, None] < 1.0, 1.0, abs_sum[:, None]), 0.0
             )
             d_probs = tl.dot(d_out, value.T)
-            # normalisers.py:125: through_sum = torch.where(total > 1, doosum * torch.sign(score ...
+            # retention.py:41: through_sum = torch.where(total > 1, doosum * torch.sign(scores), ...
             through_sum = tl.where(
                 1.0 < abs_sum[:, None],
                 delta[:, None] * ((0.0 < probs).to(tl.float32) - (probs < 0.0).to(tl.float32)),

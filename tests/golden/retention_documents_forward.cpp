@@ -94,7 +94,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]) + sums[r];
       UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
     }
-    // normalisers.py:108: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
+    // retention.py:24: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
     const auto new_sum = row_abs_sum + tile_sum;
     row_abs_sum = new_sum;
   };
@@ -126,7 +126,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]) + sums[r];
       UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
     }
-    // normalisers.py:108: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
+    // retention.py:24: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("abssum")
     const auto new_sum = row_abs_sum + tile_sum;
     row_abs_sum = new_sum;
   };

@@ -101,7 +101,7 @@ def forward(
                 same_document & (kv_idx[None, :] <= q_idx[:, None]) & (kv_idx[None, :] < kv_len)
             )
             probs = tl.where(visible, score, 0.0)
-            # normalisers.py:108: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce( ...
+            # retention.py:24: new_sum = online_rowscales["row_abs_sum"] + scores.get_reduce("ab ...
             new_sum = row_abs_sum + tl.sum(tl.where(visible, tl.abs(probs), 0.0), axis=1)
             out = out + tl.dot(probs.to(V.dtype.element_ty), value)
             row_abs_sum = new_sum

@@ -141,7 +141,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const auto distance = q_idx - kv_idx;
             // test_golden.py:38: return squashed - slopes[h] * distance
             const auto logit = squashed - slopes_value * distance;
-            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
             // test_golden.py:41: in_past = kv_idx <= q_idx
             const auto in_past = kv_idx <= q_idx;
@@ -221,7 +221,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const auto distance = q_idx - kv_idx;
             // test_golden.py:38: return squashed - slopes[h] * distance
             const auto logit = squashed - slopes_value * distance;
-            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
             const auto probs = exp(below_max) * inverse_sum_tile[row];
             store(probs_tile[row], probs);

@@ -116,10 +116,10 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       tile_max_tile[row] = max_lanes(tile_max);
     }
     for (int row = 0; row < BLOCK_Q; ++row) {
-      // normalisers.py:27: new_max = old_max.max(scores.get_reduce("max"))
+      // softmax.py:27: new_max = old_max.max(scores.get_reduce("max"))
       const auto new_max = max(row_max_tile[row], tile_max_tile[row]);
       const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
-      // normalisers.py:28: rescale = torch.exp(old_max - new_max)
+      // softmax.py:28: rescale = torch.exp(old_max - new_max)
       rescale_tile[row] = exp(row_max_tile[row] - safe_row_max);
       row_max_tile[row] = new_max;
       Floats tile_sum = fill(0);
@@ -136,7 +136,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     }
     add_products<DV>(out_tile, masked_logit_tile, value, kv_rows);
     for (int row = 0; row < BLOCK_Q; ++row) {
-      // normalisers.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+      // softmax.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
       const auto new_sum = row_sum_tile[row] * rescale_tile[row] + tile_sum_tile[row];
       row_sum_tile[row] = new_sum;
     }
@@ -167,10 +167,10 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       tile_max_tile[row] = max_lanes(tile_max);
     }
     for (int row = 0; row < BLOCK_Q; ++row) {
-      // normalisers.py:27: new_max = old_max.max(scores.get_reduce("max"))
+      // softmax.py:27: new_max = old_max.max(scores.get_reduce("max"))
       const auto new_max = max(row_max_tile[row], tile_max_tile[row]);
       const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
-      // normalisers.py:28: rescale = torch.exp(old_max - new_max)
+      // softmax.py:28: rescale = torch.exp(old_max - new_max)
       rescale_tile[row] = exp(row_max_tile[row] - safe_row_max);
       row_max_tile[row] = new_max;
       Floats tile_sum = fill(0);
@@ -187,7 +187,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     }
     add_products<DV>(out_tile, logit_tile, value, kv_rows);
     for (int row = 0; row < BLOCK_Q; ++row) {
-      // normalisers.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+      // softmax.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
       const auto new_sum = row_sum_tile[row] * rescale_tile[row] + tile_sum_tile[row];
       row_sum_tile[row] = new_sum;
     }
@@ -202,7 +202,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
   // -- normalise and store
   for (int row = 0; row < q_rows; ++row) {
     const int q_idx = q_start + row;
-    // normalisers.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
+    // softmax.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
     const auto inverse_sum = where(0.0f < row_sum_tile[row], 1.0f / row_sum_tile[row], 0.0f);
     inverse_sum_tile[row] = inverse_sum;
     write(saved_lse, 1, row_max_tile[row] + log(row_sum_tile[row]), batch, head, q_idx);

@@ -122,7 +122,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const int row = block + r;
             const int q_idx = q_start + row;
             const Floats score = sums[r];
-            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(score - safe_row_max_tile[row], 0.0f);
             const auto visible = (kv_idx <= q_idx) & ((q_idx < q_len) & (kv_idx < kv_len));
             const auto probs = where(visible, exp(below_max) * inverse_sum_tile[row], 0.0f);
@@ -186,7 +186,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
           UNROLL for (int r = 0; r < ROWS; ++r) {
             const int row = block + r;
             const Floats score = sums[r];
-            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(score - safe_row_max_tile[row], 0.0f);
             const auto probs = exp(below_max) * inverse_sum_tile[row];
             store(probs_tile[row], probs);

@@ -111,7 +111,7 @@ def dkdv(
             )
             delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
             score = tl.dot(key, query.T) * scale
-            # normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             below_max = tl.minimum(score - safe_row_max[None, :], 0.0)
             probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[None, :]
             d_probs = tl.dot(value, d_out.T)

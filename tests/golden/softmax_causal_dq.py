@@ -103,7 +103,7 @@ def dq(
             other=0.0,
         )
         score = tl.dot(query, key.T) * scale
-        # normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+        # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
         below_max = tl.minimum(score - safe_row_max[:, None], 0.0)
         probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[:, None]
         d_probs = tl.dot(d_out, value.T)

@@ -84,10 +84,10 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         tile_max = max(tile_max, score);
       }
     }
-    // normalisers.py:27: new_max = old_max.max(scores.get_reduce("max"))
+    // softmax.py:27: new_max = old_max.max(scores.get_reduce("max"))
     const auto new_max = max(row_max, tile_max);
     const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
-    // normalisers.py:28: rescale = torch.exp(old_max - new_max)
+    // softmax.py:28: rescale = torch.exp(old_max - new_max)
     const auto rescale = exp(row_max - safe_row_max);
     row_max = new_max;
     Floats tile_sum = fill(0);
@@ -103,7 +103,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]) * rescale + sums[r];
       UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
     }
-    // normalisers.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+    // softmax.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
     const auto new_sum = row_sum * rescale + tile_sum;
     row_sum = new_sum;
   };
@@ -130,10 +130,10 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         tile_max = max(tile_max, masked_score);
       }
     }
-    // normalisers.py:27: new_max = old_max.max(scores.get_reduce("max"))
+    // softmax.py:27: new_max = old_max.max(scores.get_reduce("max"))
     const auto new_max = max(row_max, tile_max);
     const auto safe_row_max = where(new_max == -INFINITY, 0.0f, new_max);
-    // normalisers.py:28: rescale = torch.exp(old_max - new_max)
+    // softmax.py:28: rescale = torch.exp(old_max - new_max)
     const auto rescale = exp(row_max - safe_row_max);
     row_max = new_max;
     Floats tile_sum = fill(0);
@@ -149,7 +149,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = load(out_tile[block + r]) * rescale + sums[r];
       UNROLL for (int r = 0; r < ROWS; ++r) store(out_tile[block + r], sums[r]);
     }
-    // normalisers.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
+    // softmax.py:30: new_sum = online_rowscales["row_sum"] * rescale + weights.get_reduce("sum")
     const auto new_sum = row_sum * rescale + tile_sum;
     row_sum = new_sum;
   };
@@ -157,7 +157,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     partial_step(kv_start);
 
   // -- normalise and store
-  // normalisers.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
+  // softmax.py:36: inverse_sum = torch.where(total > 0, 1.0 / total, 0.0)
   const auto inverse_sum = where(0.0f < row_sum, 1.0f / row_sum, 0.0f);
   write(saved_lse, q_rows, row_max + log(row_sum), batch, head, q_idx);
   write(saved_row_max, q_rows, row_max, batch, head, q_idx);

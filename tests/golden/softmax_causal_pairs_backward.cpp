@@ -135,7 +135,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const int q_idx = q_start + row;
             const Floats product = sums[r];
             const auto score = product * scale;
-            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(score - safe_row_max_tile[row], 0.0f);
             const auto visible = (kv_idx <= q_idx) & ((q_idx < q_len) & (kv_idx < kv_len));
             const auto probs = where(visible, exp(below_max) * inverse_sum_tile[row], 0.0f);
@@ -206,7 +206,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const int row = block + r;
             const Floats product = sums[r];
             const auto score = product * scale;
-            // normalisers.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
+            // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(score - safe_row_max_tile[row], 0.0f);
             const auto probs = exp(below_max) * inverse_sum_tile[row];
             store_pairs(probs_pairs[row / 2], r, even_probs, probs);

@@ -29,6 +29,9 @@ class Data:
     floats: tuple[float, ...]
 
     def load(self, tensor: str, indices: tuple[int, ...]) -> Number:
+        if tensor == "grid":  # of blocks, as large as the flags allow
+            row, column = (min(max(i, 0), 4) for i in indices)
+            return self.flags[(5 * row + column) % len(self.flags)]
         values: tuple[Number, ...] = {"lengths": (7,), **vars(self)}[tensor]
         return values[min(max(indices[-1], 0), len(values) - 1)]
 
@@ -63,6 +66,7 @@ ints = st.recursive(
     ),
     max_leaves=5,
 )
+blocks = st.builds(lambda i, n: i // n, ints, st.sampled_from([1, 4, 16, 24]))
 comparisons = st.sampled_from([Op.LE, Op.LT, Op.EQ, Op.NE])
 masks = st.recursive(
     st.one_of(
@@ -72,6 +76,7 @@ masks = st.recursive(
         st.builds(call, comparisons, floats, st.just(Const(0.5))),
         st.builds(call, comparisons, floats, positions),
         st.builds(lambda index: Load("flags", DType.BOOL, (index,)), positions),
+        st.builds(lambda q, kv: Load("grid", DType.BOOL, (q, kv)), blocks, blocks),
         st.just(KV_IDX <= Q_IDX),
     ),
     lambda inner: st.one_of(
@@ -142,6 +147,7 @@ def inside(hull: Interval, position: int, tiles: Tiles, captured: Data) -> bool:
 
 
 DOCUMENT_Q, DOCUMENT_KV = (Load("documents", DType.INT, (i,)) for i in (Q_IDX, KV_IDX))
+GRID = Load("grid", DType.BOOL, (Q_IDX // 16, KV_IDX // 16))
 FLOAT_Q, FLOAT_KV = (Load("floats", DType.FLOAT, (i,)) for i in (Q_IDX, KV_IDX))
 FLAG_Q, FLAG_KV = (Load("flags", DType.BOOL, (i,)) for i in (Q_IDX, KV_IDX))
 SAMPLE = Data(
@@ -174,6 +180,9 @@ FIRST, SECOND, ACROSS = range(0, 8), range(8, 16), range(4, 12)
         (FLOAT_KV <= FLOAT_Q, SECOND, range(16, 24), (False, False)),
         (FLOAT_KV <= FLOAT_Q, SECOND, FIRST, (True, False)),  # a NaN among the keys
         (~(FLOAT_Q <= FLOAT_KV), FIRST, SECOND, (True, False)),
+        (GRID, range(16, 24), range(0, 8), (True, True)),
+        (~GRID, range(16, 24), range(0, 8), (False, False)),
+        (GRID, range(12, 20), range(0, 8), (True, False)),  # across two blocks
     ],
 )
 def test_what_a_class_says(mask: Expr, q: range, kv: range, expected: tuple[bool, bool]) -> None:

@@ -18,7 +18,7 @@ from attn_engine.ir.expr import Const, call
 from attn_engine.ir.ops import Op
 from attn_engine.ir.passes.merge_rule import MergeRule, NotMergeable, derive_merge, part_var
 from attn_engine.ir.program import OnlineRule, RowState
-from attn_engine.library.normalisers import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
+from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
 from tests.ir.user_rules import EuclideanNorm, LogLinear, LogSum, RunningNorm, SoftmaxWithMinimum
 
 Keys = Sequence[tuple[float, float]]  # (score, value) pairs

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_engine import AttentionEngine, meta_tensor
-from attn_engine.library.normalisers import OnlineRetention
+from attn_engine.library import OnlineRetention
 from attn_engine.masks.lists import BlockLists
 from tests.lists.draws import Drawn, draw, lists_from
 

@@ -32,6 +32,7 @@ flags = _random(2, LENGTH) < 0.9
 floats = torch.randn(LENGTH, generator=torch.Generator().manual_seed(3))
 floats[17] = float("nan")
 table = _random(4, LENGTH, LENGTH) < 0.97
+blocks = _random(5, HEADS, 7, 7) < 0.6
 windows = torch.tensor([3, 20])
 prefixes = torch.tensor([11, 40])
 
@@ -57,6 +58,7 @@ def atoms_of(n: int) -> dict[str, Callable[..., Any]]:
         "flags": lambda b, h, q, k: flags[k],
         "row flags": lambda b, h, q, k: ~flags[q],
         "floats": lambda b, h, q, k: floats[q] < floats[k],
+        "blocks": lambda b, h, q, k: blocks[h, q // 32, k // 32],
         "table": lambda b, h, q, k: table[q, k],
         "product": lambda b, h, q, k: (q - k) * (q - k) <= n * n,
         "where": lambda b, h, q, k: torch.where(ids[k] > 1, k <= q, k + n >= q),

@@ -18,7 +18,7 @@ from attn_engine.frontend import CustomIO
 from attn_engine.ir.expr import postorder
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.program import KV_IDX, Q_IDX, SCORE, Attention, Captured
-from attn_engine.library.normalisers import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
+from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.reference import reference

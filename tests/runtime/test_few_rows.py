@@ -16,7 +16,7 @@ from attn_engine.frontend import OnlineFunc
 from attn_engine.ir.passes.pack_heads import Packing
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
-from attn_engine.library.normalisers import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
+from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
 from attn_engine.runtime import cpu_launch, few_rows
 from attn_engine.runtime.backends import TorchBackend, TritonBackend
 from attn_engine.runtime.compiled import CompiledAttention, Launchable

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.ir.tile import Let, Stmt
-from attn_engine.library.normalisers import OnlineRetention
+from attn_engine.library import OnlineRetention
 from attn_engine.runtime import tile_program
 from attn_engine.runtime.cpu_compile import find_compiler
 

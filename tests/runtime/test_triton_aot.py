@@ -14,7 +14,7 @@ from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import gpu_schedule
 from attn_engine.ir.tile import Kernel
-from attn_engine.library.masks import causal
+from attn_engine.library import causal
 from attn_engine.runtime.backends import TritonBackend
 from attn_engine.runtime.triton_aot import SHARED_LIMITS, TARGETS, AotReport, compile_ahead
 

@@ -6,6 +6,7 @@ its smallest and its largest value there, which are reductions over the tile; a 
 False or undecided. The answer is sound: `may_hold` is False for no tile with a visible pair, `must_hold` True for no
 tile with a hidden one.
 
+    pattern[q_idx // 64, kv_idx // 64]     one element of the table, where both tiles lie within one block of it
     document[q_idx] == document[kv_idx]
     may_hold   min_q document <= max_kv document & min_kv document <= max_q document      the intervals overlap
     must_hold  max_q document <= min_kv document & max_kv document <= min_q document      all four ends are equal
@@ -117,6 +118,8 @@ class _Analysis:
             case _ if _varies_in_data(e) and _is_exact(e):
                 self.informed = True
                 return _Truth(Reduce("max", e, e.axes[0]), Reduce("min", e, e.axes[0]))
+            case Load() if e.dtype is DType.BOOL:
+                return self.element(e)
             case Call(Op.NOT, (x,)):
                 return _negated(self.truth(x))
             case Call(Op.AND, (a, b)):
@@ -135,6 +138,17 @@ class _Analysis:
                 return self.comparison(e)
             case _:
                 return _UNDECIDED
+
+    def element(self, e: Load) -> _Truth:
+        """A table of blocks says all about two tiles that lie in one block: they read one element of it."""
+        indices = [self.interval(i) for i in e.indices]
+        ends = [x for x in indices if x is not None and x.attained]
+        if len(ends) < len(indices) or any(_least_span(i) for i in e.indices):
+            return _UNDECIDED
+        self.informed = True
+        one = reduce(_and, (call(Op.EQ, x.lo, x.hi) for x in ends if x.lo is not x.hi), TRUE)
+        read = Load(e.tensor, e.kind, tuple(x.lo for x in ends))
+        return _Truth(_or(_not(one), read), _and(one, read))
 
     def comparison(self, e: Call) -> _Truth:
         x, y = (self.interval(a) for a in e.args)

@@ -1,0 +1,1 @@
+"""Attention that leaves out most pairs: operators with the names and arguments of their papers' code."""
