@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from attn_engine.library.scores import alibi, pair_bias, relative_bias, soft_cap
 from torch import Tensor
 
 from attn_engine import AttentionEngine, meta_tensor, online
 from attn_engine.library import OnlineRetention, OnlineSigmoid
-from attn_engine.library.scores import alibi, pair_bias, relative_bias, soft_cap
 
 HEADS, KV_HEADS = 4, 2
 Tensors = dict[str, Tensor]
