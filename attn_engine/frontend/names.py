@@ -7,12 +7,11 @@ import keyword
 import re
 from collections.abc import Hashable
 
-_KERNEL_WORDS = """
-    Q K V O dO dQ dK dV q k v o do dq dk dv query key keys value values out output score scores logit logits
-    probs d_probs d_score d_scores d_logit weights delta scale batch head kv_head split splits batches heads
-    kv_heads q_idx kv_idx d_idx dv_idx q_start kv_start q_len kv_len dim_qk dim_v block_q block_kv visible
-    mask group tl triton torch np math kernel forward backward program inf nan true false block tile lanes stride
-    size q_last kv_last q_first kv_first q_spans kv_spans sequence_order turn place longest_q longest_kv
+from attn_engine.ir.kernel_words import KERNEL_WORDS
+
+_OTHER_WORDS = """
+    q k v o do dq dk dv keys values output scores logits d_scores weights dim_qk dim_v block_q block_kv mask torch np
+    math forward backward program inf nan true false stride size
 """
 _CPP_WORDS = """
     alignas alignof and_eq asm auto bitand bitor bool case catch char class compl const constexpr const_cast
@@ -23,7 +22,9 @@ _CPP_WORDS = """
     virtual void volatile wchar_t while xor xor_eq std main int8_t int16_t int32_t int64_t uint8_t size_t
     exp exp2 log log2 tanh sqrt sin cos abs fabs floor min max pow round
 """
-RESERVED = frozenset([*_KERNEL_WORDS.split(), *_CPP_WORDS.split(), *keyword.kwlist, *dir(builtins)])
+RESERVED = frozenset(
+    [*KERNEL_WORDS, *_OTHER_WORDS.split(), *_CPP_WORDS.split(), *keyword.kwlist, *dir(builtins)]
+)
 # Names that row values may have, and captured values may not.
 _ROW_WORDS = frozenset({"lse", "row_max", "row_sum"})
 _PREFIXES = ("block_", "tile_", "stride_", "grid_", "attn_", "part_", "partial_", "BLOCK_")

@@ -16,8 +16,8 @@ class VerificationError(AssertionError):
 
 def verify_kernel(kernel: Kernel) -> None:
     """Raise VerificationError unless names are set before they are read, with the kind and axes that they are read
-    with; tensors are parameters and indexed by integers of their rank; only outputs are written; loop bounds and
-    conditions are scalar; and tile axes have a size."""
+    with; arguments keep their values; tensors are parameters and indexed by integers of their rank; only outputs are
+    written; loop bounds and conditions are scalar; and tile axes have a size."""
     _Verifier(kernel).run()
 
 
@@ -27,6 +27,7 @@ class _Verifier:
         self.params = {p.name: p for p in kernel.params}
         self.tile = dict(kernel.tile)
         self.known: dict[str, Var] = {v.name: v for v in kernel.scalars}
+        self.given = {*self.known, *self.params, *kernel.grid}  # what a statement may not set
 
     def run(self) -> None:
         kernel = self.kernel
@@ -88,6 +89,7 @@ class _Verifier:
                     )
 
     def assign(self, s: Let) -> None:
+        self.require(s.name not in self.given, f"{s.name!r} is an argument, and is set")
         before = self.known.get(s.name)
         if before is not None:
             # ELEMENT and FLOAT may replace each other: both are numbers of the same arithmetic.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.backends.cpu_names import FIXED, header_names
+from attn_engine.ir.kernel_words import KERNEL_WORDS
 from attn_engine.runtime import few_rows
 from attn_engine.runtime.cpu_compile import find_compiler
 
@@ -74,3 +75,33 @@ def test_headers_leave_the_names_that_kernels_spell_by_themselves() -> None:
     assert not FIXED & header_names(), (
         "a kernel's parameter hides this function of a header: rename the function"
     )
+
+
+def capturing_numbers(names: list[str]) -> Callable[..., Any]:
+    """A score_mod that captures a number under each of these names."""
+    lines = [f"def make({', '.join(names)}):", "    def score_mod(score, b, h, q_idx, kv_idx):"]
+    lines += ["        return score * (" + " + ".join(names) + ")", "    return score_mod"]
+    scope: dict[str, Any] = {}
+    exec("\n".join(lines), scope)
+    return scope["make"](*(0.01 * i for i in range(len(names))))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton-interpreter"])
+def test_captured_numbers_named_like_anything_in_a_kernel(backend: str) -> None:
+    """Grouped heads and two batches, so that every index that a name could hide matters."""
+    if backend == "cpu" and find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    names = sorted(
+        KERNEL_WORDS | set(GRID) | {"kv_rows", "task", "sums", "Scratch", "step", "lane", "BLOCK_KV"}
+    )
+    metas = [meta_tensor(None, None, None, DIM, dtype=torch.float32)] * 3
+    engine = AttentionEngine(
+        metas, capturing_numbers(names), mask_mod=lambda b, h, q, k: k <= q, backend=backend, scale=0.02
+    )
+    tensors = [torch.randn(2, 45, n, DIM, requires_grad=True) for n in (4, 2, 2)]
+    out, want = engine(*tensors), engine.reference(*tensors)
+    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-4)
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad(out, tensors, weights)
+    for g, w in zip(found, torch.autograd.grad(want, tensors, weights.double()), strict=True):
+        torch.testing.assert_close(g.double(), w.double(), rtol=1e-3, atol=1e-3)

@@ -9,6 +9,7 @@ from typing import Final, Literal
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two
 from attn_engine.codegen.lower.values import INSIDE, KEY, QUERY, SCALE
 from attn_engine.ir.expr import Call, Const, Dot, Expr, Load, Var, loads, postorder, substitute
+from attn_engine.ir.kernel_words import KERNEL_WORDS
 from attn_engine.ir.ops import Op
 from attn_engine.ir.passes.simplify import simplify
 from attn_engine.ir.program import LOGIT, SCORE, Attention, OnlineRule, ScalarFn, d_saved_var
@@ -18,25 +19,10 @@ from attn_engine.ir.tile import Let, Stmt
 ENDS: Final = "ends"
 Masked = bool | Expr | Literal["ends"]
 
-# Names of kernel variables that a user's local variable must not take.
-RESERVED = frozenset(
-    """
-    Q K V O dO dQ dK dV Delta dQ_parts query key value out d_out score logit masked_score masked_logit probs d_probs
-    d_logit d_score d_query d_key d_value visible delta product scale q_idx kv_idx d_idx dv_idx q_start kv_start q_last
-    kv_last q_len kv_len heads kv_heads batches batch head kv_head first_head group split splits q_begin q_end
-    q_full_begin q_full_end kv_begin kv_end kv_full_begin kv_full_end kv_tiles tiles_per_split split_begin split_end
-    batch_begin batch_end kv_head_begin kv_head_end
-    row_is_empty tile_is_whole entry q_block kv_block partial_begin partial_end full_begin full_end partial_listed
-    full_listed listed_blocks blocks_per_split partial_count partial_first partial_stop full_first full_stop
-    partial_out part_out turn tile_count tile_start tile_list tile_ranges tiles_of_head place sequence_order
-    q_spans kv_spans q_first kv_first longest_q longest_kv tl triton kernel args lanes rows row block tile
-    """.split()
-)
-
 
 def reserved_names(program: Attention) -> Names:
     """Names taken in every kernel of the program: the shared ones, its tensors, its numbers and its row values."""
-    taken = set(RESERVED) | {c.name for c in program.captures} | {s.name for s in program.scalars}
+    taken = set(KERNEL_WORDS) | {c.name for c in program.captures} | {s.name for s in program.scalars}
     passes = (*program.rule.earlier, *program.rule.adjoints)
     taken |= {name for p in passes for name, _ in p.values}
     for state in (*program.rule.states, *(s for p in passes for s in p.states)):
