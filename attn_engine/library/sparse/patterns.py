@@ -56,18 +56,18 @@ class BlockPatternAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention like q, with v's head dimension; with return_lse also (batch, heads, rows of q), natural logarithm.
 
-        q, k, v: (batch, length, heads, dim) where seq_dim is 1, (batch, heads, length, dim) where it is 2; heads of q are
-            a multiple of those of k. k or v left out: made by `split_qkv` from what is given.
+        q, k, v: (batch, length, heads, dim) where seq_dim is 1, (batch, heads, length, dim) where it is 2; heads of q
+            are a multiple of those of k. k or v left out: made by `split_qkv` from what is given.
         sm_scale: 1/sqrt(D) when None.
-        left_paddings, seqlens: (batch,) integers. Valid keys are left_paddings to left_paddings + seqlens - 1; queries are
-            the same rows where there are as many as keys, and else the last of them. Other rows give 0.
-        cu_seqlen_k, cu_seqlen_q: cumulative lengths of packed (rows, heads, dim) tensors. cu_seqlen_q left out: one query
-            a sequence where q has as many rows as there are sequences, else the same as of keys.
+        left_paddings, seqlens: (batch,) integers. Valid keys are left_paddings to left_paddings + seqlens - 1; queries
+            are the same rows where there are as many as keys, and else the last of them. Other rows give 0.
+        cu_seqlen_k, cu_seqlen_q: cumulative lengths of packed (rows, heads, dim) tensors. cu_seqlen_q left out: one
+            query a sequence where q has as many rows as there are sequences, else the same as of keys.
 
         Differentiable on every path. Raises WrongArgument and the engine's typed errors.
         """
         q, k, v = _three(q, k, v, split_qkv)
-        engine = self._engine(q, v, sm_scale)
+        engine = self._engine(q, k, v, sm_scale)
         if q.ndim == 3:
             places, offset = self._packed(q, k, cu_seqlen_q, cu_seqlen_k)
         else:
@@ -75,24 +75,23 @@ class BlockPatternAttention(nn.Module):
         o, rows = engine(q, k, v, offset, return_final_rowscales=True, **places)
         return (o, rows["lse"]) if return_lse else o
 
-    def mask(self) -> MaskMod:
-        """The mask_mod of the pattern, over positions in `offset` more than the query's number."""
+    def mask(self, heads: int, kv_heads: int) -> MaskMod:
+        """The mask_mod of the pattern; the custom input "offset" says where each sequence's first query stands.
+
+        Raises WrongArgument where the pattern is not for that many heads of q and k.
+        """
         raise NotImplementedError
 
-    def check_heads(self, heads: int, kv_heads: int) -> None:
-        """Raise WrongArgument where the pattern is not for that many heads."""
-        raise NotImplementedError
-
-    def _engine(self, q: Tensor, v: Tensor, sm_scale: float | None) -> AttentionEngine:
+    def _engine(self, q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None) -> AttentionEngine:
         scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
-        key = (q.dtype, q.shape[-1], v.shape[-1], scale)
+        axis = q.ndim - 1 - self.seq_dim if q.ndim == 4 else 2 - self.seq_dim
+        heads = q.shape[axis], k.shape[axis]
+        key = (q.dtype, q.shape[-1], v.shape[-1], scale, heads)
         if key not in self._engines:
             metas = [meta_tensor(None, None, None, x.shape[-1], dtype=x.dtype) for x in (q, q, v)]
-            offset = CustomIO({"offset": ("batch",)})
-            layout = "bshd" if self.seq_dim == 1 else "bhsd"
-            self._engines[key] = AttentionEngine(
-                metas, None, offset, None, self.mask(), layout=layout, scale=scale
-            )
+            offset, layout = CustomIO({"offset": ("batch",)}), "bshd" if self.seq_dim == 1 else "bhsd"
+            mask = self.mask(*heads)
+            self._engines[key] = AttentionEngine(metas, None, offset, None, mask, layout=layout, scale=scale)
         return self._engines[key]
 
     def _packed(
@@ -104,7 +103,6 @@ class BlockPatternAttention(nn.Module):
                 argument="cu_seqlen_k", got=None, expected="given for packed tensors", instead=instead
             )
         rows, sequences = (0 if self.seq_dim == 1 else 1), of_k.numel() - 1
-        self.check_heads(q.shape[1 - rows], k.shape[1 - rows])
         if of_q is None:
             if q.shape[rows] == sequences:
                 of_q = torch.arange(sequences + 1, dtype=of_k.dtype, device=of_k.device)
@@ -121,7 +119,6 @@ class BlockPatternAttention(nn.Module):
         self, q: Tensor, k: Tensor, left: Tensor | None, lengths: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         axis = self.seq_dim
-        self.check_heads(q.shape[3 - axis], k.shape[3 - axis])
         rows, keys, batch = q.shape[axis], k.shape[axis], q.shape[0]
         if left is None and lengths is None:
             self._check_length(keys)
@@ -174,22 +171,7 @@ class SparseAttention(BlockPatternAttention):
         blocks = (pattern if pattern.ndim == 3 else pattern[None]) != 0
         self.register_buffer("sparse_pattern", blocks.contiguous(), persistent=False)
 
-    def mask(self) -> MaskMod:
-        size, causal = self.block_size, self.causal
-
-        def in_pattern(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
-            at = q_idx + custom.input_tensors["offset"][b]
-            pattern, group = self.sparse_pattern, self._group
-            head = 0 if pattern.shape[0] == 1 else h // group
-            kept = pattern[head, at // size, kv_idx // size] & (at >= 0)
-            return kept & (kv_idx <= at) if causal else kept
-
-        return in_pattern
-
-    _group = 1
-
-    def check_heads(self, heads: int, kv_heads: int) -> None:
-        """The pattern is for every head, for heads of q or for heads of k."""
+    def mask(self, heads: int, kv_heads: int) -> MaskMod:
         found = self.sparse_pattern.shape[0]
         if found not in (1, heads, kv_heads):
             expected = f"one head, {heads} (of q) or {kv_heads} (of k)"
@@ -197,7 +179,14 @@ class SparseAttention(BlockPatternAttention):
             raise WrongArgument(
                 argument="heads of sparse_pattern", got=found, expected=expected, instead=instead
             )
-        self._group = max(heads // max(found, 1), 1)
+        size, causal, group, alike = self.block_size, self.causal, heads // found, found == 1
+
+        def in_pattern(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
+            at = q_idx + custom.input_tensors["offset"][b]
+            kept = self.sparse_pattern[0 if alike else h // group, at // size, kv_idx // size] & (at >= 0)
+            return kept & (kv_idx <= at) if causal else kept
+
+        return in_pattern
 
 
 class LocalStrideSparseAttention(BlockPatternAttention):
@@ -251,9 +240,14 @@ class LocalStrideSparseAttention(BlockPatternAttention):
         self.num_dense_heads, self.head_sliding_offset = num_dense_heads, head_sliding_offset
         self.active_heads = (0, num_heads) if active_head_range is None or homo_head else active_head_range
 
-    def mask(self) -> MaskMod:
+    def mask(self, heads: int, kv_heads: int) -> MaskMod:
+        first_head, last = self.active_heads
+        if not self.homo_head and heads != last - first_head:
+            expected = f"{last - first_head}, as the module was made for"
+            instead = "Make a module for that many heads, or give active_head_range."
+            raise WrongArgument(argument="heads of q", got=heads, expected=expected, instead=instead)
         size, causal, local, stride = self.block_size, self.causal, self.local_blocks, self.vert_stride
-        group, first_head = self.num_heads // self.num_kv_heads, self.active_heads[0]
+        group = self.num_heads // self.num_kv_heads
         first_dense = self.num_kv_heads - self.num_dense_heads
         step, shift, alike = max(1, stride // self.num_heads), self.head_sliding_offset, self.homo_head
         some_dense = self.num_dense_heads > 0
@@ -275,15 +269,6 @@ class LocalStrideSparseAttention(BlockPatternAttention):
             return kept & (at >= 0)
 
         return past_blocks if causal else blocks_around
-
-    def check_heads(self, heads: int, kv_heads: int) -> None:
-        """The pattern is for the active heads."""
-        active = self.active_heads[1] - self.active_heads[0]
-        if not self.homo_head and heads != active:
-            expected = f"{active}, as the module was made for"
-            raise WrongArgument(
-                argument="heads of q", got=heads, expected=expected, instead="Make another module."
-            )
 
 
 def combine_attn_partitions(*parts: tuple[Tensor, Tensor], hdim: int = 1) -> Tensor:
