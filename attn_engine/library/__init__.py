@@ -36,11 +36,17 @@ from attn_engine.library.sparse.dynamic import (
     qk_sparse_attention_kernel,
     sort_bucketed_attention,
 )
+from attn_engine.library.sparse.patterns import (
+    LocalStrideSparseAttention,
+    SparseAttention,
+    combine_attn_partitions,
+)
 
 __all__ = [
-    "AttentionLibrary", "OnlineRelu", "OnlineRetention", "OnlineSigmoid", "OnlineSoftmax", "alibi",
-    "alibi_slopes", "and_masks", "block_diffusion", "causal", "chunked", "compact", "differential",
-    "dilated_window", "document", "dynamic_sparse_attention", "full", "global_window", "hash_sparse_attention",
+    "AttentionLibrary", "LocalStrideSparseAttention", "OnlineRelu", "OnlineRetention", "OnlineSigmoid",
+    "OnlineSoftmax", "SparseAttention", "alibi", "alibi_slopes", "and_masks", "block_diffusion", "causal",
+    "chunked", "combine_attn_partitions", "compact", "differential", "dilated_window", "document",
+    "dynamic_sparse_attention", "full", "global_window", "hash_sparse_attention",
     "hash_sparse_attention_kernel", "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias", "prefix",
     "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "retention_decay", "retention_decays",
     "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one",
