@@ -11,18 +11,16 @@ BLOCK_DV = tl.constexpr(64)
 
 
 @triton.jit(do_not_specialize=[
-    "saved_row_max_batch_stride", "saved_row_max_head_stride", "saved_inverse_sum_batch_stride",
-    "saved_inverse_sum_head_stride", "Delta_batch_stride", "Delta_head_stride", "scale", "heads",
-    "kv_heads"
+    "saved_lse_batch_stride", "saved_lse_head_stride", "Delta_batch_stride", "Delta_head_stride",
+    "scale", "heads", "kv_heads"
 ])  # fmt: skip
 def dkdv(
-    Q, K, V, dO, saved_row_max, saved_inverse_sum, Delta, q_spans, kv_spans, tile_list, tile_ranges, dK, dV,
+    Q, K, V, dO, saved_lse, Delta, q_spans, kv_spans, tile_list, tile_ranges, dK, dV,
     Q_batch_stride, Q_head_stride, Q_row_stride, Q_d_stride,
     K_batch_stride, K_head_stride, K_row_stride, K_d_stride,
     V_batch_stride, V_head_stride, V_row_stride, V_d_stride,
     dO_batch_stride, dO_head_stride, dO_row_stride, dO_d_stride,
-    saved_row_max_batch_stride, saved_row_max_head_stride, saved_row_max_row_stride,
-    saved_inverse_sum_batch_stride, saved_inverse_sum_head_stride, saved_inverse_sum_row_stride,
+    saved_lse_batch_stride, saved_lse_head_stride, saved_lse_row_stride,
     Delta_batch_stride, Delta_head_stride, Delta_row_stride,
     q_spans_batch_stride, q_spans_end_stride,
     kv_spans_batch_stride, kv_spans_end_stride,
@@ -41,12 +39,12 @@ def dkdv(
     # -- sequence of this program
     batch = tl.load(tile_list + tile // kv_heads * tile_list_tile_stride)
     tile_ranges_value = tl.load(tile_ranges + tl.cast(batch, tl.int64) * tile_ranges_batch_stride)
-    place = tile - tile_ranges_value * kv_heads
+    place_value = tile - tile_ranges_value * kv_heads
     tiles_of_head = tl.load(
         tile_ranges + tl.cast(batch, tl.int64) * tile_ranges_batch_stride + tile_ranges_end_stride
     )
-    kv_head = place // tiles_of_head
-    tile_start = place % tiles_of_head * 64
+    kv_head = place_value // tiles_of_head
+    tile_start = place_value % tiles_of_head * 64
     q_first = tl.load(q_spans + tl.cast(batch, tl.int64) * q_spans_batch_stride)
     q_len = tl.load(q_spans + tl.cast(batch, tl.int64) * q_spans_batch_stride + q_spans_end_stride)
     kv_first = tl.load(kv_spans + tl.cast(batch, tl.int64) * kv_spans_batch_stride)
@@ -57,10 +55,7 @@ def dkdv(
     K_rows = K + tl.cast(kv_first, tl.int64) * K_row_stride
     V_rows = V + tl.cast(kv_first, tl.int64) * V_row_stride
     dO_rows = dO + tl.cast(q_first, tl.int64) * dO_row_stride
-    saved_row_max_rows = saved_row_max + tl.cast(q_first, tl.int64) * saved_row_max_row_stride
-    saved_inverse_sum_rows = (
-        saved_inverse_sum + tl.cast(q_first, tl.int64) * saved_inverse_sum_row_stride
-    )
+    saved_lse_rows = saved_lse + tl.cast(q_first, tl.int64) * saved_lse_row_stride
     Delta_rows = Delta + tl.cast(q_first, tl.int64) * Delta_row_stride
     dK_rows = dK + tl.cast(kv_first, tl.int64) * dK_row_stride
     dV_rows = dV + tl.cast(kv_first, tl.int64) * dV_row_stride
@@ -69,6 +64,7 @@ def dkdv(
     kv_idx = kv_start + kv_tile
 
     # -- kv tile of this program
+    scale_log2 = scale * 1.4426950408889634
     K_base = (
         K_rows
         + tl.cast(batch, tl.int64) * K_batch_stride
@@ -130,29 +126,16 @@ def dkdv(
                 mask=q_idx[:, None] < q_len,
                 other=0.0,
             )
-            saved_row_max_base = (
-                saved_row_max_rows
-                + tl.cast(batch, tl.int64) * saved_row_max_batch_stride
-                + head * saved_row_max_head_stride
-                + q_row * saved_row_max_row_stride
+            saved_lse_base = (
+                saved_lse_rows
+                + tl.cast(batch, tl.int64) * saved_lse_batch_stride
+                + head * saved_lse_head_stride
+                + q_row * saved_lse_row_stride
             )
-            row_max = tl.load(
-                saved_row_max_base + q_tile * saved_row_max_row_stride,
-                mask=q_idx < q_len,
-                other=0.0,
+            lse = tl.load(
+                saved_lse_base + q_tile * saved_lse_row_stride, mask=q_idx < q_len, other=0.0
             )
-            safe_row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-            saved_inverse_sum_base = (
-                saved_inverse_sum_rows
-                + tl.cast(batch, tl.int64) * saved_inverse_sum_batch_stride
-                + head * saved_inverse_sum_head_stride
-                + q_row * saved_inverse_sum_row_stride
-            )
-            inverse_sum = tl.load(
-                saved_inverse_sum_base + q_tile * saved_inverse_sum_row_stride,
-                mask=q_idx < q_len,
-                other=0.0,
-            )
+            safe_lse = tl.where(lse == float("-inf"), 0.0, lse)
             Delta_base = (
                 Delta_rows
                 + tl.cast(batch, tl.int64) * Delta_batch_stride
@@ -160,10 +143,9 @@ def dkdv(
                 + q_row * Delta_row_stride
             )
             delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
-            score = tl.dot(key, query.T, input_precision="ieee") * scale
-            # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
-            below_max = tl.minimum(score - safe_row_max[None, :], 0.0)
-            probs = tl.exp2(below_max * 1.4426950408889634) * inverse_sum[None, :]
+            score = tl.dot(key, query.T, input_precision="ieee")
+            log2_sum = safe_lse * 1.4426950408889634
+            probs = tl.exp2(score * scale_log2 - log2_sum[None, :])
             d_probs = tl.dot(value, d_out.T, input_precision="ieee")
             d_score = probs * (d_probs - delta[None, :])
             if (q_start < q_full_begin) | (q_full_end <= q_start):

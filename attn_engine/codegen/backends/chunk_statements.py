@@ -202,7 +202,7 @@ class StatementRenderer:
             return [f"{call}, {self._dims(s.a)}, {s.a.name}[0], {columns}, 1, {s.b.name});"]
         assert s.b.axes == ("d", "v")
         return [
-            f"turn(spare_state, {s.b.name}, D_COLUMNS, STATE_COLUMNS);",
+            f"transpose_rows(spare_state, {s.b.name}, D_COLUMNS, STATE_COLUMNS);",
             f"{call}, STATE_COLUMNS, {s.a.name}[0], {columns}, 1, spare_state);",
         ]
 

@@ -42,7 +42,7 @@ LOCALS = frozenset(
 )
 # Names that the printed file spells by itself. No name of a user or of a header may be one of them (both are tested).
 FIXED = frozenset(
-    """split batch head kv_head q_start kv_start q_idx kv_idx d_idx dv_idx
+    """split batch head kv_head tile turn q_start kv_start q_idx kv_idx d_idx dv_idx
     batches heads kv_heads q_len kv_len""".split()
 )
 # What the printed file calls the arrays, rows and pairs of a value, and the rows of a tensor.

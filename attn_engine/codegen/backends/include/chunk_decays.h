@@ -57,7 +57,7 @@ template <bool EXCLUSIVE, int C> struct TokenDecay {
 /// to[j][i] = x_i . y_j * factor, zero where token i does not read token j. spare holds x transposed.
 template <bool STRICT, bool NEGATIVE, int N, int C, class Decay>
 OUTLINE void gram(Real (*to)[C], const Real (*x)[N], const Real (*y)[N], Real (*spare)[C], int rows, int dims, Decay decay) {
-  turn(spare, x, rows, dims);
+  transpose_rows(spare, x, rows, dims);
   if (rows % LANES)
     for (int d = 0; d < dims; ++d) __builtin_memset(spare[d] + rows, 0, (round_up(rows, LANES) - rows) * sizeof(Real));
   for (int column = 0; column < C; column += LANES)

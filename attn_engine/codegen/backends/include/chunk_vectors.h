@@ -82,7 +82,7 @@ OUTLINE void vector_gram(Real (*to)[C], const Real (*x)[N], const Real (*y)[N], 
   for (int first = 0; first < rows; first += BLOCK) {
     if (first) {
       rows_from_border<EXCLUSIVE>(spare, x, steps, first);
-      turn(spare.turned, spare.rows, BLOCK, dims);
+      transpose_rows(spare.turned, spare.rows, BLOCK, dims);
       for (int j = 0; j < first; j += HIGH) {
         FloatVector sums[HIGH][BLOCK_VECTORS] = {};
         for (int d = 0; d < dims; ++d)

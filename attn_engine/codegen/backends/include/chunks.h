@@ -48,7 +48,7 @@ template <int COLUMNS> INLINE void add_total(double* to, const Real* x) {
 }
 
 /// to[column][row] = x[row][column]; both numbers are taken up to a multiple of WIDTH.
-template <int M, int N> OUTLINE void turn(Real (*to)[M], const Real (*x)[N], int rows, int columns) {
+template <int M, int N> OUTLINE void transpose_rows(Real (*to)[M], const Real (*x)[N], int rows, int columns) {
   for (int row = 0; row < rows; row += WIDTH)
     for (int column = 0; column < columns; column += WIDTH) {
       FloatVector square[WIDTH];
