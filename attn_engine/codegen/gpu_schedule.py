@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 
-from attn_engine.codegen.compiled_launches import COMPILED
+from attn_engine.codegen.compiled_launches import COMPILED, TESTING_TILES
 from attn_engine.codegen.footprint import Footprint, footprint
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.resources import Resources, grouped, resources
@@ -26,6 +26,7 @@ from attn_engine.codegen.targets import Target, devices_of
 from attn_engine.codegen.tuned_defaults import TUNED
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.passes.mask_range import plan_mask
+from attn_engine.ir.passes.mask_tiles import classify_tiles
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 
@@ -49,10 +50,11 @@ def default_schedule(program: Attention, target: Target, device: str = "") -> Sc
     device: a product by the name that CUDA gives it, whose measured launches come first.
     """
     short = program.element in (Storage.BFLOAT16, Storage.FLOAT16)
+    compiled = COMPILED | TESTING_TILES if tests_tiles(program) else COMPILED
     bounded, about = is_bounded(program), (program.element, program.dim_qk, program.dim_v)
     forward, d_query, d_key_value = (
         TUNED.get((device, k.name, *about, bounded))
-        or (COMPILED.get((target.name, k.name, *about[1:])) if short else None)
+        or (compiled.get((target.name, k.name, *about[1:])) if short else None)
         or best_launch(k, target, bounded)
         for k in kernels_of(program)
     )
@@ -95,6 +97,12 @@ def is_bounded(program: Attention) -> bool:
     return (
         program.listed is not None or plan_mask(program.mask.result if program.mask else None, "kv").bounded
     )
+
+
+def tests_tiles(program: Attention) -> bool:
+    """Whether loops ask of every tile what it holds."""
+    listed, mask = program.listed, program.mask
+    return listed is None and mask is not None and classify_tiles(mask.result, "kv") is not None
 
 
 @lru_cache(maxsize=512)

@@ -85,7 +85,17 @@ def tilelang_schedule(widest: int) -> Schedule:
     with a soft-cap, ALiBi and a window up to 128 dimensions)."""
     edges, two = Edges.BRANCH, Gradients.TWO_KERNELS
     if widest <= 128:
-        return Schedule(128, 64, 64, 128, edges, two, num_warps=8, backward_warps=8, backward_stages=2)
+        return Schedule(
+            128,
+            64,
+            64 if widest <= 64 else 32,
+            128,
+            edges,
+            two,
+            num_warps=8,
+            backward_warps=8,
+            backward_stages=2,
+        )
     return Schedule(
         64, 64, 32, 64, edges, two, num_warps=4, num_stages=1, backward_warps=4, backward_stages=1
     )

@@ -22,6 +22,7 @@ from attn_engine.ir.program import Attention, ListedBlocks
 from attn_engine.ir.tile import Kernel
 from attn_engine.library.dense.retention import OnlineRetention
 from attn_engine.runtime.tilelang_aot import cubin_of, find_nvcc, lower_tilelang
+from attn_engine.runtime.tilelang_backend import TileLangBackend, tilelang_schedule
 from tests.test_golden import SHOWCASE
 
 TILES = Schedule(128, 64, 64, 128, Edges.BRANCH, Gradients.TWO_KERNELS)
@@ -176,7 +177,11 @@ def test_machine_code_multiplies_by_warp_groups_and_keeps_values_in_registers(
     pytest.importorskip("tilelang")
     if find_nvcc() is None:
         pytest.skip("needs nvcc, and this machine has none")
-    report = cubin_of(lower_tilelang(text(name, kernel, dim=dim), kernel, "sm_90"))
+    one, learned = program(name, dim), LEARNED.get(name, ())
+    backend, schedule = TileLangBackend("tilelang", on_cpu=False), tilelang_schedule(dim)
+    made = [k for d in ("forward", "backward") for k in lower(one, schedule, d, learned).kernels]
+    (chosen,) = (k for k in made if k.name == kernel)
+    report = cubin_of(lower_tilelang(backend.source_for(chosen, schedule, "sm_90"), kernel, "sm_90"))
     code = report.machine_code()
     assert code.count("HGMMA") and code.count("UTMALDG")
     assert report.fits, str(report)

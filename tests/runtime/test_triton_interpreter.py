@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from attn_engine.codegen.backends.triton_functions import helper_lines
+from attn_engine.ir.ops import Storage
 from attn_engine.runtime.source_module import load_source
 from attn_engine.runtime.triton_interpreter import interpret
 
@@ -40,7 +41,7 @@ def kernel(x, y, out, steps, BLOCK: tl.constexpr):
 
 
 def function(text: str, name: str = "kernel") -> Any:
-    helpers = "\n".join(helper_lines({"floor_divide", "floor_modulo", "tanh"}, "float32"))
+    helpers = "\n".join(helper_lines({"floor_divide", "floor_modulo", "tanh"}, Storage.FLOAT32))
     header = f"import triton\nimport triton.language as tl\n\n{helpers}\n"
     return getattr(load_source(header + text, name), name)
 
