@@ -24,7 +24,7 @@ from attn_engine.gpu_check.outcome import Outcome
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.aot_report import SHARED_LIMITS, TARGETS, AotReport
-from attn_engine.runtime.backends import TritonBackend, schedule_for
+from attn_engine.runtime.backends import TritonBackend
 from attn_engine.runtime.sass import PRODUCTS
 from attn_engine.runtime.tilelang_aot import LoweredKernel, cubin_of, find_nvcc, lower_tilelang
 from attn_engine.runtime.tilelang_backend import TileLangBackend
@@ -91,7 +91,7 @@ def _with_tilelang(case: Case, target: str) -> list[AotReport]:
     """Compiled by nvcc where there is one; else, and for AMD, only lowered: what can be read of the text."""
     backend = TileLangBackend("tilelang", on_cpu=False)
     program = _program(case, backend.name)
-    schedule = schedule_for(program, backend)
+    schedule = within_blocks(backend.schedule_on(program, target), program.listed)
     reports: list[AotReport] = []
     for kernel in _kernels(case, program, schedule):
         lowered = lower_tilelang(backend.source_for(kernel, schedule, target), kernel.name, target)

@@ -15,6 +15,7 @@ from attn_engine.ir.ops import Storage
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.compiled import Launchable
+from attn_engine.runtime.gpu_target import current_target
 from attn_engine.version import VERSION
 
 SHOWN = "sm_90a"  # what `engine.source` shows
@@ -29,7 +30,11 @@ class TileLangBackend:
     on_cpu: bool
 
     def schedule(self, program: Attention) -> Schedule:
-        chosen = tilelang_schedule(max(program.dim_qk, program.dim_v))
+        return self.schedule_on(program, current_target().name)
+
+    def schedule_on(self, program: Attention, target: str) -> Schedule:
+        """The default on "sm_80", "gfx942", ..."""
+        chosen = tilelang_schedule(max(program.dim_qk, program.dim_v), target)
         return small_tiles(chosen) if self.on_cpu else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
@@ -80,22 +85,20 @@ class TileLangBackend:
         return compile_tilelang(kernel, lambda arch: self.source_for(kernel, schedule, arch))
 
 
-def tilelang_schedule(widest: int) -> Schedule:
-    """Tiles for warp groups of 64 rows each: two of them where the accumulators fit into registers (no spills on sm_90a
-    with a soft-cap, ALiBi and a window up to 128 dimensions)."""
+def tilelang_schedule(widest: int, target: str = "sm_90") -> Schedule:
+    """Tiles for warp groups of 64 rows each: two of them where the accumulators fit into registers.
+
+    Up to 128 dimensions no kernel of a soft-cap, ALiBi and a window spills on sm_90a. sm_80, whose products hold more
+    registers, takes fewer queries in dK/dV; gfx942, with 64 KiB of shared memory, smaller tiles altogether.
+    """
     edges, two = Edges.BRANCH, Gradients.TWO_KERNELS
-    if widest <= 128:
+    if widest <= 64 or (widest <= 128 and not target.startswith("gfx")):
+        many = widest <= 64 and target != "sm_80"
         return Schedule(
-            128,
-            64,
-            64 if widest <= 64 else 32,
-            128,
-            edges,
-            two,
-            num_warps=8,
-            backward_warps=8,
-            backward_stages=2,
+            128, 64, 64 if many else 32, 128, edges, two, num_warps=8, backward_warps=8, backward_stages=2
         )
+    if widest <= 128:
+        return Schedule(64, 32, 32, 64, edges, two, num_warps=4, backward_warps=4)
     return Schedule(
         64, 64, 32, 64, edges, two, num_warps=4, num_stages=1, backward_warps=4, backward_stages=1
     )
