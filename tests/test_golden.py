@@ -15,9 +15,10 @@ from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.backends.cpu import CpuTarget, render_cpu
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
 from attn_engine.codegen.pipeline import lower, with_header
-from attn_engine.codegen.schedule import Schedule, cpu_schedule, few_rows_schedule, gpu_schedule
+from attn_engine.codegen.schedule import Schedule, cpu_schedule, few_rows_schedule
 from attn_engine.ir.tile import Kernel
 from attn_engine.library import OnlineRetention
+from tests.gpu_tiles import gpu_schedule
 
 
 def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:

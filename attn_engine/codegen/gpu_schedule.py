@@ -50,7 +50,7 @@ def default_schedule(program: Attention, target: Target, device: str = "") -> Sc
     device: a product by the name that CUDA gives it, whose measured launches come first.
     """
     short = program.element in (Storage.BFLOAT16, Storage.FLOAT16)
-    compiled = COMPILED | TESTING_TILES if tests_tiles(program) else COMPILED
+    compiled = {**COMPILED, **TESTING_TILES} if tests_tiles(program) else COMPILED
     bounded, about = is_bounded(program), (program.element, program.dim_qk, program.dim_v)
     forward, d_query, d_key_value = (
         TUNED.get((device, k.name, *about, bounded))

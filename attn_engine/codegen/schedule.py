@@ -212,28 +212,3 @@ def short_query_schedule(schedule: Schedule, rows: int) -> Schedule:
 _SHORT_TILES = (16, 32, 64)
 MULTIPROCESSORS = 128  # program instances that a large GPU runs at once, roughly
 TENSOR_MEMORY = ("sm_90", "sm_100")  # targets that load tiles through tensor descriptors
-
-
-def gpu_schedule(dim_qk: int, dim_v: int, element_bytes: int, target: str = "sm_90") -> Schedule:
-    """Tiles that compile without spills for sm_80, sm_90 and sm_100 with a soft-cap, ALiBi and a mask (measured).
-
-    Up to 64 dimensions that holds for gfx942 too. float32 counts twice: its products need twice the room.
-    """
-    short = element_bytes == 2
-    tiles = _gpu_tiles(max(dim_qk, dim_v) * (2 if element_bytes >= 4 else 1))
-    return replace(
-        tiles,
-        folded=short,
-        descriptors=short and target in TENSOR_MEMORY,
-        sections=True,
-        short_tiles=True,
-        split_tasks=MULTIPROCESSORS,
-    )
-
-
-def _gpu_tiles(widest: int) -> Schedule:
-    if widest <= 64:
-        return Schedule(128, 64, 32, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 4, 2)
-    if widest <= 128:
-        return Schedule(128, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 2, 8, 2)
-    return Schedule(64, 32, 32, 32, Edges.BRANCH, Gradients.TWO_KERNELS, 8, 1, 8, 1)

@@ -10,7 +10,7 @@ from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.backends.triton import render_triton
 from attn_engine.codegen.lower.columns import MOST_PIECES, cut_columns, padded, pieces
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import Schedule, gpu_schedule
+from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import Dot, postorder
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.program import Attention
@@ -19,6 +19,7 @@ from attn_engine.ir.verify import verify_kernel
 from attn_engine.library import causal
 from attn_engine.runtime.backends import TileProgram
 from attn_engine.runtime.compiled import CompiledAttention
+from tests.gpu_tiles import gpu_schedule
 from tests.runtime.rules import program, softmax
 
 

@@ -14,11 +14,11 @@ from attn_engine.codegen.backends.triton import TritonOptions, argument_names, r
 from attn_engine.codegen.backends.triton_functions import HELPERS
 from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import gpu_schedule
 from attn_engine.ir.expr import Const, Expr, Full, Load, Var, call, where
 from attn_engine.ir.ops import INFO, DType, Op, Signature, Storage
 from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, SCORE, Captured
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Param, Stmt, StoreTile
+from tests.gpu_tiles import gpu_schedule
 from tests.runtime.rules import function, program
 
 BIAS, SLOPES = Captured("bias", Storage.FLOAT16, 3), Captured("slopes", Storage.FLOAT32, 1)

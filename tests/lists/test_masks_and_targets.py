@@ -10,12 +10,13 @@ import torch
 
 from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import gpu_schedule, within_blocks
+from attn_engine.codegen.schedule import within_blocks
 from attn_engine.errors import WrongArgument
 from attn_engine.ir.program import ListedBlocks
 from attn_engine.masks import create_block_mask
 from attn_engine.runtime.backends import TritonBackend
 from attn_engine.runtime.triton_aot import SHARED_LIMITS, compile_ahead
+from tests.gpu_tiles import gpu_schedule
 from tests.lists.draws import draw
 from tests.lists.test_listed import agree, causal, formula
 

@@ -11,8 +11,9 @@ from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.backends.cpu import CpuTarget, render_cpu
 from attn_engine.codegen.backends.triton import render_triton
 from attn_engine.codegen.pipeline import lower, with_header
-from attn_engine.codegen.schedule import cpu_schedule, gpu_schedule
+from attn_engine.codegen.schedule import cpu_schedule
 from attn_engine.ir.program import Attention, Sequences
+from tests.gpu_tiles import gpu_schedule
 from tests.packed.programs import causal
 
 

@@ -12,10 +12,11 @@ from torch.autograd import gradcheck
 
 from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import cpu_schedule, gpu_schedule
+from attn_engine.codegen.schedule import cpu_schedule
 from attn_engine.ir.passes.row_gradients import differentiable_rows, only_row_gradients, with_row_gradients
 from attn_engine.library import OnlineRetention, OnlineSoftmax
 from attn_engine.runtime.cpu_compile import find_compiler
+from tests.gpu_tiles import gpu_schedule
 from tests.runtime.rules import program, softmax
 
 CPU = "cpu" if find_compiler() is not None else "torch"

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.pipeline import lower
-from attn_engine.codegen.schedule import cpu_schedule, gpu_schedule
+from attn_engine.codegen.schedule import cpu_schedule
 from attn_engine.ir.expr import Expr
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.program import KV_IDX, Q_IDX, OnlineRule, saved_var
 from attn_engine.runtime.backends import backend_named
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.cpu_compile import find_compiler
+from tests.gpu_tiles import gpu_schedule
 from tests.runtime.cpu_attention import Shapes, inputs
 from tests.runtime.rules import centred, function, program, softmax_with_sink
 

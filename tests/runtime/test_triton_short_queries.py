@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from attn_engine import AttentionEngine, meta_tensor
-from attn_engine.codegen.schedule import gpu_schedule, short_query_schedule
+from attn_engine.codegen.schedule import short_query_schedule
 from attn_engine.ir.passes.pack_heads import Packing
 from attn_engine.runtime import few_rows
 from attn_engine.runtime.backends import TritonBackend
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.triton_launch import TritonKernel
+from tests.gpu_tiles import gpu_schedule
 
 ENGINES: dict[str, AttentionEngine] = {}
 
