@@ -120,11 +120,11 @@ def dkdv(
                 kv_idx = kv_start + ki
                 q_idx = q_start + qi
                 score[ki, qi] = score[ki, qi] * scale
-                # test_golden.py:36: squashed = cap * torch.tanh(score / cap)
+                # test_golden.py:37: squashed = cap * torch.tanh(score / cap)
                 squashed = cap * T.tanh(score[ki, qi] / cap)
-                # test_golden.py:37: distance = q_idx - kv_idx
+                # test_golden.py:38: distance = q_idx - kv_idx
                 distance = q_idx - kv_idx
-                # test_golden.py:38: return squashed - slopes[h] * distance
+                # test_golden.py:39: return squashed - slopes[h] * distance
                 logit = squashed - slopes_value * distance
                 # softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
                 below_max = T.min(logit - safe_row_max[qi], 0.0)
@@ -140,16 +140,16 @@ def dkdv(
                     * (1.0 - T.tanh(score[ki, qi] / cap) * T.tanh(score[ki, qi] / cap))
                     / cap
                 )
-                # test_golden.py:37: distance = q_idx - kv_idx
+                # test_golden.py:38: distance = q_idx - kv_idx
                 distance = q_idx - kv_idx
                 d_slopes_columns_tile[ki, qi] = -d_logit * distance
             if (q_start < q_full_begin) | (q_full_end <= q_start):
                 for ki, qi in T.Parallel(BLOCK_KV, BLOCK_Q):
                     kv_idx = kv_start + ki
                     q_idx = q_start + qi
-                    # test_golden.py:41: in_past = kv_idx <= q_idx
+                    # test_golden.py:42: in_past = kv_idx <= q_idx
                     in_past = kv_idx <= q_idx
-                    # test_golden.py:42: in_window = q_idx - kv_idx < window
+                    # test_golden.py:43: in_window = q_idx - kv_idx < window
                     in_window = q_idx - kv_idx < window
                     visible = in_past & in_window & (q_idx < q_len)
                     probs[ki, qi] = T.if_then_else(visible, probs[ki, qi], 0.0)

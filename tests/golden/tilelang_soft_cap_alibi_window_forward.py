@@ -98,19 +98,19 @@ def forward(
                 q_idx = q_start + qi
                 kv_idx = kv_start + ki
                 score[qi, ki] = score[qi, ki] * scale
-                # test_golden.py:36: squashed = cap * torch.tanh(score / cap)
+                # test_golden.py:37: squashed = cap * torch.tanh(score / cap)
                 squashed = cap * T.tanh(score[qi, ki] / cap)
-                # test_golden.py:37: distance = q_idx - kv_idx
+                # test_golden.py:38: distance = q_idx - kv_idx
                 distance = q_idx - kv_idx
-                # test_golden.py:38: return squashed - slopes[h] * distance
+                # test_golden.py:39: return squashed - slopes[h] * distance
                 logit[qi, ki] = squashed - slopes_value * distance
             if (kv_start < kv_full_begin) | (kv_full_end <= kv_start):
                 for qi, ki in T.Parallel(BLOCK_Q, BLOCK_KV):
                     q_idx = q_start + qi
                     kv_idx = kv_start + ki
-                    # test_golden.py:41: in_past = kv_idx <= q_idx
+                    # test_golden.py:42: in_past = kv_idx <= q_idx
                     in_past = kv_idx <= q_idx
-                    # test_golden.py:42: in_window = q_idx - kv_idx < window
+                    # test_golden.py:43: in_window = q_idx - kv_idx < window
                     in_window = q_idx - kv_idx < window
                     visible = in_past & in_window & (kv_idx < kv_len)
                     logit[qi, ki] = T.if_then_else(visible, logit[qi, ki], -T.infinity("float32"))
