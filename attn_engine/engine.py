@@ -330,7 +330,7 @@ class AttentionEngine(EngineText):
         tensors, numbers = traced.tensors(custom), traced.scalars()
         lists = self._lists_of(block_mask)
         if lists is not None or places is not None:
-            self._checks.check_shapes(q, k, v, places and places.layout)
+            self._checks.check_shapes(q, k, v, places and places.sequences(k, self.layout))
             found = of_call(lists, places, self._logical(q), self._logical(k))
             traced, tensors = traced.with_layout(found.blocks, found.sequences), tensors | found.tensors
         kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)

@@ -9,6 +9,7 @@ Every value here is frozen and hashable, so a program is its own cache key.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -193,9 +194,12 @@ class Sequences:
     packed: one after the other along one axis of rows, without a batch; else each in its place of the batch, from a
     row of its own on. Kernels are the same for both. Positions count from a sequence's first row, and BATCH is its
     number.
+    page: K and V lie in pages of so many rows, anywhere in a cache, and a table says which (docs/adr/0027); `packed` is
+    then about q alone. 0: they lie as q does.
     """
 
     packed: bool
+    page: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +221,12 @@ class Attention:
     dim_v: int
     listed: ListedBlocks | None = None
     sequences: Sequences | None = None
+
+    @property
+    def kv_block(self) -> int:
+        """Tiles of keys divide so many positions: those of a listed block, of a page, or of both; 0: any tile will do."""
+        page = self.sequences.page if self.sequences else 0
+        return math.gcd(self.listed.kv if self.listed else 0, page)
 
     @property
     def functions(self) -> tuple[ScalarFn, ...]:

@@ -73,9 +73,11 @@ class _Verifier:
             case If(condition, body):
                 self.scalar(condition, DType.BOOL, "condition")
                 self.scoped(body, None, None)
-            case Narrow(tensor, axis, first, length):
+            case Narrow(tensor, axis, first, length, page):
                 self.scalar(first, DType.INT, f"first row of {tensor!r}")
                 self.scalar(length, DType.INT, f"number of rows of {tensor!r}")
+                if page is not None:
+                    self.scalar(page, DType.INT, f"page of {tensor!r}")
                 shape = self.params[tensor].shape if tensor in self.params else ()
                 self.require(f"{axis}_len" in shape, f"{tensor!r} has no rows along {axis!r}")
             case StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.lower.listed import KINDS, blocks_param, starts_param
+from attn_engine.codegen.lower.paged import BLOCK_TABLE
 from attn_engine.codegen.schedule import SMALLEST_BLOCK
 from attn_engine.errors import AttnEngineError
 from attn_engine.ir.passes.mask_range import OTHER
@@ -78,7 +79,8 @@ _AS_MADE = "Make it with create_block_mask, or as attn_engine.masks.lists says."
 def tensor_names(program: Attention) -> tuple[str, ...]:
     """The tensors of a call beside q, k and v: captured ones, then lists, then the rows of its sequences."""
     lists, spans = LIST_NAMES if program.listed else (), SPAN_NAMES if program.sequences else ()
-    return (*(c.name for c in program.captures), *lists, *spans)
+    pages = (BLOCK_TABLE,) if program.sequences and program.sequences.page else ()
+    return (*(c.name for c in program.captures), *lists, *spans, *pages)
 
 
 def fits_tiles(block_q: int, block_kv: int) -> bool:

@@ -36,6 +36,7 @@ from attn_engine.ir.program import (
 )
 from attn_engine.runtime.block_lists import dense_lists
 from attn_engine.runtime.dense import evaluate_all, evaluate_dense
+from attn_engine.runtime.paged import key_rows
 from attn_engine.runtime.pools import dense_pools
 from attn_engine.runtime.sequence_rows import PaddedRows
 from attn_engine.runtime.sequences import tables_in
@@ -75,7 +76,8 @@ def _of_sequences(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Each sequence as a batch of the longest length, what lies beyond its end hidden."""
     tables, q = tables_in(tensors), inputs[0]
-    of_q, of_kv = (PaddedRows(sequences, tables, axis, q.device) for axis in ("q", "kv"))
+    of_q = PaddedRows(sequences, tables, "q", q.device)
+    of_kv = key_rows(sequences, tables, tensors, q.device)
     padded = of_q.padded(inputs[0]), of_kv.padded(inputs[1]), of_kv.padded(inputs[2])
     inside = (of_q.valid[:, None, :, None] & of_kv.valid[:, None, None, :])[..., None, None]
     o, rows = _of_batch(program, *padded, tensors, scalars, dtype, inside)

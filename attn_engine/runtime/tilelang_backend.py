@@ -38,6 +38,10 @@ class TileLangBackend:
         return small_tiles(chosen) if self.on_cpu else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
+        if program.sequences is not None and program.sequences.page:
+            raise UnsupportedOnBackend(
+                backend=self.name, feature="keys in pages", instead='Use backend="triton" or "cpu".'
+            )
         if program.sequences is not None:
             instead = 'Use backend="triton" or "cpu", or dense tensors with a mask_mod of documents.'
             raise UnsupportedOnBackend(

@@ -160,10 +160,13 @@ class NestRenderer(TileRenderer):
         return [f"  {line}".rstrip() for line in lines]
 
     def narrow(self, s: Narrow) -> list[str]:
-        """The rows of one sequence as a tensor of their own, under the tensor's name."""
+        """The rows of one sequence, or of one page, as a tensor of their own, under the tensor's name."""
         dimension = self.kernel.param(s.tensor).shape.index(f"{s.axis}_len")
         rows = f"{self.expr(s.first)}, {self.expr(s.length)}"
-        return [f"const auto {s.tensor} = rows_of<{dimension}>(arguments.{s.tensor}, {rows});"]
+        whole = f"arguments.{s.tensor}"
+        if s.page is not None:
+            whole = f"page_of({whole}, {self.expr(s.page)})"
+        return [f"const auto {s.tensor} = rows_of<{dimension}>({whole}, {rows});"]
 
     # -- nests
 

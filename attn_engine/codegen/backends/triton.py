@@ -269,7 +269,10 @@ class TritonRenderer(Addressing):
         param = self.kernel.param(s.tensor)
         stride = stride_names(param)[param.shape.index(f"{s.axis}_len")]
         name = self.narrowed[s.tensor] = self._named((s.tensor, "rows"), f"{s.tensor}_rows")
-        return [f"{name} = {s.tensor} + tl.cast({self.expr(s.first)}, tl.int64) * {stride}"]
+        whole = s.tensor
+        if s.page is not None:
+            whole += f" + tl.cast({self.expr(s.page)}, tl.int64) * {stride_names(param)[0]}"
+        return [f"{name} = {whole} + tl.cast({self.expr(s.first)}, tl.int64) * {stride}"]
 
     def store(self, s: StoreTile) -> list[str]:
         axes = self._index_axes(s.indices)
