@@ -16,7 +16,7 @@ from attn_engine.listed_calls import lists_of_call
 from attn_engine.masks.lists import BlockLists
 from attn_engine.runtime.compiled import sizes_of
 from attn_engine.runtime.paged import table_of
-from attn_engine.runtime.paged_checks import check_page_size, check_paged_places
+from attn_engine.runtime.paged_checks import check_paged_places
 from attn_engine.runtime.sequence_checks import check_places
 from attn_engine.runtime.sequences import SPAN_NAMES
 from attn_engine.runtime.versions import version_of
@@ -89,7 +89,6 @@ class PagedPlaces(SequencePlaces):
         return {n: x for n, x in self.given.items() if n in ("cu_len_q", "start_q", "len_q")}
 
     def _check(self, q: Tensor, k: Tensor) -> None:
-        check_page_size(k.shape[2])
         check_places(self._of_queries(), q, q, packed=self.packed)
         check_paged_places(self.given, self.given[BLOCK_TABLE], q)
 

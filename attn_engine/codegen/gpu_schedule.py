@@ -7,7 +7,6 @@ fastest is taken. The expectation is arithmetic from vendors' figures, not a mea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -84,8 +83,6 @@ def default_schedule(program: Attention, target: Target, device: str = "") -> Sc
 def kernels_of(program: Attention) -> tuple[Kernel, Kernel, Kernel]:
     """Forward, dQ, dK/dV with all captured gradients, in tiles that mean nothing."""
     any_tiles = Schedule(64, 64, 64, 64, Edges.BRANCH, Gradients.TWO_KERNELS)
-    if program.sequences is not None:  # pages would ask for tiles of their own
-        program = replace(program, sequences=replace(program.sequences, page=0))
     learned = tuple(c.name for c in program.differentiable_captures)
     backward = lower(program, any_tiles, "backward", learned)
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from attn_engine.ir.program import Attention, ListedBlocks
+from attn_engine.ir.program import ListedBlocks
 from attn_engine.ir.tile import Lanes
 
 
@@ -169,14 +169,6 @@ def tile_within(block: int, most: int) -> int:
     while block % most:
         most //= 2
     return most
-
-
-def within_pages(schedule: Schedule, program: Attention) -> Schedule:
-    """The schedule in tiles that the program's listed blocks, and the pages of its keys, can be cut into."""
-    schedule = within_blocks(schedule, program.listed)
-    if program.sequences is None or not program.sequences.page:
-        return schedule
-    return replace(schedule, block_kv=tile_within(program.kv_block, schedule.block_kv))
 
 
 def within_blocks(schedule: Schedule, listed: ListedBlocks | None) -> Schedule:

@@ -101,7 +101,7 @@ class Narrow:
 
     page: the first dimension of the tensor counts pages, and the rows are those of this one: position p is its row
     first + p. `first` may be negative: positions before the page and from `length` on are not there. The tensor is then
-    indexed as if this page were its only one.
+    indexed as if this page were its only one. Both may differ from position to position (span the axis) inside a tile.
     """
 
     tensor: str

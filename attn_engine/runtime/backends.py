@@ -16,7 +16,7 @@ from attn_engine.codegen.backends.triton import TritonOptions, render_triton
 from attn_engine.codegen.gpu_schedule import default_schedule
 from attn_engine.codegen.lower.capture import CaptureGradient, runs_side_by_side
 from attn_engine.codegen.pipeline import with_header
-from attn_engine.codegen.schedule import Schedule, cpu_schedule, torch_schedule, within_pages
+from attn_engine.codegen.schedule import Schedule, cpu_schedule, torch_schedule, within_blocks
 from attn_engine.errors import (
     BackendNotInstalled,
     CompilerMissing,
@@ -164,7 +164,7 @@ def interpreter_schedule(schedule: Schedule) -> Schedule:
 
 def schedule_for(program: Attention, backend: Backend, schedule: Schedule | None = None) -> Schedule:
     """That schedule, or the backend's choice for a program, in tiles that its listed blocks can be cut into."""
-    return within_pages(schedule or backend.schedule(program), program)
+    return within_blocks(schedule or backend.schedule(program), program.listed)
 
 
 @cache

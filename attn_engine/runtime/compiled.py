@@ -164,7 +164,7 @@ class CompiledAttention:
     def of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""
         tile = 0 if self.program.rule.pooled else tile_of_few_rows(self.schedule, rows)
-        kv_block = self.program.kv_block
+        kv_block = self.program.listed.kv if self.program.listed else 0
         schedule = (
             few_rows_schedule(tile, self.schedule.block_q, kv_block)
             if tile

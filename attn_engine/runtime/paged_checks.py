@@ -8,11 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attn_engine.codegen.schedule import SMALLEST_BLOCK
 from attn_engine.errors import AttnEngineError, DeviceMismatch, NotATensor
 from attn_engine.runtime.bind import Expected, check_inputs
 
-LARGEST_PAGE = 256
 CACHE_LAYOUTS = {"bshd": "(pages, rows of a page, kv heads, dim)", "bhsd": "(pages, kv heads, rows of a page, dim)"}
 OF_KEYS = ("cu_len_kv", "start_kv")
 
@@ -54,17 +52,12 @@ def check_caches(q: Tensor, k: Tensor, v: Tensor, expected: Expected, packed: bo
         _refuse("v", "its number of pages", pages[1], f"{pages[0]}, as k has")
     if pages[0] == 0:
         _refuse("k", "its number of pages", 0, "1 or more")
+    if (rows_of_page := k.shape[1 if expected.layout == "bshd" else 2]) == 0:
+        _refuse("k", "the number of rows of its pages", rows_of_page, "1 or more")
     if not isinstance(q, Tensor) or q.ndim != (3 if packed else 4):  # pyright: ignore[reportUnnecessaryIsInstance]
         check_inputs(q, k, v, expected, packed)
     one = (x[:1].expand(rows.shape[0], -1, -1, -1) for x in (k, v))
     check_inputs(rows, *one, replace(expected, sizes=(of_q, *sizes[1:])))
-
-
-def check_page_size(page: int) -> None:
-    """Raise WrongPages for pages that tiles of keys cannot be cut from."""
-    if page % SMALLEST_BLOCK or not 0 < page <= LARGEST_PAGE:
-        expected = f"a multiple of {SMALLEST_BLOCK} up to {LARGEST_PAGE}"
-        _refuse("k", "the number of rows of its pages", page, expected, "Lay the cache out in other pages.")
 
 
 def check_paged_places(given: Mapping[str, Tensor], table: Tensor, q: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from attn_engine.codegen.footprint import footprint
 from attn_engine.codegen.gpu_schedule import default_schedule, kernels_of, launches_worth_trying
 from attn_engine.codegen.resources import resources
-from attn_engine.codegen.schedule import Edges, Gradients, Launch, Schedule, within_pages
+from attn_engine.codegen.schedule import Edges, Gradients, Launch, Schedule, within_blocks
 from attn_engine.codegen.targets import Target
 from attn_engine.errors import IllegalSchedule, NothingToTune, OutOfSharedMemory, WrongArgument
 from attn_engine.ir.program import Attention
@@ -94,8 +94,8 @@ def _check_gpu(program: Attention, backend: Backend, schedule: Schedule, target:
 def schedule_on(program: Attention, backend: Backend, target: Target) -> Schedule:
     """The default on a GPU that need not be here; that of the machine for backends that are not for GPUs."""
     if backend.name not in GPUS:
-        return within_pages(backend.schedule(program), program)
-    return within_pages(default_schedule(program, target), program)
+        return within_blocks(backend.schedule(program), program.listed)
+    return within_blocks(default_schedule(program, target), program.listed)
 
 
 def place_of(backend: Backend) -> Place:

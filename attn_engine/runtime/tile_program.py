@@ -145,14 +145,29 @@ class _Instance:
 
     def _narrow(self, s: Narrow) -> None:
         rows = self.params[s.tensor].shape.index(f"{s.axis}_len")
-        first, length = int(self._number(s.first)), int(self._number(s.length))
-        whole = self.whole[s.tensor]
+        whole, length = self.whole[s.tensor], int(self._number(s.length))
+        if s.page is not None and s.page.axes:
+            self._gather_pages(s, whole, length)
+            return
+        first = int(self._number(s.first))
         if s.page is not None:
             page = int(self._number(s.page))
             whole = whole[page : page + 1]
             self.shifts[s.tensor] = (rows, first)
             length, first = first + length, 0
         self.tensors = {**self.tensors, s.tensor: whole.narrow(rows, first, length)}
+
+    def _gather_pages(self, s: Narrow, whole: Tensor, length: int) -> None:
+        """The rows of this tile, copied from their pages: (1, heads, rows, columns)."""
+        assert s.page is not None
+        start = self.start[s.axis]
+        count = max(0, min(self.sizes[s.axis], length - start))
+        pages, first = self.value(s.page), self.value(s.first)
+        assert isinstance(pages, Tensor) and isinstance(first, Tensor)
+        positions = torch.arange(start, start + count, device=self.device) + first[:count]
+        found = whole.transpose(1, 2)[pages[:count].long(), positions]
+        self.shifts[s.tensor] = (2, -start)
+        self.tensors = {**self.tensors, s.tensor: found.transpose(0, 1)[None]}
 
     def _loop(self, loop: Loop) -> None:
         step = self.sizes[loop.axis] if loop.axis else 1

@@ -9,6 +9,7 @@ from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_steps import is_long, with_summed_products
 from attn_engine.codegen.backends.cpu_tiles import TRIPS, TileRenderer
 from attn_engine.codegen.lower.nests import Branch, Item, Nest, Schedule, Sweep
+from attn_engine.codegen.lower.paged import table_of_pages
 from attn_engine.codegen.lower.steps import (
     COLUMNS,
     Form,
@@ -164,6 +165,10 @@ class NestRenderer(TileRenderer):
         dimension = self.kernel.param(s.tensor).shape.index(f"{s.axis}_len")
         rows = f"{self.expr(s.first)}, {self.expr(s.length)}"
         whole = f"arguments.{s.tensor}"
+        if s.page is not None and s.page.axes:
+            load, page = table_of_pages(s)
+            place = f"{load.tensor}, {self.expr(load.indices[0])}, {self.expr(s.length)}"
+            return [f"const auto {s.tensor} = in_pages<{page}>({whole}, {place});"]
         if s.page is not None:
             whole = f"page_of({whole}, {self.expr(s.page)})"
         return [f"const auto {s.tensor} = rows_of<{dimension}>({whole}, {rows});"]

@@ -270,6 +270,13 @@ class TritonRenderer(Addressing):
         stride = stride_names(param)[param.shape.index(f"{s.axis}_len")]
         name = self.narrowed[s.tensor] = self._named((s.tensor, "rows"), f"{s.tensor}_rows")
         whole = s.tensor
+        if s.page is not None and s.page.axes:
+            page, first = (f"tl.cast({self.expr(e)}, tl.int64)" for e in (s.page, s.first))
+            places = self._named((s.tensor, "places"), f"{s.tensor}_places")
+            return [
+                f"{places} = {page} * {stride_names(param)[0]} + {first} * {stride}",
+                f"{name} = {s.tensor} + {places}[:, None]",
+            ]
         if s.page is not None:
             whole += f" + tl.cast({self.expr(s.page)}, tl.int64) * {stride_names(param)[0]}"
         return [f"{name} = {whole} + tl.cast({self.expr(s.first)}, tl.int64) * {stride}"]

@@ -23,7 +23,7 @@ DIMENSION_WORDS = {
     "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
     "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
     "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
-    "tile_count": "tile", "span": "end", "pages": "page", "table_pages": "page",
+    "tile_count": "tile", "span": "end", "pages": "page",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {axis: f"BLOCK_{axis.upper()}" for axis in AXES}
@@ -35,8 +35,8 @@ NON_NEGATIVE = frozenset(
     f"{axis}_{what}" for axis in AXES for what in ("idx", "start", "len")
 ) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
 LISTED = frozenset(
-    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "span", "tile_count", "table_pages"}
-)  # last sizes of lists of blocks, of tables of sequences and of pages: no number in them that is read is negative
+    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "span", "tile_count"}
+)  # last sizes of lists of blocks and of tables of sequences: no number in them is negative
 OF_TILE = {
     "head",
     "kv_head",

@@ -8,9 +8,12 @@ constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
 /// The last two dimensions of a tensor.
 template <class T> struct Matrix {
+  using Element = T;
   T* data;
   int64_t row_stride, column_stride, rows, columns = 0;
   T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+  /// Whether `row_stride` leads from each of these rows to the next.
+  static constexpr bool in_steps(int64_t, int64_t) { return true; }
 };
 
 template <class T, int RANK, class... Index> INLINE Matrix<T> matrix(const Tensor<T, RANK>& tensor, Index... index) {
@@ -28,8 +31,8 @@ struct Rows {  // a row-major matrix of compute numbers, read in place
 };
 
 /// `count` elements of one row, converted.
-template <class T> INLINE void read_row(Real* to, const Matrix<T>& x, int64_t row, int count) {
-  const T* from = x.at(row, 0);
+template <class M> INLINE void read_row(Real* to, const M& x, int64_t row, int count) {
+  const typename M::Element* from = x.at(row, 0);
   int column = 0;
   if (x.column_stride == 1)
     for (; column + WIDTH <= count; column += WIDTH) *(FloatVector*)(to + column) = load_vector(from + column);
@@ -38,11 +41,12 @@ template <class T> INLINE void read_row(Real* to, const Matrix<T>& x, int64_t ro
 
 /// Rows first, ..., first + count - 1 (up to a whole block of ROWS): in place when they are there and need neither
 /// conversion nor padding, else copied to `spare` with zeros around.
-template <int COLUMNS, class T, int PADDED>
-OUTLINE Rows tile_of(const Matrix<T>& x, int first, int count, Real (*spare)[PADDED]) {
+template <int COLUMNS, class M, int PADDED>
+OUTLINE Rows tile_of(const M& x, int first, int count, Real (*spare)[PADDED]) {
   const int wanted = round_up(count, ROWS);
-  if constexpr (std::is_same_v<std::remove_const_t<T>, Real> && COLUMNS == PADDED)
-    if (x.column_stride == 1 && first + wanted <= x.rows) return {x.at(first, 0), x.row_stride};
+  if constexpr (std::is_same_v<std::remove_const_t<typename M::Element>, Real> && COLUMNS == PADDED)
+    if (x.column_stride == 1 && first + wanted <= x.rows && x.in_steps(first, wanted))
+      return {x.at(first, 0), x.row_stride};
   for (int row = 0; row < wanted; ++row) {
     const int columns = first + row < x.rows ? COLUMNS : 0;
     if (columns) read_row(spare[row], x, first + row, columns);
