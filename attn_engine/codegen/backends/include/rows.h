@@ -8,6 +8,8 @@ namespace attention {
 constexpr int smaller_of(int a, int b) { return a < b ? a : b; }
 constexpr int at_least_one(int n) { return n < 1 ? 1 : n; }
 
+constexpr int AHEAD = 32;  // rows between the one that is read and the one that is asked for
+
 template <class T> INLINE Matrix<T> from_row(const Matrix<T>& x, int first) {
   return {x.at(first, 0), x.row_stride, x.column_stride, x.rows - first};
 }
@@ -129,6 +131,7 @@ OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)
   constexpr int TOGETHER = smaller_of(QUERIES, WIDTH), KEYS = WIDTH / TOGETHER;
   for (int j = 0; j < count; j += KEYS) {
     const bool in_place = keys.column_stride == 1 && j + KEYS <= count && keys.in_steps(j, KEYS);
+    for (int i = 0; i < KEYS; ++i) keys.template fetch<COLUMNS>(j + AHEAD + i);
     Real copied[KEYS][COLUMNS];
     if (!in_place)
       for (int i = 0; i < KEYS; ++i) read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
@@ -185,12 +188,16 @@ OUTLINE void add_products(Real (&out)[QUERIES][PADDED], const Real (&weights)[QU
                           int count) {
   if (values.column_stride == 1) {
     const auto* first = values.at(0, 0);
-    if (values.in_steps(0, count)) {
-      add_rows<COLUMNS>(out, weights, [=](int j) { return first + j * values.row_stride; }, count);
-    } else {
+    if constexpr (M::IN_PAGES) {
       decltype(first) rows[LENGTH];
       for (int j = 0; j < count; ++j) rows[j] = values.at(j, 0);
-      add_rows<COLUMNS>(out, weights, [&](int j) { return rows[j]; }, count);
+      const auto row = [&](int j) {
+        values.template fetch<COLUMNS>(j + AHEAD);
+        return rows[j];
+      };
+      add_rows<COLUMNS>(out, weights, row, count);
+    } else {
+      add_rows<COLUMNS>(out, weights, [=](int j) { return first + j * values.row_stride; }, count);
     }
     return;
   }

@@ -21,13 +21,6 @@ template <int DIMENSION, class T, int RANK> INLINE Tensor<T, RANK> rows_of(Tenso
   return x;
 }
 
-/// One page of a tensor whose first dimension counts pages, as a tensor that has no other.
-template <class T, int RANK> INLINE Tensor<T, RANK> page_of(Tensor<T, RANK> x, int64_t page) {
-  x.data += page * x.strides[0];
-  x.sizes[0] = 1;
-  return x;
-}
-
 INLINE int64_t inside(int64_t index, int64_t size) { return index < 0 || size == 0 ? 0 : index < size ? index : size - 1; }
 INLINE Ints inside(Ints index, int64_t size) {
   constexpr int64_t LARGEST = (int64_t)(~(uint64_t)0 >> (65 - 8 * sizeof(Int)));

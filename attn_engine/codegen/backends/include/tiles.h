@@ -9,11 +9,14 @@ constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 /// The last two dimensions of a tensor.
 template <class T> struct Matrix {
   using Element = T;
+  static constexpr bool IN_PAGES = false;
   T* data;
   int64_t row_stride, column_stride, rows, columns = 0;
   T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
   /// Whether `row_stride` leads from each of these rows to the next.
   static constexpr bool in_steps(int64_t, int64_t) { return true; }
+  /// Asks for a row that will be read soon where the processor will not guess it by itself.
+  template <int COLUMNS> static void fetch(int64_t) {}
 };
 
 template <class T, int RANK, class... Index> INLINE Matrix<T> matrix(const Tensor<T, RANK>& tensor, Index... index) {
