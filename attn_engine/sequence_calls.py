@@ -80,6 +80,10 @@ class SequencePlaces:
 class PagedPlaces(SequencePlaces):
     """The same where k and v are caches in pages: queries in a batch or packed, keys through a table."""
 
+    @property
+    def packed(self) -> bool:
+        return "cu_len_q" in self.given
+
     def sequences(self, k: Tensor, layout: str) -> Sequences:
         # What is no cache is refused as such after this.
         known = isinstance(k, Tensor) and k.ndim == 4  # pyright: ignore[reportUnnecessaryIsInstance]

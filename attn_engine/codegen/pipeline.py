@@ -12,8 +12,8 @@ from attn_engine.codegen.lower.backward import lower_backward
 from attn_engine.codegen.lower.capture import capture_gradients
 from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
-from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
 from attn_engine.codegen.lower.paged import PAGED, over_pages
+from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
 from attn_engine.codegen.lower.pooled import lower_pooled_forward
 from attn_engine.codegen.lower.sequences import over_sequences
 from attn_engine.codegen.schedule import Schedule

@@ -9,7 +9,6 @@ Every value here is frozen and hashable, so a program is its own cache key.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -221,12 +220,6 @@ class Attention:
     dim_v: int
     listed: ListedBlocks | None = None
     sequences: Sequences | None = None
-
-    @property
-    def kv_block(self) -> int:
-        """Tiles of keys divide so many positions: those of a listed block, of a page, or of both; 0: any tile will do."""
-        page = self.sequences.page if self.sequences else 0
-        return math.gcd(self.listed.kv if self.listed else 0, page)
 
     @property
     def functions(self) -> tuple[ScalarFn, ...]:

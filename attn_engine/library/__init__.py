@@ -26,6 +26,7 @@ from attn_engine.library.dense.streaming import streaming
 from attn_engine.library.dense.tree import tree
 from attn_engine.library.dense.vision_cross import vision_cross
 from attn_engine.library.differential import differential
+from attn_engine.library.serving.append import append_to_cache, write_to_slots
 from attn_engine.library.sparse.dynamic import (
     compact,
     dynamic_sparse_attention,
@@ -44,11 +45,11 @@ from attn_engine.library.sparse.patterns import (
 
 __all__ = [
     "AttentionLibrary", "LocalStrideSparseAttention", "OnlineRelu", "OnlineRetention", "OnlineSigmoid",
-    "OnlineSoftmax", "SparseAttention", "alibi", "alibi_slopes", "and_masks", "block_diffusion", "causal",
-    "chunked", "combine_attn_partitions", "compact", "differential", "dilated_window", "document",
-    "dynamic_sparse_attention", "full", "global_window", "hash_sparse_attention",
-    "hash_sparse_attention_kernel", "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias", "prefix",
-    "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "retention_decay", "retention_decays",
-    "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one",
-    "sort_bucketed_attention", "streaming", "t5_bias", "tree", "vision_cross",
+    "OnlineSoftmax", "SparseAttention", "alibi", "alibi_slopes", "and_masks", "append_to_cache", "block_diffusion",
+    "causal", "chunked", "combine_attn_partitions", "compact", "differential", "dilated_window", "document",
+    "dynamic_sparse_attention", "full", "global_window", "hash_sparse_attention", "hash_sparse_attention_kernel",
+    "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias", "prefix", "qk_sparse_attention",
+    "qk_sparse_attention_kernel", "relative_bias", "retention_decay", "retention_decays", "shared_prefix",
+    "sink_softmax", "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one", "sort_bucketed_attention",
+    "streaming", "t5_bias", "tree", "vision_cross", "write_to_slots",
 ]  # fmt: skip

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from attn_engine.errors import BackendDeviceMismatch, TransformNotSupported
 from attn_engine.codegen.lower.paged import BLOCK_TABLE
+from attn_engine.errors import BackendDeviceMismatch, TransformNotSupported
 from attn_engine.ir.expr import Const, loads
 from attn_engine.ir.ops import Number
 from attn_engine.ir.program import Attention, Sequences

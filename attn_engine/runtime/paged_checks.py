@@ -1,4 +1,4 @@
-"""What caches in pages and their tables must be: kinds and shapes, then contents, before anything runs or is written."""
+"""What caches in pages and their tables must be: kinds and shapes, then contents, before anything runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 from attn_engine.errors import AttnEngineError, DeviceMismatch, NotATensor
 from attn_engine.runtime.bind import Expected, check_inputs
 
-CACHE_LAYOUTS = {"bshd": "(pages, rows of a page, kv heads, dim)", "bhsd": "(pages, kv heads, rows of a page, dim)"}
+CACHE_LAYOUTS = {
+    "bshd": "(pages, rows of a page, kv heads, dim)",
+    "bhsd": "(pages, kv heads, rows of a page, dim)",
+}
 OF_KEYS = ("cu_len_kv", "start_kv")
 
 
@@ -65,7 +68,9 @@ def check_paged_places(given: Mapping[str, Tensor], table: Tensor, q: Tensor) ->
     packed. What is said of the queries is checked elsewhere."""
     for name in OF_KEYS:
         if name in given:
-            _refuse(name, "an argument beside block_table", "given", "left out: keys begin where the table does")
+            _refuse(
+                name, "an argument beside block_table", "given", "left out: keys begin where the table does"
+            )
     if "len_kv" not in given:
         _refuse("len_kv", "it", "left out", "given with block_table")
     sequences = given["cu_len_q"].shape[0] - 1 if "cu_len_q" in given else q.shape[0]

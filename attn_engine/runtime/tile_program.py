@@ -102,7 +102,9 @@ class _Instance:
         self.compute = compute_type(kernel)
         self.names: dict[str, Value] = dict(numbers)
         self.start: dict[str, int] = {}
-        self.shifts: dict[str, tuple[int, int]] = {}  # of a page: a dimension, and where position 0 lies in it
+        self.shifts: dict[
+            str, tuple[int, int]
+        ] = {}  # of a page: a dimension, and where position 0 lies in it
         self.sizes: dict[str, int] = dict(kernel.tile)
         for axis in COLUMNS:
             if axis in self.sizes:
@@ -163,7 +165,8 @@ class _Instance:
         start = self.start[s.axis]
         count = max(0, min(self.sizes[s.axis], length - start))
         pages, first = self.value(s.page), self.value(s.first)
-        assert isinstance(pages, Tensor) and isinstance(first, Tensor)
+        assert isinstance(pages, Tensor)
+        assert isinstance(first, Tensor)
         positions = torch.arange(start, start + count, device=self.device) + first[:count]
         found = whole.transpose(1, 2)[pages[:count].long(), positions]
         self.shifts[s.tensor] = (2, -start)

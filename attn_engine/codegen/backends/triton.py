@@ -44,7 +44,6 @@ from attn_engine.ir.tile import (
     Kernel,
     Let,
     Loop,
-    Narrow,
     Stmt,
     StoreTile,
     map_expressions,
@@ -264,22 +263,6 @@ class TritonRenderer(Addressing):
 
     def is_flat(self, s: Loop | If) -> bool:
         return isinstance(s, Loop) and s.axis is not None and s.is_one_tile(self.kernel.block(s.axis))
-
-    def narrow(self, s: Narrow) -> list[str]:
-        param = self.kernel.param(s.tensor)
-        stride = stride_names(param)[param.shape.index(f"{s.axis}_len")]
-        name = self.narrowed[s.tensor] = self._named((s.tensor, "rows"), f"{s.tensor}_rows")
-        whole = s.tensor
-        if s.page is not None and s.page.axes:
-            page, first = (f"tl.cast({self.expr(e)}, tl.int64)" for e in (s.page, s.first))
-            places = self._named((s.tensor, "places"), f"{s.tensor}_places")
-            return [
-                f"{places} = {page} * {stride_names(param)[0]} + {first} * {stride}",
-                f"{name} = {s.tensor} + {places}[:, None]",
-            ]
-        if s.page is not None:
-            whole += f" + tl.cast({self.expr(s.page)}, tl.int64) * {stride_names(param)[0]}"
-        return [f"{name} = {whole} + tl.cast({self.expr(s.first)}, tl.int64) * {stride}"]
 
     def store(self, s: StoreTile) -> list[str]:
         axes = self._index_axes(s.indices)

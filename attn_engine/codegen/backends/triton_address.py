@@ -16,7 +16,7 @@ from attn_engine.codegen.render import ATOM, Renderer
 from attn_engine.ir.expr import AXES, COLUMNS, Call, Const, Expr, Load, Var
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.printer import INFIX
-from attn_engine.ir.tile import Kernel, Let, Loop, Param, walk
+from attn_engine.ir.tile import Kernel, Let, Loop, Narrow, Param, walk
 
 DIMENSION_WORDS = {
     "batches": "batch", "heads": "head", "kv_heads": "head", "splits": "split",
@@ -110,6 +110,25 @@ class Addressing(Renderer):
         for name, assigned in values.items():
             if any(self._is_wide(value) for value in assigned):
                 self.wide.add(name)
+
+    def narrow(self, s: Narrow) -> list[str]:
+        param = self.kernel.param(s.tensor)
+        stride = stride_names(param)[param.shape.index(f"{s.axis}_len")]
+        name = self.narrowed[s.tensor] = self._named((s.tensor, "rows"), f"{s.tensor}_rows")
+        whole = s.tensor
+        if s.page is not None and s.page.axes:
+            page, first = (f"tl.cast({self.expr(e)}, tl.int64)" for e in (s.page, s.first))
+            places = self._named((s.tensor, "places"), f"{s.tensor}_places")
+            return [
+                f"{places} = {page} * {stride_names(param)[0]} + {first} * {stride}",
+                f"{name} = {s.tensor} + {places}[:, None]",
+            ]
+        if s.page is not None:
+            whole += f" + tl.cast({self.expr(s.page)}, tl.int64) * {stride_names(param)[0]}"
+        return [f"{name} = {whole} + tl.cast({self.expr(s.first)}, tl.int64) * {stride}"]
+
+    def _named(self, key: object, wish: str) -> str:
+        raise NotImplementedError
 
     def address(
         self, tensor: str, indices: tuple[Expr, ...], axes: tuple[str, ...], *, clamp: bool

@@ -103,8 +103,10 @@ def table_of_pages(s: Narrow) -> tuple[Load, int]:
     """The load from the table, and the rows of a page, of a Narrow after `with_tables_at_hand`."""
     assert isinstance(s.page, Load)
     index = s.page.indices[1]
-    assert isinstance(index, Call) and isinstance(index.args[1], Const)
-    return s.page, int(index.args[1].value)
+    assert isinstance(index, Call)
+    rows = index.args[1]
+    assert isinstance(rows, Const)
+    return s.page, int(rows.value)
 
 
 def _of_page(s: Let) -> Let:
