@@ -59,8 +59,8 @@ def check_caches(q: Tensor, k: Tensor, v: Tensor, expected: Expected, packed: bo
         _refuse("k", "the number of rows of its pages", rows_of_page, "1 or more")
     if not isinstance(q, Tensor) or q.ndim != (3 if packed else 4):  # pyright: ignore[reportUnnecessaryIsInstance]
         check_inputs(q, k, v, expected, packed)
-    one = (x[:1].expand(rows.shape[0], -1, -1, -1) for x in (k, v))
-    check_inputs(rows, *one, replace(expected, sizes=(of_q, *sizes[1:])))
+    keys, values = (x[:1].expand(rows.shape[0], -1, -1, -1) for x in (k, v))
+    check_inputs(rows, keys, values, replace(expected, sizes=(of_q, *sizes[1:])))
 
 
 def check_paged_places(given: Mapping[str, Tensor], table: Tensor, q: Tensor) -> None:
