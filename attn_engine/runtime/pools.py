@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attn_engine.codegen.lower.pooled import pooled_tile
+from attn_engine.codegen.lower.pooled import keeps_logits, pooled_tile
+from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import REDUCE_IDENTITY
 from attn_engine.ir.passes.pooled_gradient import D_POOLED_SUM, POOLED_DELTA
-from attn_engine.ir.program import Attention, OnlineRule
+from attn_engine.ir.program import LOGIT, Attention, OnlineRule, saved_var
+from attn_engine.runtime.dense import evaluate_dense
+
+_AT_ONCE = 1 << 20  # logits that are turned into weights at a time: bounds what that needs beside them
 
 
 def empty_pools(
@@ -44,8 +48,10 @@ def dense_pools(rule: OnlineRule, weights: Tensor, visible: Tensor) -> dict[str,
     return found
 
 
-def joined_pools(program: Attention, schedule: Schedule, pools: dict[str, Tensor]) -> list[Tensor]:
-    """(B, H, Sq, blocks) of each, in the rule's order."""
+def joined_pools(
+    program: Attention, schedule: Schedule, pools: Mapping[str, Tensor], saved: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """(B, H, Sq, blocks) of each, in the rule's order; saved: the row values (B, H, Sq) by the kernels' names."""
     found: list[Tensor] = []
     for p in program.rule.pooled:
         tiles, several = pools[p.name], p.block // pooled_tile(program, schedule)
@@ -57,10 +63,24 @@ def joined_pools(program: Attention, schedule: Schedule, pools: dict[str, Tensor
             for i, part in enumerate(parts):
                 joined[:, :, i] = join(part, dim=2)
             tiles = joined
+        if keeps_logits(program):
+            _make_weights(program.rule, tiles, saved)
         if p.kind == "max":
             tiles.masked_fill_(tiles == -math.inf, 0.0)  # no key
         found.append(tiles.transpose(2, 3))
     return found
+
+
+def _make_weights(rule: OnlineRule, logits: Tensor, saved: Mapping[str, Tensor]) -> None:
+    """Turn logits (B, H, blocks, Sq) into their weights, in place; -inf, no key, stays. Some heads at a time."""
+    heads = logits.flatten(0, 1)
+    rows = {saved_var(name): saved[saved_param(name)].flatten(0, 1)[:, None] for name, _ in rule.saved}
+    step = max(1, _AT_ONCE // max(1, heads[0].numel())) if heads.numel() else 1
+    for i in range(0, heads.shape[0] if heads.numel() else 0, step):
+        part = heads[i : i + step]
+        given = {LOGIT: part, **{name: x[i : i + step] for name, x in rows.items()}}
+        weights = evaluate_dense(rule.recompute, given, {}, part.dtype)
+        part.copy_(torch.where(part == -math.inf, part, weights))
 
 
 def pooled_gradients(

@@ -228,7 +228,7 @@ def _with_factor_inside(weights: Expr, rule: OnlineRule) -> tuple[Expr, Expr | N
     if "kv" in factor.axes or not isinstance(power, Call) or power.op is not Op.EXP2:
         return weights, None
     match power.args[0]:
-        case Call(Op.SUB, (x, m)) if "kv" not in m.axes and _never_negative(factor, rule):
+        case Call(Op.SUB, (x, m)) if "kv" not in m.axes and never_negative(factor, rule):
             shift = m if factor is Const(1.0) else _saved_sum(m, factor, rule)
             shift = m - call(Op.LOG2, factor) if shift is None else shift
             return call(Op.EXP2, x - shift), simplify(shift)
@@ -251,7 +251,7 @@ def _saved_sum(m: Expr, factor: Expr, rule: OnlineRule) -> Expr | None:
     return next((v * LOG2_E for v in saved if v in found), None)
 
 
-def _never_negative(root: Expr, rule: OnlineRule) -> bool:
+def never_negative(root: Expr, rule: OnlineRule) -> bool:
     """Whether a row's value is certainly >= 0: made of exponentials, their sums and quotients."""
     made = substitute(
         root, {saved_var(name): e for name, e in rule.saved}
