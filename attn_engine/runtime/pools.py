@@ -11,12 +11,13 @@ from torch import Tensor
 from attn_engine.codegen.lower.pooled import keeps_logits, pooled_tile
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.schedule import Schedule
-from attn_engine.ir.expr import REDUCE_IDENTITY
+from attn_engine.ir.expr import REDUCE_IDENTITY, Var
+from attn_engine.ir.passes.monotone import weight_of_largest_logit
 from attn_engine.ir.passes.pooled_gradient import D_POOLED_SUM, POOLED_DELTA
 from attn_engine.ir.program import LOGIT, Attention, OnlineRule, saved_var
 from attn_engine.runtime.dense import evaluate_dense
 
-_AT_ONCE = 1 << 20  # logits that are turned into weights at a time: bounds what that needs beside them
+_AT_ONCE = 1 << 16  # logits that are turned into weights at a time: they stay in a cache
 
 
 def empty_pools(
@@ -65,22 +66,30 @@ def joined_pools(
             tiles = joined
         if keeps_logits(program):
             _make_weights(program.rule, tiles, saved)
-        if p.kind == "max":
+        elif p.kind == "max":
             tiles.masked_fill_(tiles == -math.inf, 0.0)  # no key
         found.append(tiles.transpose(2, 3))
     return found
 
 
 def _make_weights(rule: OnlineRule, logits: Tensor, saved: Mapping[str, Tensor]) -> None:
-    """Turn logits (B, H, blocks, Sq) into their weights, in place; -inf, no key, stays. Some heads at a time."""
+    """Turn the largest logits (B, H, blocks, Sq) into their weights, in place. Some at a time."""
+    weight = weight_of_largest_logit(rule)
+    assert weight is not None
+    if not logits.numel():
+        return
     heads = logits.flatten(0, 1)
-    rows = {saved_var(name): saved[saved_param(name)].flatten(0, 1)[:, None] for name, _ in rule.saved}
-    step = max(1, _AT_ONCE // max(1, heads[0].numel())) if heads.numel() else 1
-    for i in range(0, heads.shape[0] if heads.numel() else 0, step):
-        part = heads[i : i + step]
-        given = {LOGIT: part, **{name: x[i : i + step] for name, x in rows.items()}}
-        weights = evaluate_dense(rule.recompute, given, {}, part.dtype)
-        part.copy_(torch.where(part == -math.inf, part, weights))
+    rows: dict[Var, Tensor] = {}
+    for name, _ in rule.saved:
+        x = saved[saved_param(name)]
+        # 0 in rows that have seen nothing, as in a kernel: -inf - -inf would not be a number.
+        rows[saved_var(name)] = x.masked_fill(x == -math.inf, 0.0).flatten(0, 1)[:, None]
+    rows_at_once = max(1, _AT_ONCE // heads.shape[2])
+    heads_at_once = max(1, rows_at_once // heads.shape[1])
+    for i in range(0, heads.shape[0], heads_at_once):
+        own = {name: x[i : i + heads_at_once] for name, x in rows.items()}
+        for part in heads[i : i + heads_at_once].split(rows_at_once, dim=1):
+            part.copy_(evaluate_dense(weight, {LOGIT: part, **own}, {}, part.dtype))
 
 
 def pooled_gradients(

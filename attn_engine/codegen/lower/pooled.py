@@ -25,7 +25,7 @@ from attn_engine.codegen.lower.score import Masked, reserved_names, score_lets, 
 from attn_engine.codegen.lower.values import compute_storage, load_tile, wide
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import REDUCE_IDENTITY, Expr, Full, Reduce, Var, postorder, where
-from attn_engine.ir.passes.monotone import rises_with_logit, weight_of_logit_and_row
+from attn_engine.ir.passes.monotone import weight_of_largest_logit
 from attn_engine.ir.program import Attention, Pooled, saved_var
 from attn_engine.ir.tile import Kernel, Let, Param, Section, Stmt, StoreTile
 
@@ -44,8 +44,7 @@ def keeps_logits(program: Attention) -> bool:
     return (
         all(p.kind == "max" for p in rule.pooled)
         and program.sequences is None  # whose row values lie elsewhere
-        and weight_of_logit_and_row(rule)
-        and rises_with_logit(rule)
+        and weight_of_largest_logit(rule) is not None
     )
 
 

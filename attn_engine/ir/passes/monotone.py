@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
+from attn_engine.ir.evaluate import evaluate
 from attn_engine.ir.expr import Call, Const, Expr, postorder
-from attn_engine.ir.ops import Op
-from attn_engine.ir.passes.powers_of_two import never_negative
+from attn_engine.ir.ops import Number, Op
+from attn_engine.ir.passes.powers_of_two import never_negative, without_bound
 from attn_engine.ir.program import LOGIT, OnlineRule
 
-
-def weight_of_logit_and_row(rule: OnlineRule) -> bool:
-    """Whether the final weight is made of nothing but the logit and saved row values."""
-    leaves = {e for e in postorder(rule.recompute) if not e.operands and not isinstance(e, Const)}
-    return leaves <= {LOGIT, *rule.saved_vars}
+_POINTS = (0.37, -2.25, 3.5)
 
 
-def rises_with_logit(rule: OnlineRule) -> bool:
-    """Whether the final weight of a pair certainly never falls when its logit rises, in every row."""
-    return _direction(rule.recompute, rule) in (0, 1)
+@lru_cache(maxsize=256)
+def weight_of_largest_logit(rule: OnlineRule) -> Expr | None:
+    """The largest final weight of some keys of a row, in terms of their largest LOGIT and the saved row values.
+
+    It is 0 where that is -inf: no key. None where it is not certain, or needs more than these.
+    """
+    weight = without_bound(rule)
+    leaves = {e for e in postorder(weight) if not e.operands and not isinstance(e, Const)}
+    if not leaves <= {LOGIT, *rule.saved_vars} or _direction(weight, rule) not in (0, 1):
+        return None
+    for point in _POINTS:
+        row: dict[Expr, Number] = {v: point + i for i, v in enumerate(rule.saved_vars)}
+        if evaluate(weight, {**row, LOGIT: -math.inf}) != 0:
+            return None
+    return weight
 
 
 def _direction(e: Expr, rule: OnlineRule) -> int | None:

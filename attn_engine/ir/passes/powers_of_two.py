@@ -64,7 +64,7 @@ def backward_in_powers_of_two(rule: OnlineRule) -> OnlineRule:
     if rule.earlier or rule.adjoints:
         return rule
     convert = _Converter(frozenset())
-    bounded = _without_bound(rule)
+    bounded = without_bound(rule)
     try:
         weights, gradient = convert.plain(bounded), convert.plain(rule.gradient)
         for p in rule.parameters:
@@ -185,7 +185,7 @@ def _is_extremum(state: RowState, new: Expr) -> bool:
     return found is not None and math.isinf(state.initial) and LOGIT in postorder(found.x)
 
 
-def _without_bound(rule: OnlineRule) -> Expr:
+def without_bound(rule: OnlineRule) -> Expr:
     """The recomputed weights without min(x - row_max, 0) where row_max is the row's largest x: it is never above 0."""
     maxima = {
         saved_var(name): found.x
