@@ -28,7 +28,6 @@ def packed(
     return [x.to(dtype).requires_grad_() for x in made]
 
 
-
 def kept(mask: Tensor, b: int, heads: int, length: int, block: int, rows: int) -> Tensor:
     """(heads, length, length): keep of one sequence; a mask of fewer heads serves the heads of a group."""
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]

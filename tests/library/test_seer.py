@@ -75,7 +75,9 @@ def test_more_sizes(function: Any, group: int, dims: tuple[int, int], block: int
     lengths = [300, 0, 1, block - 1, block, block + 1, 40]
     given = packed(group, 1, dims, lengths)
     mask = draw(function, group, 0.3, 300, block)
-    found = function(*given, cumulative(lengths), cumulative(lengths), 300, SCALE, mask, block, return_lse=True)
+    found = function(
+        *given, cumulative(lengths), cumulative(lengths), 300, SCALE, mask, block, return_lse=True
+    )
     rows = 1 if function is ONE else block
     agree(found, sparse(*given, mask, SCALE, rows=rows, lengths=lengths, block=block), given)
 
@@ -92,11 +94,11 @@ def test_bfloat16_is_as_exact_as_torch(function: Any, deviation: float) -> None:
         sparse(*given, mask, scale, rows=rows, dtype=torch.bfloat16)[0],
     )
     weights = torch.randn_like(exact)
-    results = [
-        (x, *torch.autograd.grad((x.double() * weights).sum(), given)) for x in (ours, exact, torchs)
-    ]
+    results = [(x, *torch.autograd.grad((x.double() * weights).sum(), given)) for x in (ours, exact, torchs)]
     for mine, right, other in zip(*results, strict=True):
-        most = 2 * (other - right).abs().max() + 1e-5 + torch.finfo(torch.bfloat16).eps * right.abs().max() / 2
+        most = (
+            2 * (other - right).abs().max() + 1e-5 + torch.finfo(torch.bfloat16).eps * right.abs().max() / 2
+        )
         assert (mine - right).abs().max() <= most
 
 
