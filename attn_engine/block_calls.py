@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attn_engine.codegen.lower.capture import Route, capture_gradients
 from attn_engine.errors import UnsupportedOnBackend
+from attn_engine.ir.passes.pack_heads import Packing, pack_heads, packable
 from attn_engine.ir.program import Attention, ListedBlocks
 from attn_engine.runtime.block_sparse import BlockSparse, Extent, WrongBlockSparse, taken
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.compiled import sizes_of
-from attn_engine.runtime.given_lists import list_tensors
+from attn_engine.runtime.given_lists import UnitTable
+from attn_engine.runtime.given_shapes import shape_of_blocks
 from attn_engine.runtime.operator import apply
-from attn_engine.runtime.sequences import sequences_of_call
+from attn_engine.runtime.packed_rows import PackedRows, packed_spans
+from attn_engine.runtime.sequences import SPAN_NAMES, sequences_of_call
 from attn_engine.runtime.versions import version_of
 
 if TYPE_CHECKING:
@@ -71,10 +75,28 @@ def attend(
     traced, captured, numbers, _ = engine._bind(q, k, v, custom, named)
     refuse_transforms(captured.values())
     extent = extent_of(traced.program, captured, engine._logical(q), engine._logical(k))
-    lists = lists_of_call(given, extent, q.device)
+    group = packed_group(traced.program, captured, extent)
+    lists = lists_of_call(given, extent, group, q.device)
     call, key = engine._call(traced.with_lists(lists.blocks), q.device.type)
-    tensors = _in_order(captured, lists.tensors, traced.program)
-    return apply(call, key, q, k, v, tensors, numbers, None, with_rows)
+    rows = PackedRows(engine.layout, lists.blocks.group)
+    tensors = _in_order(captured, lists, traced.program)
+    o, found = apply(call, key, rows.pack(q), k, v, tensors, numbers, None, with_rows)
+    return rows.unpack(o), [rows.unpack_rows(x) for x in found]
+
+
+def packed_group(program: Attention, captured: Mapping[str, Tensor], extent: Extent) -> int:
+    """How many query heads may lie side by side in a tile of rows: those of a kv head, or 1.
+
+    Not where the normaliser asks for the head or the position, nor where a captured gradient would have to be added up
+    pair by pair for it.
+    """
+    group = extent.heads // extent.kv_heads
+    if group == 1 or not packable(program.rule):
+        return 1
+    learned = tuple(c.name for c in program.differentiable_captures if captured[c.name].requires_grad)
+    packed = pack_heads(program, Packing.QUERIES, group)
+    pairs = any(c.route is Route.PAIR for c in capture_gradients(packed, learned))
+    return 1 if pairs else group
 
 
 def extent_of(program: Attention, captured: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Extent:
@@ -90,12 +112,16 @@ def extent_of(program: Attention, captured: Mapping[str, Tensor], q: Tensor, k: 
     return Extent(tables.count, sizes["heads"], sizes["kv_heads"], q_len, kv_len, *rows, exact=False)
 
 
-def _in_order(captured: dict[str, Tensor], lists: dict[str, Tensor], program: Attention) -> dict[str, Tensor]:
+def _in_order(captured: dict[str, Tensor], lists: GivenLists, program: Attention) -> dict[str, Tensor]:
     """Captured tensors, lists, rows of sequences: the order in which operators take them."""
     of_functions = {c.name: captured[c.name] for c in program.captures}
-    return {**of_functions, **lists, **captured}
+    found = {**of_functions, **lists.tensors, **captured}
+    if program.sequences is not None:
+        found[Q_SPANS] = packed_spans(found[Q_SPANS], lists.blocks.group)
+    return found
 
 
+Q_SPANS = SPAN_NAMES[0]
 MOST_KEPT = 32
 # By the identity of the tensors, weakly: an entry ends with any of them.
 _kept: OrderedDict[
@@ -103,17 +129,17 @@ _kept: OrderedDict[
 ] = OrderedDict()
 
 
-def lists_of_call(given: BlockSparse, extent: Extent, device: torch.device) -> GivenLists:
+def lists_of_call(given: BlockSparse, extent: Extent, group: int, device: torch.device) -> GivenLists:
     """The lists of a call of this extent; those of the same tensors, unchanged, are remembered."""
     sources = given.sources
     versions = tuple(version_of(x) if isinstance(x, Tensor) else None for x in sources)
-    key = (given.name, str(given.size), extent, *map(id, sources))
+    key = (given.name, str(given.size), extent, group, *map(id, sources))
     found = _kept.get(key)
     same = found is not None and found[1] == versions and None not in versions
     if found is not None and same and all(r() is x for r, x in zip(found[0], sources, strict=True)):
         _kept.move_to_end(key)
         return found[2]
-    made = _made(given, extent, device)
+    made = _made(given, extent, group, device)
     _kept[key] = tuple(weakref.ref(x, lambda _: _kept.pop(key, None)) for x in sources), versions, made
     while len(_kept) > MOST_KEPT:
         _kept.popitem(last=False)
@@ -121,10 +147,12 @@ def lists_of_call(given: BlockSparse, extent: Extent, device: torch.device) -> G
 
 
 @torch.no_grad()
-def _made(given: BlockSparse, extent: Extent, device: torch.device) -> GivenLists:
+def _made(given: BlockSparse, extent: Extent, group: int, device: torch.device) -> GivenLists:
     units = given.units(extent, device)
-    table = given.table(units, extent)
-    shared = table.shape[1] in (1, extent.kv_heads)
+    visible = given.table(units, extent)
+    shared = visible.shape[1] in (1, extent.kv_heads)
     heads = extent.kv_heads if shared else extent.heads
-    blocks = ListedBlocks(units.block_q, units.block_kv, "kv_heads" if shared else "heads", tested=True)
-    return GivenLists(blocks, list_tensors(table, extent.batches, heads))
+    table = UnitTable(visible, extent.batches, heads)
+    shape = shape_of_blocks(table, units, extent.q_len, group if shared else 1)
+    cut = table.cut(shape.q_units, shape.kv_units)
+    return GivenLists(shape.listed("kv_heads" if shared else "heads"), cut.tensors())

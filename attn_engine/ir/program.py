@@ -178,8 +178,8 @@ class ListedBlocks:
 
     tested: the lists know nothing of the mask, which is asked in all of them, and of the ends of the axes. A block in
     the list of partial ones is cut into `parts` of queries and of keys, and a bit for each pair of parts says whether
-    it is visible; where that is (0, 0) there are no partial blocks. group: query heads whose rows lie side by side, as
-    `passes/pack_heads.py` says.
+    it is visible; where that is (0, 0) there are no partial blocks. part_rows: rows of a part of queries. group: query
+    heads whose rows lie side by side, as `passes/pack_heads.py` says.
     """
 
     q: int
@@ -188,7 +188,13 @@ class ListedBlocks:
     ragged: bool = False
     tested: bool = False
     parts: tuple[int, int] = (0, 0)
+    part_rows: int = 0
     group: int = 1
+
+    @property
+    def words(self) -> int:
+        """How many words of 32 bits each partial block has."""
+        return -(-self.parts[0] * self.parts[1] // 32)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attn_engine.codegen.lower.listed import KINDS, blocks_param, starts_param
+from attn_engine.codegen.lower.listed import KINDS, blocks_param, seen_param, starts_param
 from attn_engine.codegen.schedule import SMALLEST_BLOCK
 from attn_engine.errors import AttnEngineError
 from attn_engine.ir.passes.mask_range import OTHER
@@ -66,13 +66,16 @@ class Lists(Protocol):
     def by_kv(self) -> Side: ...
 
 
+def names_of_list(listed: ListedBlocks, loop: str, kind: str) -> tuple[str, ...]:
+    """Where lists begin, their blocks, and the bits of blocks that are visible in parts."""
+    seen = (seen_param(loop),) if kind == "partial" and listed.tested else ()
+    return (starts_param(loop, kind), blocks_param(loop, kind), *seen)
+
+
 def list_names(listed: ListedBlocks) -> tuple[str, ...]:
     """The tensors of a call's lists, for both loops and every kind."""
     return tuple(
-        name
-        for loop in ("kv", "q")
-        for kind in listed.kinds
-        for name in (starts_param(loop, kind), blocks_param(loop, kind))
+        name for loop in ("kv", "q") for kind in listed.kinds for name in names_of_list(listed, loop, kind)
     )
 
 

@@ -36,6 +36,11 @@ def blocks_param(loop: str, kind: str) -> str:
     return f"{loop}_{kind}_blocks"
 
 
+def seen_param(loop: str) -> str:
+    """Which parts of a block in the partial list are visible: words of 32 bits, as many as an entry needs."""
+    return f"{loop}_partial_seen"
+
+
 def list_params(program: Attention, body: tuple[Stmt, ...]) -> tuple[Param, ...]:
     """The lists that a kernel reads."""
     listed = program.listed
@@ -48,6 +53,7 @@ def list_params(program: Attention, body: tuple[Stmt, ...]) -> tuple[Param, ...]
             shape = ("batches", listed.heads, f"{axis}_bounds")
             params.append(Param(starts_param(loop, kind), Storage.INT32, shape))
             params.append(Param(blocks_param(loop, kind), Storage.INT32, (f"{kind}_listed",)))
+        params.append(Param(seen_param(loop), Storage.INT32, ("partial_words",)))
     return tuple(p for p in params if p.name in read)
 
 
