@@ -269,6 +269,8 @@ class TileLangFile(Renderer):
                 return f'T.cast({self.expr(x)}, "{kind}")'
             case Call(Op.DIV, (a, b)) if a.dtype is not DType.FLOAT and b.dtype is not DType.FLOAT:
                 return super().call(Call(Op.DIV, (Call(Op.TO_FLOAT, (a,)), b)), axes, parent)
+            case Call(Op.BIT, (word, place)):
+                return f"(T.bitwise_and(T.shift_right({self.expr(word)}, {self.expr(place)}), 1) != 0)"
             case Call(Op.ABS, (x,)) if self.options.cpu:  # its C has no fabs
                 return f"T.max({self.expr(x)}, -{self.expr(x, None, ATOM)})"
             case Call(Op.NOT):

@@ -9,7 +9,7 @@ from functools import partial
 
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, factor_outside, rounded
 from attn_engine.codegen.lower.listed import list_params
-from attn_engine.codegen.lower.ranges import Phases, masking, phases_of
+from attn_engine.codegen.lower.ranges import masking
 from attn_engine.codegen.lower.score import (
     Masked,
     Visibility,
@@ -34,6 +34,7 @@ from attn_engine.codegen.lower.values import (
     saved_param,
     wide,
 )
+from attn_engine.codegen.lower.visited import Visited, phases_of
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import REDUCE_IDENTITY, Const, Dot, Expr, Full, Reduce, Var, postorder, where
 from attn_engine.ir.ops import Number
@@ -66,7 +67,7 @@ class Pass:
 
     body: tuple[Stmt, ...]
     tests: TileTests | None
-    seen: Phases
+    seen: Visited
     known: dict[Expr, Expr]  # what was computed before the loops
 
 
@@ -142,7 +143,7 @@ def row_pass(
     p: RowPass,
     names: Names,
     known: dict[Expr, Expr],
-    seen: Phases,
+    seen: Visited,
     title: str,
     bounds: list[Stmt],
 ) -> list[Stmt]:
