@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attn_engine.codegen.lower.emit import Names
+from attn_engine.codegen.lower.listed import ENTRY
 from attn_engine.codegen.lower.placed import (
     Branch,
     Buffer,
@@ -65,6 +66,7 @@ class _Placer:
         self._names = Names({s.name for s in walk(kernel.body) if isinstance(s, Let)})
         self._loops = 0  # loops over tiles so far
         self._loop = 0  # the one that this statement is in
+        self._entry: frozenset[str] = frozenset()  # what the entry of a list says, inside a loop over them
         self.waits = True
         # A copy would bring rows of the next sequence, which zeros in a product do not keep out where they are NaN.
         self._over_sequences = any(isinstance(s, Narrow) for s in walk(kernel.body))
@@ -102,16 +104,18 @@ class _Placer:
         blocks = dict(self.kernel.tile)
         if s.axis is not None and s.is_one_tile(blocks[s.axis]):
             return [Let(s.var, self.read(s.lo)), *self.block(s.body)]
-        c = counted(s, blocks)
+        c = counted(s, blocks, self._entry)
         before = [placed for let in c.before for placed in self.statement(let)]
-        outer, renamed = self._loop, dict(self._renamed)
+        outer, renamed, entry = self._loop, dict(self._renamed), self._entry
+        if s.var == ENTRY.name:
+            self._entry |= {x.name for x in c.body if isinstance(x, Let)}
         pipelined = c.over_tiles and not any(isinstance(x, Loop) for x in walk(c.body))
         if pipelined:
             self._loops += 1
             self._loop = self._loops
             self.waits &= c.once
         body = tuple(self.block(c.body))
-        self._loop, self._renamed = outer, renamed
+        self._loop, self._renamed, self._entry = outer, renamed, entry
         return [*before, Steps(c.var, self.read(c.first), self.read(c.stop), body, pipelined)]
 
     def let(self, name: str, value: Expr, source: str) -> list[Placed]:
