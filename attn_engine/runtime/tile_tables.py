@@ -103,7 +103,9 @@ def _table(
     return torch.stack(torch.aminmax(by_tile, dim=-1), -1)
 
 
-def _read_in_place(table: TileTable, captured: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | None:
+def _read_in_place(
+    table: TileTable, captured: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> Tensor | None:
     """The captured numbers themselves where the value is x[position], x[batch, position] and so on, all of each."""
     value, rows = table.value, sizes[f"{table.axis}_len"]
     if not isinstance(value, Load) or value.dtype is DType.BOOL or not rows:

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from attn_engine.library.sparse.compaction import Moves, kept_rows, permuted
 
-FEWEST_ROWS = 48  # of a sequence, on average: a tile has 64, and shorter sequences share one better than they fill it
-MOST_PADDING = 8  # positions are a table with as many columns as the longest sequence: how many times the rows
+FEWEST_ROWS = (
+    48  # of a sequence, on average: a tile has 64, and shorter sequences share one better than they fill it
+)
+MOST_PADDING = (
+    8  # positions are a table with as many columns as the longest sequence: how many times the rows
+)
 
 
 @dataclass(frozen=True, slots=True)
