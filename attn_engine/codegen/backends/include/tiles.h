@@ -36,13 +36,31 @@ template <class T> INLINE void read_row(Real* to, const Matrix<T>& x, int64_t ro
   for (; column < count; ++column) to[column] = value_of(from[column * x.column_stride]);
 }
 
+/// Elements between rows from which on each second row at most shares a page with another one.
+constexpr int FAR = 256;
+
+/// Asks for rows that will be read next. Where rows lie far apart, as heads between them make them, neither the
+/// hardware's prefetchers nor its walks through the table of pages are ahead.
+template <int COLUMNS, class T>
+INLINE void fetch_rows(const Matrix<T>& x, int64_t first, int count) {
+  const int64_t end = first + count < x.rows ? first + count : x.rows;
+  for (int64_t row = first; row < end; ++row)
+    for (int column = 0; column < COLUMNS; column += 64 / int(sizeof(T))) __builtin_prefetch(x.at(row, column), 0, 2);
+}
+
+/// Whether rows at that distance share few sets of a cache: a tile of them does not stay there while it is read again.
+template <class T> INLINE bool rows_collide(const Matrix<T>& x) {
+  return x.row_stride >= FAR && x.row_stride * int64_t(sizeof(T)) % 1024 == 0;
+}
+
 /// Rows first, ..., first + count - 1 (up to a whole block of ROWS): in place when they are there and need neither
-/// conversion nor padding, else copied to `spare` with zeros around.
+/// conversion nor padding and can stay in a cache, else copied to `spare` with zeros around.
 template <int COLUMNS, class T, int PADDED>
 OUTLINE Rows tile_of(const Matrix<T>& x, int first, int count, Real (*spare)[PADDED]) {
   const int wanted = round_up(count, ROWS);
+  if (x.row_stride >= FAR) fetch_rows<COLUMNS>(x, first + count, count);
   if constexpr (std::is_same_v<std::remove_const_t<T>, Real> && COLUMNS == PADDED)
-    if (x.column_stride == 1 && first + wanted <= x.rows) return {x.at(first, 0), x.row_stride};
+    if (x.column_stride == 1 && first + wanted <= x.rows && !rows_collide(x)) return {x.at(first, 0), x.row_stride};
   for (int row = 0; row < wanted; ++row) {
     const int columns = first + row < x.rows ? COLUMNS : 0;
     if (columns) read_row(spare[row], x, first + row, columns);
