@@ -27,11 +27,30 @@ INLINE Real total_of(Floats x) {
   return total_of(total);
 }
 
+/// exp in one register.
+INLINE FloatVector exp_vector(FloatVector x) {
+#if defined(COMPUTE_IN_DOUBLE)
+  for (int i = 0; i < WIDTH; ++i) x[i] = exp(x[i]);
+  return x;
+#else
+  return exp(x);
+#endif
+}
+INLINE FloatVector vector_at(const Real* x) { return *(const FloatVector*)x; }
+INLINE void put(Real* x, FloatVector v) { *(FloatVector*)x = v; }
+
+/// Positions first, first + 1, ... in one register.
+INLINE IntVector steps_from(int first) {
+  IntVector x;
+  UNROLL for (int i = 0; i < WIDTH; ++i) x[i] = i;
+  return x + first;
+}
+
 /// Columns of a tensor's row, zero beyond COLUMNS.
 template <int COLUMNS, class T> INLINE Floats row_lanes(const Matrix<T>& x, int row, int column) {
   return each<Floats>([&](int p) {
     const int start = column + p * WIDTH;
-    if (x.column_stride == 1 && start + WIDTH <= COLUMNS) return (FloatVector)load_vector(x.at(row, start));
+    if (x.column_stride == 1 && (COLUMNS % LANES == 0 || start + WIDTH <= COLUMNS)) return (FloatVector)load_vector(x.at(row, start));
     FloatVector v{};
     for (int i = 0; i < WIDTH && start + i < COLUMNS; ++i) v[i] = value_of(*x.at(row, start + i));
     return v;
@@ -40,6 +59,15 @@ template <int COLUMNS, class T> INLINE Floats row_lanes(const Matrix<T>& x, int 
 
 template <int N> INLINE void clear_rows(Real (*x)[N], int first, int last) {
   for (int row = first; row < last; ++row) __builtin_memset(x[row], 0, sizeof x[row]);
+}
+
+constexpr int AHEAD = 16;  // tokens between asking for a row of a tensor and using it
+
+/// Asks for a row of a tensor. Heads lie between each other, so tokens may be pages apart, which the processor does not
+/// foresee. A row that is not there is no harm.
+template <int COLUMNS, class T> INLINE void prefetch_row(const Matrix<T>& x, int64_t row) {
+  UNROLL for (int column = 0; column < COLUMNS; column += 64 / sizeof(T))
+    __builtin_prefetch(x.at(row, column), !std::is_const_v<T>, 3);
 }
 
 /// sums[column] += ..., in double: a sum over all tokens of a sequence.
@@ -63,10 +91,19 @@ template <int M, int N> OUTLINE void transpose_rows(Real (*to)[M], const Real (*
 enum class Set { TO, ADD, SUBTRACT, NEGATIVE };  // to = x, to += x, to -= x, to = -x
 enum class Depth { ALL, UP_TO_ROW, FROM_ROW };   // which rows of b a row of the product has a part of
 
-/// to[row] (set) sum over k of a(row, k) * b[k]; numbers of `a` by any two strides.
-template <Set SET, Depth DEPTH, int N>
+/// What a row of a product is multiplied by.
+struct Whole {
+  Floats operator()(int, Floats x) const { return x; }
+};
+struct RowFactor {
+  const Real* by;
+  inline __attribute__((always_inline)) Floats operator()(int row, Floats x) const { return x * by[row]; }
+};
+
+/// to[row] (set) factor(row) * sum over k of a(row, k) * b[k]; numbers of `a` by any two strides.
+template <Set SET, Depth DEPTH, int N, class Factor = Whole>
 OUTLINE void product(Real (*to)[N], int rows, int depth, const Real* a, int64_t row_stride, int64_t depth_stride,
-                     const Real (*b)[N]) {
+                     const Real (*b)[N], Factor factor = {}) {
   for (int column = 0; column < N; column += LANES)
     for (int block = 0; block < rows; block += ROWS) {
       const int first = DEPTH == Depth::FROM_ROW ? block : 0;
@@ -77,10 +114,11 @@ OUTLINE void product(Real (*to)[N], int rows, int depth, const Real* a, int64_t 
                    b[first] + column, N);
       UNROLL for (int r = 0; r < ROWS; ++r) {
         Real* place = to[block + r] + column;
-        if (SET == Set::TO) store(place, sums[r]);
-        else if (SET == Set::NEGATIVE) store(place, -sums[r]);
-        else if (SET == Set::ADD) store(place, load(place) + sums[r]);
-        else store(place, load(place) - sums[r]);
+        const Floats sum = factor(block + r, sums[r]);
+        if (SET == Set::TO) store(place, sum);
+        else if (SET == Set::NEGATIVE) store(place, -sum);
+        else if (SET == Set::ADD) store(place, load(place) + sum);
+        else store(place, load(place) - sum);
       }
     }
 }
