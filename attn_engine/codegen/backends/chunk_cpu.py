@@ -317,7 +317,8 @@ class _ChunkRenderer(StatementRenderer):
 
 _STATES = ("initial", "final", "kept", "d_initial", "d_final")
 _FIXED = frozenset(
-    """decay_between decay_before sequence head batch first length count rows row column chunk_start chunk segment begin end chunks about scan
-    gradient initial final kept fault query key value beta decay t d_idx dv_idx spare spare_rows spare_state states
-    CHUNK SEGMENT D DV STATE_COLUMNS T_COLUMNS D_COLUMNS V_COLUMNS d_output place sequences faults heads""".split()
+    """sequence head batch first length count rows row column chunk_start chunk segment begin end chunks about
+    scan decay_between decay_before gradient initial final kept fault query key value beta decay t d_idx
+    dv_idx spare spare_rows spare_state states CHUNK SEGMENT D DV STATE_COLUMNS T_COLUMNS D_COLUMNS
+    V_COLUMNS d_output place sequences faults heads""".split()
 )

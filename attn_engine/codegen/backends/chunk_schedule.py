@@ -32,7 +32,9 @@ def scheduled(body: tuple[ChunkStmt, ...]) -> tuple[ScheduledStmt, ...]:
 def _scale_operand(body: list[ScheduledStmt], scale: Scale) -> None:
     """(x * by) b = (x b) * by where only products read x * by."""
     users = [i for i, s in enumerate(body) if s != scale and scale.to in _tiles(s)]
-    products = [(i, s) for i in users if isinstance(s := body[i], Product) and s.a == scale.to and s.b != scale.to]
+    products = [
+        (i, s) for i in users if isinstance(s := body[i], Product) and s.a == scale.to and s.b != scale.to
+    ]
     if len(products) != len(users):
         return
     for i, s in products:

@@ -10,7 +10,6 @@ from attn_engine.codegen.backends.chunk_schedule import ScaledProduct, Scheduled
 from attn_engine.ir.chunk import (
     CarriedGradient,
     ChunkKernel,
-    ChunkStmt,
     Decays,
     Diagonal,
     DiagonalGradient,
@@ -125,7 +124,11 @@ class StatementRenderer:
             return []
         later = f"token {'-' if self.program.reverse else '+'} AHEAD"
         sizes = {"Q_rows": "D", "K_rows": "D", "V_rows": "DV", "decay_given_rows": "D", "dO_rows": "DV"}
-        sizes |= {f"{w.tensor}_rows": "D" if "d" in w.axes else "DV" for w in self.kernel.outputs if len(w.axes) == 2}
+        sizes |= {
+            f"{w.tensor}_rows": "D" if "d" in w.axes else "DV"
+            for w in self.kernel.outputs
+            if len(w.axes) == 2
+        }
         return [f"prefetch_row<{size}>({name}, {later});" for name, size in sizes.items() if name in words]
 
     def _position(self) -> str:
