@@ -40,7 +40,7 @@ from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.linear_autograd import LinearMachine, attend
 from attn_engine.runtime.linear_cpu import CpuChunks
-from attn_engine.runtime.linear_indices import LinearIndices
+from attn_engine.runtime.linear_indices import check_linear_indices
 from attn_engine.runtime.linear_inputs import LinearInputs
 from attn_engine.runtime.linear_reference import token_recurrence
 from attn_engine.runtime.linear_torch import TorchChunks
@@ -133,7 +133,6 @@ class LinearAttentionEngine(LinearText):
         self._traced: dict[LinearKind, TracedLinear] = {}
         self._steps: dict[tuple[object, ...], StepPlan] = {}
         self._present: TracedLinear | None = None
-        self._indices = LinearIndices()
         self._number = numbered(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearAttentionEngine:
@@ -353,7 +352,7 @@ class LinearAttentionEngine(LinearText):
         check_captured(captured, v)
         sequences = sequences_of(cu_seqlens, v.shape[0], v.shape[2])
         inputs = LinearInputs(q, k, v, decay, beta, captured, traced.scalars(), None, sequences)
-        self._indices.check(traced.program, inputs)
+        check_linear_indices(traced.program, inputs, traced.checked)
         shape = inputs.state_shape(traced.program.state_columns)
         state = checked_state("initial_state", initial_state, shape, v)
         self._present = traced

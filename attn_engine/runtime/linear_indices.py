@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,25 +29,21 @@ MOST_REMEMBERED = 256
 _KNOWN_POSITIONS: dict[Expr, Expr] = {T_IDX: Q_IDX, D_IDX: KV_IDX, DV_IDX: KV_IDX}
 
 
-@dataclass(eq=False)
-class LinearIndices:
-    """The checks of one engine's calls, each made once for equal sizes, numbers and contents."""
-
-    _passed: set[tuple[object, ...]] = field(default_factory=set[tuple[object, ...]])
-
-    def check(self, program: LinearProgram, inputs: LinearInputs) -> None:
-        """Raise IndexOutOfRange for the first index that leaves its tensor."""
-        if not program.captures or not inputs.v.numel():
-            return
-        indexed = [(x.data_ptr(), x._version) for x in inputs.captured.values() if not x.is_floating_point()]
-        shapes = [x.shape for x in inputs.captured.values()]
-        signature = (program, inputs.v.shape[:3], *shapes, *indexed, *inputs.scalars.values())
-        if signature in self._passed:
-            return
-        _check(program, inputs)
-        if len(self._passed) >= MOST_REMEMBERED:
-            self._passed.clear()
-        self._passed.add(signature)
+def check_linear_indices(
+    program: LinearProgram, inputs: LinearInputs, passed: set[tuple[object, ...]]
+) -> None:
+    """Raise IndexOutOfRange for the first index that leaves its tensor. passed: the calls that were checked before."""
+    if not program.captures or not inputs.v.numel():
+        return
+    indexed = [(x.data_ptr(), x._version) for x in inputs.captured.values() if not x.is_floating_point()]
+    shapes = [x.shape for x in inputs.captured.values()]
+    signature = (inputs.v.shape[:3], *shapes, *indexed, *inputs.scalars.values())
+    if signature in passed:
+        return
+    _check(program, inputs)
+    if len(passed) >= MOST_REMEMBERED:
+        passed.clear()
+    passed.add(signature)
 
 
 def _check(program: LinearProgram, inputs: LinearInputs) -> None:
