@@ -18,7 +18,7 @@ def small(arguments: list[str] | None, about: str | None) -> bool:
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """One head, in float32 and O(T^2): o_i = sum over j <= i of (q_i . k_j) e^(sum of log_decay after j up to i) v_j."""
+    """One head, in float32 and O(T^2): o_i = sum over j <= i of (q_i . k_j) e^(log_decay from j+1 to i) v_j."""
     total = log_decay.double().cumsum(0)
     exponent = total[:, None] - total
     future = torch.ones(exponent.shape, dtype=torch.bool).triu(1)

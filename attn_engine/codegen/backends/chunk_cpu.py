@@ -60,6 +60,7 @@ class _ChunkRenderer(StatementRenderer):
         return [
             f"#define {REGISTERS} {self.registers}",
             *([f"#define {IN_DOUBLE} 1"] if self.in_double else []),
+            *(["#define PAIRED_PRODUCTS"] if self._paired else []),
             '#include "kernel.h"',
             '#include "chunk_vectors.h"',
             "",
@@ -84,6 +85,12 @@ class _ChunkRenderer(StatementRenderer):
             "};",
             "",
         ]
+
+    @property
+    def _paired(self) -> bool:
+        """Whether products multiply pairs of bfloat16; a single token has none."""
+        dot = self.target.bfloat16_dot and self.program.element is Storage.BFLOAT16
+        return dot and self.kernel.name != "linear_step"
 
     def _tensor_type(self, p: ChunkParam) -> str:
         return f"Tensor<{'' if p.output else 'const '}{TYPES[p.storage]}, {p.rank}>"

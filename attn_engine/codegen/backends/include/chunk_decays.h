@@ -75,12 +75,22 @@ template <int C> struct TokenDecay {
 /// to[j][i] = x_i . y_j * factor, zero where token i does not read token j. spare holds x transposed.
 template <bool STRICT, bool NEGATIVE, int N, int C, class Decay>
 OUTLINE void gram(Real (*to)[C], const Real (*x)[N], const Real (*y)[N], Real (*spare)[C], int rows, int dims, Decay decay) {
+#if defined(PAIRED_PRODUCTS)
+  transpose_pairs((Pair(*)[C])spare, x[0], N, rows, dims);
+  const Numbers numbers(ROOM_FOR_PAIRS(room_for_numbers(rows, dims)), y[0], N, 1, rows, dims);
+#else
   transpose_rows(spare, x, rows, dims);
+#endif
   for (int column = 0; column < rows; column += WIDTH)
     for (int block = 0; block < rows; block += ACCUMULATORS) {
       FloatVector sums[ACCUMULATORS] = {};
       const bool meet = column + WIDTH > block, crossed = column < block + ACCUMULATORS;
+#if defined(PAIRED_PRODUCTS)
+      const Pair* lanes = (const Pair*)spare[0] + column;
+      if (meet) multiply_add(sums, dims, numbers.at(block, 0), numbers.row_stride, numbers.pair_stride, lanes, C);
+#else
       if (meet) multiply_add(sums, dims, y[block], N, 1, spare[0] + column, C);
+#endif
       UNROLL for (int r = 0; r < ACCUMULATORS; ++r) {
         FloatVector weight = meet ? sums[r] * decay(block + r, column) : FloatVector{};
         if (crossed) weight = reads_token<STRICT>(block + r, column) ? weight : FloatVector{};

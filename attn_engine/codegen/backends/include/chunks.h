@@ -2,7 +2,7 @@
 // A tile is an array of rows with all columns up to a multiple of LANES; what lies beyond a chunk's tokens and beyond the
 // dimensions is zero. A matrix of tokens is held transposed: [j][i] is the weight of token j for token i.
 #pragma once
-#include "kernel.h"
+#include "chunk_pairs.h"
 
 namespace attention {
 
@@ -104,14 +104,26 @@ struct RowFactor {
 template <Set SET, Depth DEPTH, int N, class Factor = Whole>
 OUTLINE void product(Real (*to)[N], int rows, int depth, const Real* a, int64_t row_stride, int64_t depth_stride,
                      const Real (*b)[N], Factor factor = {}) {
-  for (int column = 0; column < N; column += LANES)
+#if defined(PAIRED_PRODUCTS)
+  const Numbers numbers(ROOM_FOR_PAIRS(room_for_numbers(rows, depth)), a, row_stride, depth_stride, rows, depth);
+  Pair* lanes = ROOM_FOR_PAIRS((depth + 1) / 2 * LANES);
+#endif
+  for (int column = 0; column < N; column += LANES) {
+#if defined(PAIRED_PRODUCTS)
+    pack_pairs(lanes, LANES, b[0] + column, N, depth, LANES);
+#endif
     for (int block = 0; block < rows; block += ROWS) {
       const int first = DEPTH == Depth::FROM_ROW ? block : 0;
       const int last = DEPTH == Depth::UP_TO_ROW ? min(block + ROWS, depth) : depth;
       Floats sums[ROWS];
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0);
+#if defined(PAIRED_PRODUCTS)
+      multiply_add(sums, last - first, numbers.at(block, first), numbers.row_stride, numbers.pair_stride,
+                   lanes + first / 2 * LANES, LANES);
+#else
       multiply_add(sums, last - first, a + block * row_stride + first * depth_stride, row_stride, depth_stride,
                    b[first] + column, N);
+#endif
       UNROLL for (int r = 0; r < ROWS; ++r) {
         Real* place = to[block + r] + column;
         const Floats sum = factor(block + r, sums[r]);
@@ -121,6 +133,7 @@ OUTLINE void product(Real (*to)[N], int rows, int depth, const Real* a, int64_t 
         else store(place, load(place) - sum);
       }
     }
+  }
 }
 
 /// to = x * by, row by row.
@@ -137,17 +150,29 @@ template <int N> INLINE void scale_rows(Real (*to)[N], const Real (*x)[N], const
 /// state = whole * state (+ or -) keys^T values.
 template <bool NEGATIVE, int N, int D, class Whole>
 OUTLINE void state_step(Real (*state)[N], int dims, const Real (*keys)[D], const Real (*values)[N], int rows, Whole whole) {
-  for (int column = 0; column < N; column += LANES)
+#if defined(PAIRED_PRODUCTS)
+  const Numbers numbers(ROOM_FOR_PAIRS(room_for_numbers(dims, rows)), keys[0], 1, D, dims, rows);
+  Pair* lanes = ROOM_FOR_PAIRS(rows / 2 * LANES);
+#endif
+  for (int column = 0; column < N; column += LANES) {
+#if defined(PAIRED_PRODUCTS)
+    pack_pairs(lanes, LANES, values[0] + column, N, rows, LANES);
+#endif
     for (int block = 0; block < dims; block += ROWS) {
       Floats sums[ROWS];
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0);
+#if defined(PAIRED_PRODUCTS)
+      multiply_add(sums, rows, numbers.at(block, 0), numbers.row_stride, numbers.pair_stride, lanes, LANES);
+#else
       multiply_add(sums, rows, keys[0] + block, 1, D, values[0] + column, N);
+#endif
       UNROLL for (int r = 0; r < ROWS; ++r) {
         Real* place = state[block + r] + column;
         const Floats before = load(place) * whole(block + r);
         store(place, NEGATIVE ? before - sums[r] : before + sums[r]);
       }
     }
+  }
 }
 
 /// One token: the state decays (`left` of each row), is cleared of what it holds for `eraser`, written to and read.
