@@ -162,7 +162,7 @@ OUTLINE void unpack_lanes(const Matrix<T>& to, int first, int count, const Real 
 template <int COLUMNS, class T> INLINE void write_row(const Matrix<T>& to, int row, int column, Floats value) {
   UNROLL for (int p = 0; p < PARTS; ++p) {
     const int start = column + p * WIDTH;
-    if (to.column_stride == 1) store_vector(to.at(row, start), value.part[p], COLUMNS - start);
+    if (to.column_stride == 1) store_vector(to.at(row, start), value.part[p], COLUMNS % LANES ? COLUMNS - start : WIDTH);
     else for (int i = 0; i < WIDTH && start + i < COLUMNS; ++i) *to.at(row, start + i) = element_of<T>(value.part[p][i]);
   }
 }
@@ -199,6 +199,19 @@ INLINE void multiply_add(Floats (&sums)[ROWS], int depth, const Real* a, int64_t
     a += depth_stride, b += lanes_stride;
   }
   UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = registers[r];
+}
+
+/// The same with one register of lanes and as many rows as there are accumulators: for products of which a part is left out.
+INLINE void multiply_add(FloatVector (&sums)[ACCUMULATORS], int depth, const Real* a, int64_t row_stride,
+                         int64_t depth_stride, const Real* b, int64_t lanes_stride) {
+  FloatVector registers[ACCUMULATORS];
+  UNROLL for (int r = 0; r < ACCUMULATORS; ++r) registers[r] = sums[r];
+  for (int k = 0; k < depth; ++k) {
+    const FloatVector lanes = *(const FloatVector*)b;
+    UNROLL for (int r = 0; r < ACCUMULATORS; ++r) registers[r] = fma(a[r * row_stride], lanes, registers[r]);
+    a += depth_stride, b += lanes_stride;
+  }
+  UNROLL for (int r = 0; r < ACCUMULATORS; ++r) sums[r] = registers[r];
 }
 
 }  // namespace attention
