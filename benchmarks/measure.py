@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Run = Callable[[], object]
+Clock = Callable[[], float]
 
 SECONDS_AT_LEAST = 0.05
 SECONDS_PER_CONTENDER = 2.0
@@ -41,26 +42,36 @@ class Outcome:
     others: float | None = None
 
 
-def stretch(contender: Contender, repeats: int) -> float:
+def stretch(contender: Contender, repeats: int, clock: Clock = time.perf_counter) -> float:
     """Seconds per call."""
     if contender.prepare is not None:
         contender.prepare()
         contender.run()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         contender.run()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
-def warm_up(contender: Contender) -> float:
+def warm_up(contender: Contender, clock: Clock = time.perf_counter) -> float:
     """Compile and warm up; how long a call takes, about."""
-    first = stretch(contender, 1)
-    return stretch(contender, 1) if first > SLOW_CALL else min(stretch(contender, 1) for _ in range(3))
+    first = stretch(contender, 1, clock)
+    if first > SLOW_CALL:
+        return stretch(contender, 1, clock)
+    return min(stretch(contender, 1, clock) for _ in range(3))
 
 
-def measure(contenders: Mapping[str, Contender], base: str = "ours", rounds: int = 7) -> Outcome:
-    """Ratios of each contender to `base`. Slow contenders sit out some rounds, but never all but FEWEST_ROUNDS."""
-    about = {name: warm_up(c) for name, c in contenders.items()}
+def measure(
+    contenders: Mapping[str, Contender],
+    base: str = "ours",
+    rounds: int = 7,
+    clock: Clock = time.perf_counter,
+) -> Outcome:
+    """Ratios of each contender to `base`. Slow contenders sit out some rounds, but never all but FEWEST_ROUNDS.
+
+    clock: `time.process_time` for one thread, which other processes disturb less.
+    """
+    about = {name: warm_up(c, clock) for name, c in contenders.items()}
     repeats = {name: max(1, math.ceil(SECONDS_AT_LEAST / t)) for name, t in about.items()}
     wanted = {
         name: max(FEWEST_ROUNDS, min(rounds, int(SECONDS_PER_CONTENDER / (t * repeats[name]))))
@@ -75,7 +86,7 @@ def measure(contenders: Mapping[str, Contender], base: str = "ours", rounds: int
     try:
         for turn in range(count):
             taking_part = [n for n in contenders if n == base or sits_in(turn, wanted[n], count)]
-            now = {name: stretch(contenders[name], repeats[name]) for name in taking_part}
+            now = {name: stretch(contenders[name], repeats[name], clock) for name in taking_part}
             for name, t in now.items():
                 times[name].append(t)
                 if name != base:

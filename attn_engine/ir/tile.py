@@ -119,8 +119,8 @@ class Param:
     """A tensor argument: its storage and the names of its sizes, outermost first.
 
     Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v"; "<name>_size_<i>" for captured tensors;
-    "q_blocks", "kv_blocks" and "ends" for tables of tiles; "q_bounds", "kv_bounds", "partial_listed" and "full_listed"
-    for lists of blocks; "span" and "tile_count" for tables of sequences.
+    "q_blocks", "kv_blocks" and "ends" for tables of tiles; "q_bounds", "kv_bounds", "partial_listed", "full_listed"
+    and "partial_words" for lists of blocks; "span" and "tile_count" for tables of sequences.
     Strides are arguments too, one per dimension, in elements.
     """
 

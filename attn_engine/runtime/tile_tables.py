@@ -13,10 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attn_engine.ir.expr import Expr, Var, loads, variables
+from attn_engine.ir.expr import Expr, Load, Var, loads, variables
 from attn_engine.ir.ops import DType, Number
 from attn_engine.ir.tile import TileTable
-from attn_engine.runtime.dense import DIMENSION, evaluate_dense
+from attn_engine.runtime.dense import DIMENSION, evaluate_dense, torch_kind
 from attn_engine.runtime.versions import version_of
 
 _COUNTED = {"batch": "batches", "head": "heads"}
@@ -83,8 +83,10 @@ def _table(
     sizes: Mapping[str, int],
     compute: torch.dtype,
 ) -> Tensor:
-    device = next(iter(captured.values())).device if captured else None
     rows = sizes[f"{table.axis}_len"]
+    if (read := _read_in_place(table, captured, sizes)) is not None:
+        return _extremes(read[..., :rows], table.block).to(torch_kind(table.value.dtype, compute))
+    device = next(iter(captured.values())).device if captured else None
     tiles = -(-rows // table.block)
     # Rows beyond the end repeat the last one: they add nothing to a tile.
     positions = torch.arange(tiles * table.block, device=device).clamp_(max=max(rows - 1, 0))
@@ -99,6 +101,30 @@ def _table(
     if by_tile.dtype is torch.bool:
         return torch.stack((by_tile.all(-1), by_tile.any(-1)), -1)
     return torch.stack(torch.aminmax(by_tile, dim=-1), -1)
+
+
+def _read_in_place(
+    table: TileTable, captured: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> Tensor | None:
+    """The captured numbers themselves where the value is x[position], x[batch, position] and so on, all of each."""
+    value, rows = table.value, sizes[f"{table.axis}_len"]
+    if not isinstance(value, Load) or value.dtype is DType.BOOL or not rows:
+        return None
+    x, names = captured[value.tensor], [i.name for i in value.indices if isinstance(i, Var)]
+    inside = [name for name in _COUNTED if name in names]
+    if len(names) < len(value.indices) or names != [*inside, f"{table.axis}_idx"]:
+        return None
+    counts = tuple(sizes[_COUNTED[name]] for name in inside)
+    return x if x.shape[:-1] == counts and x.shape[-1] >= rows else None
+
+
+def _extremes(x: Tensor, block: int) -> Tensor:
+    """Smallest and largest of each `block` along the last dimension, the last block as long as it is."""
+    whole = x.shape[-1] // block * block
+    parts = [x[..., :whole].unflatten(-1, (-1, block))] if whole else []
+    parts += [x[..., None, whole:]] if whole < x.shape[-1] else []
+    ends = [torch.stack(torch.aminmax(part, dim=-1), -1) for part in parts]
+    return ends[0] if len(ends) == 1 else torch.cat(ends, -2)
 
 
 def _along(v: Var, values: Tensor) -> Tensor:

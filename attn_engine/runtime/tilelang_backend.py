@@ -42,11 +42,6 @@ class TileLangBackend:
             raise UnsupportedOnBackend(
                 backend=self.name, feature="keys in pages", instead='Use backend="triton" or "cpu".'
             )
-        if program.sequences is not None:
-            instead = 'Use backend="triton" or "cpu", or dense tensors with a mask_mod of documents.'
-            raise UnsupportedOnBackend(
-                backend=self.name, feature="sequences of their own lengths", instead=instead
-            )
         wide = program.element in (Storage.FLOAT32, Storage.FLOAT64)
         if wide != self.on_cpu:
             instead = 'Use backend="triton", or bfloat16 or float16 tensors: TileLang would round products to 10 bits.'

@@ -90,7 +90,7 @@ class TritonRenderer(Addressing):
         Op.MAX: "tl.maximum", Op.MIN: "tl.minimum", Op.WHERE: "tl.where", Op.ABS: "tl.abs", Op.FLOOR: "tl.floor",
         Op.EXP: "tl.exp", Op.EXP2: "tl.exp2", Op.LOG: "tl.log", Op.LOG2: "tl.log2", Op.TANH: "tanh",
         Op.SIGMOID: "tl.sigmoid", Op.SQRT: "tl.sqrt", Op.RSQRT: "tl.rsqrt", Op.SIN: "tl.sin", Op.COS: "tl.cos",
-        Op.FLOORDIV: "floor_divide", Op.MOD: "floor_modulo",
+        Op.FLOORDIV: "floor_divide", Op.MOD: "floor_modulo", Op.BIT: "bit_of",
     }  # fmt: skip
 
     arguments: list[list[str]]  # in groups, one line of the signature each

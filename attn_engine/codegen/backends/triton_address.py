@@ -23,7 +23,7 @@ DIMENSION_WORDS = {
     "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
     "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
     "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
-    "tile_count": "tile", "span": "end", "pages": "page",
+    "tile_count": "tile", "span": "end", "partial_words": "word", "pages": "page",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {axis: f"BLOCK_{axis.upper()}" for axis in AXES}
@@ -35,7 +35,7 @@ NON_NEGATIVE = frozenset(
     f"{axis}_{what}" for axis in AXES for what in ("idx", "start", "len")
 ) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
 LISTED = frozenset(
-    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "span", "tile_count"}
+    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "partial_words", "span", "tile_count"}
 )  # last sizes of lists of blocks and of tables of sequences: no number in them is negative
 OF_TILE = {
     "head",
@@ -176,8 +176,8 @@ class Addressing(Renderer):
                 [],
             )
         text = self.expr(index, axes, INFIX[Op.MUL][1])
-        if not of_captured and not index.axes:
-            return text, []  # batch and head come from the grid
+        if not of_captured and (not index.axes or size in LISTED):
+            return text, []  # batch and head come from the grid, the places of lists from lists
         low = [] if self.is_non_negative(index) else [f"{self.expr(index, axes, INFIX[Op.ADD][1])} >= 0"]
         return text, [*low, f"{self.expr(index, axes, INFIX[Op.ADD][1])} < {size}"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,22 +13,6 @@ from torch import Tensor
 def take(x: Tensor, index: Tensor) -> Tensor:
     """x[b, index[b, t, h], h]: (B, T, H, D) of x (B, N, H, D). index: (B, T, H), no position twice in a head."""
     return _Take.apply(x, _rows(index, x.shape[1]))  # pyright: ignore[reportReturnType]
-
-
-def put(x: Tensor, index: Tensor, length: int) -> Tensor:
-    """The inverse: (B, length, H, D) with x[b, t, h] at position index[b, t, h] and zeros elsewhere."""
-    return _Put.apply(x, _rows(index, length), length)  # pyright: ignore[reportReturnType]
-
-
-def permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """x[b, index[b, t, h], h] where index has every position once; its gradient is gathered too, by the inverse."""
-    return _Permute.apply(x, _rows(index, x.shape[1]), _rows(inverse, x.shape[1]))  # pyright: ignore[reportReturnType]
-
-
-def inverse_of(index: Tensor) -> Tensor:
-    """Where each position went: the permutation that takes `permute` back."""
-    positions = torch.arange(index.shape[1], device=index.device)[None, :, None]
-    return torch.empty_like(index).scatter_(1, index, positions.expand_as(index))
 
 
 def order_of(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +28,53 @@ def order_of(keep: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.empty_like(place)
     index.scatter_(1, place, positions.expand_as(place))
     return index, counts
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Rows of a flattened (B, N, H, .) tensor in another order.
+
+    there: (T,), the row that each slot takes. back: (B N H,), the slot of each row. Rows that none takes share one last
+    slot, which holds any row on the way there, and must hold zeros on the way back.
+    """
+
+    there: Tensor
+    back: Tensor
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(T, D) of x (B, N, H, D)."""
+        return _Moved.apply(x.reshape(-1, x.shape[-1]), self.there, self.back)  # pyright: ignore[reportReturnType]
+
+    def restore(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(B, N, H, D) from (T, D); the first three of `shape` are B, N and H."""
+        moved = _Moved.apply(rows, self.back, self.there)
+        return moved.view(*shape[:3], rows.shape[-1])  # pyright: ignore[reportOptionalMemberAccess, reportReturnType]
+
+
+def permuted(order: Tensor, shape: tuple[int, ...]) -> Moves:
+    """order: (B H N,), every row's number once, counted with heads before positions; shape: (B, N, H)."""
+    there = _heads_first_rows(*shape, order.device).index_select(0, order)
+    return Moves(there, _inverse(there, torch.empty_like(there)))
+
+
+def kept_rows(keep: Tensor) -> tuple[Moves, Tensor]:
+    """The rows where keep (B, N, H) is not 0, heads before positions, and one slot more; their numbers as in
+    `permuted`."""
+    order = keep.transpose(1, 2).flatten().nonzero().flatten()
+    rows = _heads_first_rows(*keep.shape, keep.device).index_select(0, order)
+    there = torch.cat((rows, rows.new_zeros(min(1, keep.numel()))))
+    return Moves(there, _inverse(rows, rows.new_full((keep.numel(),), len(rows)))), order
+
+
+def _inverse(rows: Tensor, into: Tensor) -> Tensor:
+    into[rows] = torch.arange(len(rows), device=rows.device)
+    return into
+
+
+@lru_cache(maxsize=16)
+def _heads_first_rows(batches: int, length: int, heads: int, device: torch.device) -> Tensor:
+    rows = torch.arange(batches * length * heads, device=device)
+    return rows.view(batches, length, heads).transpose(1, 2).flatten()
 
 
 def _rows(index: Tensor, length: int) -> Tensor:
@@ -89,13 +122,15 @@ class _Put(torch.autograd.Function):
         return _Take.apply(gradients[0], rows), None, None  # pyright: ignore[reportReturnType]
 
 
-class _Permute(torch.autograd.Function):
+class _Moved(torch.autograd.Function):
+    """Gathered there; its gradient is gathered back (a gather costs less than half of what writing anywhere does)."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, inverse)
-        return _taken(x, rows, tuple(x.shape))
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(there, back)
+        return x.index_select(0, there)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        rows, inverse = ctx.saved_tensors
-        return _Permute.apply(gradients[0], inverse, rows), None, None  # pyright: ignore[reportReturnType]
+        there, back = ctx.saved_tensors
+        return _Moved.apply(gradients[0].contiguous(), back, there), None, None  # pyright: ignore[reportReturnType]

@@ -16,7 +16,8 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import FractionalKeep, UnknownSparsity, WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
-from attn_engine.library.sparse.compaction import inverse_of, order_of, permute, put, take
+from attn_engine.library.sparse.buckets import Pairs, by_bucket, by_keep
+from attn_engine.library.sparse.compaction import order_of, take
 
 NO_KEY = 1_000_000_000  # the position of a padded key: after every query
 NO_QUERY = -1  # the position of a padded query: before every key
@@ -61,11 +62,7 @@ def qk_sparse_attention(
     """Attention of the kept queries over the kept keys; arguments as of `dynamic_sparse_attention`."""
     _check_keep("q_keep", q_keep, q)
     _check_keep("k_keep", k_keep, k)
-    (q_index, q_idx), (k_index, k_idx) = _kept(q_keep, NO_QUERY), _kept(k_keep, NO_KEY)
-    rows = take(q, q_index), take(k, k_index), take(v, k_index)
-    engine = _engine(q, v, sm_scale, "qk", _causality(causal))
-    out = engine(*_heads_first(rows), *_heads_first((q_idx, k_idx)))
-    return put(out.transpose(1, 2), q_index, q.shape[1])
+    return _over_sequences(by_keep(q_keep, k_keep), q, k, v, sm_scale, _causality(causal))
 
 
 def hash_sparse_attention(
@@ -86,12 +83,15 @@ def hash_sparse_attention(
     """
     q_hash = _check_buckets("q_hash", q_bucket_idx if q_hash is None else q_hash, q)
     k_hash = _check_buckets("k_hash", k_bucket_idx if k_hash is None else k_hash, k)
-    q_hash, q_index, q_inverse = _sorted(q_hash)
-    k_hash, k_index, k_inverse = _sorted(k_hash)
-    rows = permute(q, q_index, q_inverse), permute(k, k_index, k_inverse), permute(v, k_index, k_inverse)
-    engine = _engine(q, v, sm_scale, "hash", _causality(causal))
-    out = engine(*_heads_first(rows), *_heads_first((q_index.int(), k_index.int(), q_hash, k_hash)))
-    return permute(out.transpose(1, 2), q_inverse, q_index)
+    pairs, strict = by_bucket(q_hash, k_hash), _causality(causal)
+    if pairs.worth_it:
+        return _over_sequences(pairs, q, k, v, sm_scale, strict)
+    sides = (pairs.q, q, q_hash), (pairs.k, k, k_hash), (pairs.k, v, k_hash)
+    rows = [_heads_first(side.moves.gather(x), x) for side, x, _ in sides]
+    at = [_heads_first(side.order % max(side.length, 1), x).int() for side, x, _ in sides[:2]]
+    own = [_heads_first(x.flatten().index_select(0, side.moves.there), x) for side, _, x in sides[:2]]
+    out = _engine(q, v, sm_scale, "hash", strict)(*rows, *at, *own)
+    return pairs.q.moves.restore(out.reshape(-1, v.shape[-1]), tuple(q.shape))
 
 
 def compact(
@@ -128,8 +128,10 @@ def sort_bucketed_attention(qkv: Tensor, qkv_bucket_idx: Tensor) -> tuple[Tensor
 
     qkv_bucket_idx: (B, N, H). index: (B, N, H), int64, the original positions; rows have gradients.
     """
-    buckets, index, inverse = _sorted(qkv_bucket_idx)
-    return permute(qkv, index, inverse), buckets, index
+    buckets = _check_buckets("qkv_bucket_idx", qkv_bucket_idx, qkv)
+    order = by_bucket(buckets, buckets).q.order
+    index = _heads_first(order % max(qkv.shape[1], 1), buckets).transpose(1, 2)
+    return take(qkv, index), qkv_bucket_idx.gather(1, index), index
 
 
 def qk_sparse_attention_kernel(
@@ -164,34 +166,48 @@ def hash_sparse_attention_kernel(
     return _engine(q, v, sm_scale, "hash", _causality(causal))(q, k, v, q_idx, k_idx, q_hash, k_hash)
 
 
-def _kept(keep: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-    """The index of `compact`, and the same padded."""
-    with torch.no_grad():
-        order, counts = order_of(keep)
-        index = order[:, : int(counts.max()) if counts.numel() else 0]
-        return index, pad_index(index, counts, padding)
+def _over_sequences(
+    pairs: Pairs, q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None, strict: bool
+) -> Tensor:
+    """Attention of each sequence's queries over its keys that are not after them."""
+    sides = (pairs.q, q), (pairs.k, k), (pairs.k, v)
+    rows = [side.moves.gather(x).unsqueeze(1) for side, x in sides]
+    places = {"cu_len_q": pairs.q.cu_len, "cu_len_kv": pairs.k.cu_len}
+    if pairs.alike:  # what is earlier in a sequence is earlier in time
+        out = _engine(q, v, sm_scale, "order", strict)(*rows, **places)
+    else:
+        columns = pairs.columns
+        at = pairs.q.positions(columns), pairs.k.positions(columns)
+        out = _engine(q, v, sm_scale, "sequences", strict, columns)(*rows, *at, **places)
+    return pairs.q.moves.restore(out.squeeze(1), tuple(q.shape))
 
 
-def _sorted(buckets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Buckets in ascending order, the positions they come from, and where those went."""
-    with torch.no_grad():
-        ordered, index = torch.sort(buckets, dim=1, stable=True)
-        return ordered, index, inverse_of(index)
+def _heads_first(rows: Tensor, like: Tensor) -> Tensor:
+    """(B H N, ...) as (B, H, N, ...), of the shape that `like` begins with (B, N, H)."""
+    batches, length, heads = like.shape[:3]
+    return rows.view(batches, heads, length, *rows.shape[1:])
 
 
-def _heads_first(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    return [x.transpose(1, 2) for x in tensors]
-
-
-def _engine(q: Tensor, v: Tensor, sm_scale: float | None, mode: str, strict: bool) -> AttentionEngine:
+def _engine(
+    q: Tensor, v: Tensor, sm_scale: float | None, mode: str, strict: bool, columns: int = 0
+) -> AttentionEngine:
     scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale)
-    return _made(q.dtype, q.shape[-1], v.shape[-1], scale, mode, strict)
+    return _made(q.dtype, q.shape[-1], v.shape[-1], scale, mode, strict, columns)
 
 
 @lru_cache(maxsize=64)
 def _made(
-    dtype: torch.dtype, dim_qk: int, dim_v: int, scale: float, mode: str, strict: bool
+    dtype: torch.dtype, dim_qk: int, dim_v: int, scale: float, mode: str, strict: bool, columns: int
 ) -> AttentionEngine:
+    """mode: which rows see which, "order", "sequences", "qk" or "hash". columns: of the tables for "sequences"."""
+
+    def in_order(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
+        return kv_idx < q_idx if strict else kv_idx <= q_idx
+
+    def in_past_of_sequence(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
+        query, key = custom.input_tensors["q_at"][b, q_idx], custom.input_tensors["k_at"][b, kv_idx]
+        return key < query if strict else key <= query
+
     def in_past(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
         query, key = custom.input_tensors["q_idx"][b, h, q_idx], custom.input_tensors["k_idx"][b, h, kv_idx]
         return key < query if strict else key <= query
@@ -200,12 +216,18 @@ def _made(
         query, key = custom.input_tensors["q_hash"][b, h, q_idx], custom.input_tensors["k_hash"][b, h, kv_idx]
         return (query == key) & in_past(b, h, q_idx, kv_idx, custom)
 
-    names = ("idx", "hash") if mode == "hash" else ("idx",)
-    lengths = {"q": "seq_len", "k": "seq_len_kv"}
-    inputs = {f"{x}_{name}": ("batch", "heads", lengths[x]) for name in names for x in "qk"}
+    q_rows, k_rows = ("batch", "heads", "seq_len"), ("batch", "heads", "seq_len_kv")
+    positions = {"q_idx": q_rows, "k_idx": k_rows}
+    of_sequences = {"q_at": ("batch", columns), "k_at": ("batch", columns)}
+    mask, inputs = {
+        "order": (in_order, {}),
+        "sequences": (in_past_of_sequence, of_sequences),
+        "qk": (in_past, positions),
+        "hash": (in_bucket, {**positions, "q_hash": q_rows, "k_hash": k_rows}),
+    }[mode]
+    layout = "bshd" if mode in ("order", "sequences") else "bhsd"
     metas = [meta_tensor(None, None, None, dim, dtype=dtype) for dim in (dim_qk, dim_qk, dim_v)]
-    mask = in_bucket if mode == "hash" else in_past
-    return AttentionEngine(metas, None, CustomIO(inputs), None, mask, layout="bhsd", scale=scale)
+    return AttentionEngine(metas, None, CustomIO(inputs), None, mask, layout=layout, scale=scale)
 
 
 def _causality(causal: str) -> bool:

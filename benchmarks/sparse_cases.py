@@ -1,0 +1,179 @@
+"""Sparse attentions to be measured: each with its mask as a formula, and the dense attentions it is compared with.
+
+A part is a function of (kind, length) that makes a `Problem`; further parts are added to PARTS and KINDS.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from attn_engine import AttentionEngine, meta_tensor
+from attn_engine.library import (
+    LocalStrideSparseAttention,
+    SparseAttention,
+    causal,
+    hash_sparse_attention,
+    qk_sparse_attention,
+)
+from benchmarks.measure import Contender, Run
+
+HEADS, DIM, BLOCK = 8, 64, 64
+LENGTHS, QUICK_LENGTH = (2048, 8192), 2048
+LONGEST_MASK = 2048  # a mask of every head, which SDPA makes floats of, and flex_attention's blocks by torch
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+MaskMod = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """part: a name in PARTS. kind: what varies in it."""
+
+    part: str
+    kind: str
+    length: int
+    direction: str
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.kind}, {self.length}, {self.direction}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """ours: a function of q, k, v as `layout` says. visible: (b, h, q, kv) -> bool, causality included, for any
+    indices that broadcast."""
+
+    ours: Attention
+    visible: MaskMod
+    layout: str
+
+
+def qk(kind: str, length: int) -> Problem:
+    """kind: the share of queries and of keys that is dropped, in percent."""
+    q_keep, k_keep = ((torch.rand(1, length, HEADS) >= float(kind) / 100).float() for _ in range(2))
+    kept_q, kept_k = q_keep[0].T.bool(), k_keep[0].T.bool()
+
+    def visible(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return kept_q[h, q] & kept_k[h, kv] & (kv <= q)
+
+    return Problem(lambda q, k, v: qk_sparse_attention(q, k, v, q_keep, k_keep), visible, "bshd")
+
+
+def hashed(kind: str, length: int) -> Problem:
+    """kind: the number of buckets; queries and keys have buckets of their own, drawn uniformly."""
+    q_hash, k_hash = (torch.randint(0, int(kind), (1, length, HEADS), dtype=torch.int32) for _ in range(2))
+    of_q, of_k = q_hash[0].T.contiguous(), k_hash[0].T.contiguous()
+
+    def visible(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (of_q[h, q] == of_k[h, kv]) & (kv <= q)
+
+    return Problem(lambda q, k, v: hash_sparse_attention(q, k, v, q_hash, k_hash), visible, "bshd")
+
+
+def stride(kind: str, length: int) -> Problem:
+    """kind: every how many blocks of 64 a head sees one, beside the last 8; 1 is dense attention."""
+    every, local = int(kind), 512 // BLOCK
+    module = LocalStrideSparseAttention(HEADS, length, BLOCK, local, every, seq_dim=2)
+    step = max(1, every // HEADS)
+
+    def visible(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        near = q // BLOCK - kv // BLOCK < local
+        return (near | ((kv // BLOCK + h * step) % every == 0)) & (kv <= q)
+
+    return Problem(lambda q, k, v: module(q, k, v), visible, "bhsd")
+
+
+def blocks(kind: str, length: int) -> Problem:
+    """kind: the share of blocks of 64 x 64 that a head sees, in percent, drawn for each; the diagonal always."""
+    count = length // BLOCK
+    pattern = torch.rand(HEADS, count, count) < float(kind) / 100
+    pattern |= torch.eye(count, dtype=torch.bool)
+    module = SparseAttention(BLOCK, pattern.tril(), seq_dim=2)
+
+    def visible(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return pattern[h, q // BLOCK, kv // BLOCK] & (kv <= q)
+
+    return Problem(lambda q, k, v: module(q, k, v), visible, "bhsd")
+
+
+PARTS: dict[str, Callable[[str, int], Problem]] = {
+    "qk": qk, "hash": hashed, "local-stride": stride, "random blocks": blocks,
+}  # fmt: skip
+KINDS = {
+    "qk": ("50", "60", "70", "80"),
+    "hash": ("4", "16", "64"),
+    "local-stride": ("1", "4", "16"),
+    "random blocks": ("10",),
+}
+DIRECTIONS = ("forward", "backward")
+CASES = [
+    Case(part, kind, length, direction)
+    for part, kinds in KINDS.items()
+    for kind in kinds
+    for length in LENGTHS
+    for direction in DIRECTIONS
+]
+
+
+def density(problem: Problem, length: int) -> float:
+    """Visible pairs over those of a causal mask."""
+    total, keys, rows = 0, torch.arange(length), 512
+    for head in range(HEADS):
+        for first in range(0, length, rows):
+            queries = torch.arange(first, min(first + rows, length))[:, None]
+            total += int(problem.visible(0, head, queries, keys).sum())
+    return total / (HEADS * length * (length + 1) / 2)
+
+
+@functools.cache
+def dense_engine() -> AttentionEngine:
+    metas = (meta_tensor(None, None, None, DIM, dtype=torch.float32),) * 3
+    return AttentionEngine(metas, mask_mod=causal(), layout="bhsd", backend="cpu")
+
+
+def contenders(case: Case, with_flex: bool) -> tuple[dict[str, Contender], float]:
+    """All that compute the case, in the same numbers, and its density."""
+    torch.manual_seed(0)
+    problem = PARTS[case.part](case.kind, case.length)
+    tensors = [torch.randn(1, HEADS, case.length, DIM) for _ in range(4)]
+    own = tensors if problem.layout == "bhsd" else [x.transpose(1, 2).contiguous() for x in tensors]
+    found = {
+        "ours": Contender(call(problem.ours, own, case.direction)),
+        "dense": Contender(call(dense_engine(), tensors, case.direction)),
+    }
+    if case.length <= LONGEST_MASK:
+        rows, heads = torch.arange(case.length), torch.arange(HEADS)[:, None, None]
+        mask = problem.visible(0, heads, rows[:, None], rows)[None]
+        masked = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
+        found["sdpa"] = Contender(call(masked, tensors, case.direction))
+        if with_flex and case.direction == "forward":
+            found["flex"] = Contender(call(flex(problem, case.length), tensors, case.direction))
+    return found, density(problem, case.length)
+
+
+def flex(problem: Problem, length: int) -> Attention:
+    torch.compiler.reset()
+    mask = create_block_mask(problem.visible, 1, HEADS, length, length, device="cpu")
+    return functools.partial(torch.compile(flex_attention), block_mask=mask)
+
+
+def call(function: Attention, tensors: list[Tensor], direction: str) -> Run:
+    """One call; backward is the gradient alone, on a graph that is kept."""
+    *inputs, d_out = tensors
+
+    def forward() -> object:
+        with torch.no_grad():
+            return function(*inputs)
+
+    if direction == "forward":
+        return forward
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True)
