@@ -131,7 +131,7 @@ class AttentionLibrary:
         if scale is None and self._scaled:
             scale = 1.0 / math.sqrt(metas[0].dim)
         mask, score = self._mods
-        arguments = self._arguments | {"mask_mod": self._places[of_each].mask(mask)}
+        arguments: dict[str, Any] = self._arguments | {"mask_mod": self._places[of_each].mask(mask)}
         if score is not None:
             arguments["score_mod"] = self._places[of_each].score(score)
         return AttentionEngine(metas, scale=scale, **arguments)

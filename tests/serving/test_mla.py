@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def test_values_are_a_prefix_of_the_keys(
     d, dv = dims
     cache, q = filled(LENGTHS, 64, 1, (d, 8)), torch.randn(3, rows, heads, d)
     metadata, splits = get_mla_metadata(cache.lengths, rows * heads, 1)
-    given = {"head_dim_v": dv, "softmax_scale": 0.1, "causal": causal, "backend": backend}
+    given: dict[str, Any] = {"head_dim_v": dv, "softmax_scale": 0.1, "causal": causal, "backend": backend}
     out, lse = flash_mla_with_kvcache(
         q, cache.k, cache.table, cache.lengths,
         tile_scheduler_metadata=metadata, num_splits=splits, **given,
@@ -78,5 +80,6 @@ def test_what_it_does_not_do() -> None:
     given = (q, cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), 8)
     for name, x in (("is_fp8_kvcache", True), ("indices", torch.zeros(1)), ("attn_sink", torch.zeros(2))):
         with pytest.raises(WrongArgument) as found:
-            flash_mla_with_kvcache(*given, **{name: x})
+            options: dict[str, Any] = {name: x}
+            flash_mla_with_kvcache(*given, **options)
         assert found.value.details["argument"] == name
