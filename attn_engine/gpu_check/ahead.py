@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attn_engine.codegen.gpu_schedule import default_schedule
+from attn_engine.codegen.lower.capture import capture_gradients
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import Schedule, within_blocks
 from attn_engine.codegen.targets import target_named
@@ -87,6 +88,7 @@ def jobs(backends: tuple[str, ...], targets: tuple[str, ...] = TARGETS) -> list[
 def _with_triton(case: Case, target: str) -> list[AotReport]:
     backend = TritonBackend("triton", interpret=False)
     program = program_of(case)
+    backend.refuse(program, capture_gradients(program, case.learned))
     schedule = within_blocks(default_schedule(program, target_named(target)), program.listed)
     return [
         compile_ahead(k, backend.source(k, schedule), target, backend.options(k, schedule))
@@ -98,6 +100,7 @@ def _with_tilelang(case: Case, target: str) -> list[AotReport]:
     """Compiled by nvcc where there is one; else, and for AMD, only lowered: what can be read of the text."""
     backend = TileLangBackend("tilelang", on_cpu=False)
     program = program_of(case)
+    backend.refuse(program, capture_gradients(program, case.learned))
     schedule = within_blocks(backend.schedule_on(program, target), program.listed)
     reports: list[AotReport] = []
     for kernel in _kernels(case, program, schedule):
