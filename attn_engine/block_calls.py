@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.lower.capture import Route, capture_gradients
+from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads, packable
 from attn_engine.ir.program import Attention, ListedBlocks
 from attn_engine.runtime.block_sparse import BlockSparse, Extent, WrongBlockSparse, taken
@@ -63,6 +64,12 @@ def attend(
     with_rows: bool,
 ) -> tuple[Tensor, Any]:
     """o and the row values of a call that gives blocks."""
+    if torch.compiler.is_compiling():
+        raise UnsupportedOnBackend(
+            backend="torch.compile",
+            feature="blocks given by a call, whose lists depend on what is in them",
+            instead="Call the engine outside of the compiled graph: torch.compiler.disable(engine)(q, k, v, ...).",
+        )
     q, k, v = inputs
     refuse_transforms((q, k, v, *custom, *named.values()))
     traced, captured, numbers, _ = engine._bind(q, k, v, custom, named)
@@ -75,11 +82,6 @@ def attend(
     tensors = _in_order(captured, lists, traced.program)
     o, found = apply(call, key, rows.pack(q), k, v, tensors, numbers, None, with_rows)
     return rows.unpack(o), [rows.unpack_rows(x) for x in found]
-
-
-# What torch.compiler.disable does, without its import of the whole compiler: lists depend on what is in the tensors, so
-# a compiled graph ends before such a call and goes on after it.
-attend._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def packed_group(program: Attention, captured: Mapping[str, Tensor], extent: Extent) -> int:
