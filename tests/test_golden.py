@@ -129,5 +129,5 @@ def test_showcase_of_chunks(direction: str, golden: Callable[[str, str], None]) 
     wanted = ("q", "k", "v", "decay", "beta", *(c.name for c in program.captures))
     forward = direction == "forward"
     kernel = lower_chunked_forward(program) if forward else lower_chunked_backward(program, wanted)
-    text = render_chunk_cpu(kernel, CpuTarget(), 64, (f"gated delta net: {direction} | cpu | golden",))
+    text = render_chunk_cpu(kernel, CpuTarget(), 32, (f"gated delta net: {direction} | cpu | golden",))
     golden(f"gated_delta_net_{direction}.cpp", text)

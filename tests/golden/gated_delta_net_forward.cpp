@@ -5,7 +5,7 @@
 
 namespace attention {
 
-constexpr int CHUNK = 64, SEGMENT = 16, D = 64, DV = 64, STATE_COLUMNS = 64;
+constexpr int CHUNK = 32, SEGMENT = 16, D = 64, DV = 64, STATE_COLUMNS = 64;
 constexpr int T_COLUMNS = round_up(CHUNK, WIDTH), D_COLUMNS = round_up(D, LANES), V_COLUMNS = round_up(STATE_COLUMNS, LANES);
 
 struct Arguments {  // 8 bytes each: the launcher fills them in this order
