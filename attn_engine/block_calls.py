@@ -67,8 +67,8 @@ def attend(
     if torch.compiler.is_compiling():
         raise UnsupportedOnBackend(
             backend="torch.compile",
-            feature=f"{given.name}: its lists depend on what is in it",
-            instead="Call the engine outside of the compiled function (torch.compiler.disable).",
+            feature="blocks given by a call, whose lists depend on what is in them",
+            instead="Call the engine outside of the compiled graph: torch.compiler.disable(engine)(q, k, v, ...).",
         )
     q, k, v = inputs
     refuse_transforms((q, k, v, *custom, *named.values()))

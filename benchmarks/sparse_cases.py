@@ -133,9 +133,9 @@ def density(problem: Problem, length: int) -> float:
 
 
 @functools.cache
-def dense_engine() -> AttentionEngine:
+def dense_engine(layout: str) -> AttentionEngine:
     metas = (meta_tensor(None, None, None, DIM, dtype=torch.float32),) * 3
-    return AttentionEngine(metas, mask_mod=causal(), layout="bhsd", backend="cpu")
+    return AttentionEngine(metas, mask_mod=causal(), layout=layout, backend="cpu")
 
 
 def contenders(case: Case, with_flex: bool) -> tuple[dict[str, Contender], float]:
@@ -146,8 +146,11 @@ def contenders(case: Case, with_flex: bool) -> tuple[dict[str, Contender], float
     own = tensors if problem.layout == "bhsd" else [x.transpose(1, 2).contiguous() for x in tensors]
     found = {
         "ours": Contender(call(problem.ours, own, case.direction)),
-        "dense": Contender(call(dense_engine(), tensors, case.direction)),
+        "dense": Contender(call(dense_engine(problem.layout), own, case.direction)),
+        "dense, heads first": Contender(call(dense_engine("bhsd"), tensors, case.direction)),
     }
+    if problem.layout == "bhsd":
+        del found["dense, heads first"]  # the same
     if case.length <= LONGEST_MASK:
         rows, heads = torch.arange(case.length), torch.arange(HEADS)[:, None, None]
         mask = problem.visible(0, heads, rows[:, None], rows)[None]

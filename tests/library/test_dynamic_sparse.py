@@ -19,6 +19,8 @@ from attn_engine.library import (
     qk_sparse_attention_kernel,
     sort_bucketed_attention,
 )
+from attn_engine.library.sparse import buckets
+from attn_engine.library.sparse.buckets import by_bucket, by_keep
 
 HEADS = 2
 
@@ -45,10 +47,10 @@ def tensors(
     return [torch.randn(batches, n, HEADS, d, **options).requires_grad_() for n, d in shapes]
 
 
-def indices(mode: str, lengths: tuple[int, int], buckets: int = 4, batches: int = 2) -> list[Tensor]:
+def indices(mode: str, lengths: tuple[int, int], count: int = 4, batches: int = 2) -> list[Tensor]:
     shapes = [(batches, n, HEADS) for n in lengths]
     if mode == "hash":
-        return [torch.randint(-buckets, 0, s, dtype=torch.int32) for s in shapes]
+        return [torch.randint(-count, 0, s, dtype=torch.int32) for s in shapes]
     return [(torch.rand(s) > 0.6).float() for s in shapes]
 
 
@@ -76,6 +78,43 @@ def test_against_the_formula(mode: str, lengths: tuple[int, int]) -> None:
 def test_scale_dimensions_and_strict_causality(mode: str) -> None:
     lengths = (90, 90)
     agrees(*tensors(*lengths, 16, 24), *indices(mode, lengths), mode, sm_scale=0.7, causal="strict")
+
+
+@pytest.mark.parametrize("way", ["sequences", "one mask"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_both_ways_over_sorted_buckets(way: str, alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets of 0, 1 and many rows, some of queries or of keys alone, each with its own in every head."""
+    monkeypatch.setattr(buckets, "FEWEST_ROWS", 0 if way == "sequences" else 10**6)
+    monkeypatch.setattr(buckets, "MOST_PADDING", 100)
+    q_idx, k_idx = ((torch.rand(2, 230, HEADS) ** 4 * 9).int() * 200_000_000 - 900_000_000 for _ in range(2))
+    k_idx[:, :50] = 7
+    agrees(*tensors(230, 230), q_idx, q_idx.clone() if alike else k_idx, "hash")
+
+
+def test_sequences_are_for_buckets_of_many_rows() -> None:
+    few, many = (torch.randint(0, n, (1, 400, HEADS), dtype=torch.int32) for n in (2, 300))
+    assert by_bucket(few, few).worth_it and not by_bucket(many, many).worth_it
+    one_large = torch.where(torch.rand(1, 400, HEADS) < 0.9, 0, many)
+    assert by_bucket(one_large, few).columns >= 300  # of each of many sequences
+    assert not by_bucket(one_large, few).worth_it
+
+
+def test_rows_that_are_alike_need_no_positions() -> None:
+    keep = (torch.rand(1, 90, HEADS) > 0.5).float()
+    assert by_keep(keep, keep.clone()).alike and not by_keep(keep, 1 - keep).alike
+    agrees(*tensors(90, 90, batches=1), keep, keep, "qk")
+
+
+def test_the_slot_of_dropped_rows_takes_no_gradient_to_others() -> None:
+    """The first row stands in it; a gradient of a dropped row's output must not reach it."""
+    q, k, v = tensors(40, 40, batches=1)
+    keep = torch.zeros(1, 40, HEADS)
+    keep[:, ::3] = 1.0
+    dropped = torch.ones_like(v) * (1 - keep)[..., None]
+    for grad in torch.autograd.grad(
+        dynamic_sparse_attention(q, k, v, keep, keep, sparsity_mode="qk"), (q, k, v), dropped
+    ):
+        assert torch.equal(grad, torch.zeros_like(grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -163,15 +202,15 @@ def test_pad_index() -> None:
 
 
 def test_sorting_keeps_the_order_within_a_bucket() -> None:
-    buckets = torch.randint(0, 3, (2, 40, HEADS))
+    given = torch.randint(0, 3, (2, 40, HEADS))
     x = torch.randn(2, 40, HEADS, 4)
-    rows, found, index = sort_bucketed_attention(x, buckets)
+    rows, found, index = sort_bucketed_attention(x, given)
     for b in range(2):
         for h in range(HEADS):
-            want = sorted(range(40), key=lambda i: (int(buckets[b, i, h]), i))
+            want = sorted(range(40), key=lambda i: (int(given[b, i, h]), i))
             assert index[b, :, h].tolist() == want
             assert torch.equal(rows[b, :, h], x[b, want, h]) and torch.equal(
-                found[b, :, h], buckets[b, want, h]
+                found[b, :, h], given[b, want, h]
             )
 
 

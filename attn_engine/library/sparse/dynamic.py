@@ -7,7 +7,8 @@ original positions counted from 0 on both sides. Names, arguments and layouts ar
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from attn_engine.library.sparse.compaction import order_of, take
 
 NO_KEY = 1_000_000_000  # the position of a padded key: after every query
 NO_QUERY = -1  # the position of a padded query: before every key
+SHORT_TILE = 32
 Causality = Literal["inclusive", "strict"]
 
 
@@ -172,13 +174,16 @@ def _over_sequences(
     """Attention of each sequence's queries over its keys that are not after them."""
     sides = (pairs.q, q), (pairs.k, k), (pairs.k, v)
     rows = [side.moves.gather(x).unsqueeze(1) for side, x in sides]
-    places = {"cu_len_q": pairs.q.cu_len, "cu_len_kv": pairs.k.cu_len}
+    short = pairs.short and q.device.type == "cpu"
+    of_q, of_k = pairs.q.cu_len, pairs.k.cu_len
     if pairs.alike:  # what is earlier in a sequence is earlier in time
-        out = _engine(q, v, sm_scale, "order", strict)(*rows, **places)
+        in_order = _engine(q, v, sm_scale, "order", strict, short=short)
+        out = in_order(*rows, cu_len_q=of_q, cu_len_kv=of_k)
     else:
         columns = pairs.columns
-        at = pairs.q.positions(columns), pairs.k.positions(columns)
-        out = _engine(q, v, sm_scale, "sequences", strict, columns)(*rows, *at, **places)
+        q_at, k_at = pairs.q.positions(columns), pairs.k.positions(columns)
+        by_position = _engine(q, v, sm_scale, "sequences", strict, columns, short)
+        out = by_position(*rows, q_at, k_at, cu_len_q=of_q, cu_len_kv=of_k)
     return pairs.q.moves.restore(out.squeeze(1), tuple(q.shape))
 
 
@@ -189,17 +194,31 @@ def _heads_first(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _engine(
-    q: Tensor, v: Tensor, sm_scale: float | None, mode: str, strict: bool, columns: int = 0
+    q: Tensor,
+    v: Tensor,
+    sm_scale: float | None,
+    mode: str,
+    strict: bool,
+    columns: int = 0,
+    short: bool = False,
 ) -> AttentionEngine:
     scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale)
-    return _made(q.dtype, q.shape[-1], v.shape[-1], scale, mode, strict, columns)
+    return _made(q.dtype, q.shape[-1], v.shape[-1], scale, mode, strict, columns, short)
 
 
 @lru_cache(maxsize=64)
 def _made(
-    dtype: torch.dtype, dim_qk: int, dim_v: int, scale: float, mode: str, strict: bool, columns: int
+    dtype: torch.dtype,
+    dim_qk: int,
+    dim_v: int,
+    scale: float,
+    mode: str,
+    strict: bool,
+    columns: int,
+    short: bool,
 ) -> AttentionEngine:
-    """mode: which rows see which, "order", "sequences", "qk" or "hash". columns: of the tables for "sequences"."""
+    """mode: which rows see which, "order", "sequences", "qk" or "hash". columns: of the tables for "sequences".
+    short: most sequences have few tiles, of which smaller ones waste less (on a CPU)."""
 
     def in_order(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
         return kv_idx < q_idx if strict else kv_idx <= q_idx
@@ -227,7 +246,12 @@ def _made(
     }[mode]
     layout = "bshd" if mode in ("order", "sequences") else "bhsd"
     metas = [meta_tensor(None, None, None, dim, dtype=dtype) for dim in (dim_qk, dim_qk, dim_v)]
-    return AttentionEngine(metas, None, CustomIO(inputs), None, mask, layout=layout, scale=scale)
+    make = partial(AttentionEngine, metas, None, CustomIO(inputs), None, mask, layout=layout, scale=scale)
+    if not short:
+        return make()
+    schedule = make(backend="cpu").schedule
+    tile = min(schedule.block_q, SHORT_TILE)
+    return make(backend="cpu", schedule=replace(schedule, block_q=tile, block_kv=SHORT_TILE))
 
 
 def _causality(causal: str) -> bool:

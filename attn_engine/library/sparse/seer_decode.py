@@ -53,8 +53,7 @@ def block_sparse_flash_decode_gqa_mask(
     n, heads, kv_heads = blocks(max_cache_seqlen, size), rows.shape[2], k_cache.shape[2]
     meaning = "(batch, heads, blocks of the cache)"
     mask = mask_of_blocks(block_mask, q.shape[0], heads, kv_heads, (n,), meaning)
-    picked = {"block_sparse_mask": mask[:, :, None]}
-    return _decode(q, rows, k_cache, v_cache, cache_seqlens, picked, size, sm_scale, return_lse)
+    return _decode(q, rows, k_cache, v_cache, cache_seqlens, mask, size, sm_scale, return_lse)
 
 
 def block_sparse_flash_decode_gqa_indice(
@@ -84,10 +83,10 @@ def block_sparse_flash_decode_gqa_indice(
         got, expected = block_indices.shape[1], f"{heads} (of q) or {kv_heads} (of k)"
         instead = "Give them for one of these."
         raise WrongArgument(argument="heads of block_indices", got=got, expected=expected, instead=instead)
-    filled = (cache_seqlens + (size - 1)) // size
-    known = torch.where(block_indices < filled[:, None, None], block_indices, -1)
-    picked = {"block_sparse_indices": known.int()[:, :, None]}
-    return _decode(q, rows, k_cache, v_cache, cache_seqlens, picked, size, sm_scale, return_lse)
+    n = blocks(max_cache_seqlen, size)
+    picked = torch.where((block_indices < 0) | (block_indices > n), n, block_indices)  # n: to be cut off
+    mask = q.new_zeros((*picked.shape[:2], n + 1), dtype=torch.bool).scatter_(2, picked.long(), True)
+    return _decode(q, rows, k_cache, v_cache, cache_seqlens, mask[:, :, :n], size, sm_scale, return_lse)
 
 
 def _check(
@@ -136,7 +135,7 @@ def _decode(
     k_cache: Tensor,
     v_cache: Tensor,
     cache_seqlens: Tensor,
-    picked: dict[str, Tensor],
+    mask: Tensor,
     size: int,
     sm_scale: float | None,
     return_lse: bool,
@@ -145,7 +144,7 @@ def _decode(
     n = rows.shape[1]
     engine = _engine(q.dtype, q.shape[-1], v_cache.shape[-1], scale, n > 1)
     offset = [(cache_seqlens - n).int()] if n > 1 else []
-    tile = max(size, 1 << (n - 1).bit_length())  # one row of blocks holds all new tokens
+    tile = 1 << (n - 1).bit_length()  # one row of blocks holds all new tokens
     out, saved = engine(
         rows,
         k_cache,
@@ -153,7 +152,7 @@ def _decode(
         *offset,
         len_kv=cache_seqlens,
         block_size=(tile, size),
-        **picked,
+        block_sparse_mask=mask[:, :, None],
         return_final_rowscales=True,
     )
     if q.ndim == 3:
