@@ -169,14 +169,15 @@ class _Place:
             nonlocal start
             start = value
 
-        def first(b: Any) -> Any:
-            return start[b] if of_each else start
-
         def moved_mask(mask: MaskMod) -> MaskMod:
-            return lambda b, h, q_idx, kv_idx: mask(b, h, q_idx + first(b), kv_idx)
+            if of_each:
+                return lambda b, h, q_idx, kv_idx: mask(b, h, q_idx + start[b], kv_idx)
+            return lambda b, h, q_idx, kv_idx: mask(b, h, q_idx + start, kv_idx)
 
         def moved_score(mod: ScoreMod) -> ScoreMod:
-            return lambda score, b, h, q_idx, kv_idx: mod(score, b, h, q_idx + first(b), kv_idx)
+            if of_each:
+                return lambda score, b, h, q_idx, kv_idx: mod(score, b, h, q_idx + start[b], kv_idx)
+            return lambda score, b, h, q_idx, kv_idx: mod(score, b, h, q_idx + start, kv_idx)
 
         self.offset, self._moved_mask, self._moved_score = offset, moved_mask, moved_score
 
