@@ -205,7 +205,7 @@ def _offsets(q: torch.Tensor, k: torch.Tensor, length: int, named: Mapping[str, 
         return x.shape[length] - (0 if first is None else first)
 
     found = torch.as_tensor(lengths("kv", k), device=q.device) - lengths("q", q)
-    return found.to(torch.int64)
+    return torch.atleast_1d(found).to(torch.int64)
 
 
 def _entry(argument: str, entries: Mapping[str, Entry], name: object) -> Entry:
