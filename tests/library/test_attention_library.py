@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_engine import AttentionEngine, AttentionLibrary, errors, meta_tensor
+from attn_engine import AttentionEngine, AttentionLibrary, errors, library, meta_tensor
 from attn_engine.library import alibi_slopes, causal, t5_bias
 from attn_engine.library.catalogue import ATTENTIONS, CALLED, MASKS, Entry
 from attn_engine.library.dense.relative_bias import t5_buckets
