@@ -96,7 +96,10 @@ class CutTable:
 
 def words_of(bits: Tensor) -> Tensor:
     """bool (entries, bits) in words of 32, from the lowest bit on: int32 (entries * words)."""
-    bits = F.pad(bits, (0, -bits.shape[1] % BITS)).unflatten(1, (-1, BITS))
-    weights = 2 ** torch.arange(BITS, device=bits.device)
-    words = (bits * weights).sum(2)
-    return torch.where(words >= 2 ** (BITS - 1), words - 2**BITS, words).to(torch.int32).flatten()
+    entries, count = bits.shape
+    words = torch.zeros(entries, -(-count // BITS), dtype=torch.int32, device=bits.device)
+    for i in range(count):
+        place = i % BITS
+        one = 1 << place if place < BITS - 1 else -(1 << place)  # the highest bit is the sign
+        words[:, i // BITS] += bits[:, i] * torch.tensor(one, dtype=torch.int32)
+    return words.flatten()
