@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.schedule import Schedule
-from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.passes.mask_tiles import TRUE, classify_tiles
+from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads, packable
 from attn_engine.ir.program import Attention
 from attn_engine.runtime.block_lists import listed_keys
