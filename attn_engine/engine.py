@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from attn_engine.block_calls import attend, blocks_given, visible_pairs
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.dump import dump_stages
 from attn_engine.engine_text import EngineText
@@ -232,11 +233,16 @@ class AttentionEngine(EngineText):
         require a gradient: lse does, a row maximum does not.
         cu_len_q, cu_len_kv (packed), or start_q, len_q, start_kv, len_kv (in a batch): sequences of their own lengths,
         as docs/packed.md says.
+        block_sparse_mask, or block_sparse_indices (with block_num), and block_size: the blocks of keys that blocks of
+        queries, or query tokens, may see, as docs/sparse.md says.
         """
         if self.backend == "reference":
             o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64, block_mask)
             return (o.to(q.dtype), saved) if return_final_rowscales else o.to(q.dtype)
-        if torch.compiler.is_compiling():
+        given = blocks_given(self, named, block_mask) if named else None
+        if given is not None:
+            o, rows = attend(self, given, (q, k, v), custom_inputs, named, return_final_rowscales)
+        elif torch.compiler.is_compiling():
             o, *rows = in_graph(self, self._number, q, k, v, custom_inputs, named, block_mask)
         else:
             refuse_transforms((q, k, v, *custom_inputs, *named.values()))
@@ -276,9 +282,11 @@ class AttentionEngine(EngineText):
         block_mask: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values, evaluated densely."""
+        given = blocks_given(self, named, block_mask) if named else None
         traced, captured, numbers, _ = self._bind(q, k, v, custom_inputs, named, block_mask)
         views = self._logical(q), self._logical(k), self._logical(v)
-        o, rows = reference(traced.program, *views, captured, numbers, dtype)
+        visible = None if given is None else visible_pairs(given, traced.program, captured, *views[:2])
+        o, rows = reference(traced.program, *views, captured, numbers, dtype, visible)
         return of_logical(o, self.layout, q.ndim == 3), rows
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor) -> Any:
@@ -330,7 +338,7 @@ class AttentionEngine(EngineText):
         tensors, numbers = traced.tensors(custom), traced.scalars()
         lists = self._lists_of(block_mask)
         if lists is not None or places is not None:
-            self._checks.check_shapes(q, k, v, places and places.layout)
+            self._checks.check_shapes(q, k, v, places and places.sequences(k, self.layout))
             found = of_call(lists, places, self._logical(q), self._logical(k))
             traced, tensors = traced.with_layout(found.blocks, found.sequences), tensors | found.tensors
         kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)

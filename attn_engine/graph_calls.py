@@ -34,10 +34,10 @@ def key_of(
     device: str,
     kinds: tuple[torch.dtype, ...],
     blocks: tuple[int, int, str, bool] | None = None,
-    packed: bool | None = None,
+    layout: tuple[bool, int] | None = None,
 ) -> int:
     """The operator key of an engine's kernels for custom inputs of these dtypes, lists of these blocks, and sequences,
-    packed or not.
+    packed or not, with keys in pages of so many rows or not.
 
     It is a constant of the compiled graph.
     """
@@ -45,7 +45,7 @@ def key_of(
     storages = {name: storage_of(name, kind) for name, kind in zip(engine.custom_io, kinds, strict=True)}
     traced = engine._current(storages)
     listed = ListedBlocks(*blocks) if blocks else None
-    sequences = None if packed is None else Sequences(packed)
+    sequences = None if layout is None else Sequences(*layout)
     _, key = engine._call(traced.with_layout(listed, sequences), device)
     return key
 
@@ -68,15 +68,15 @@ def in_graph(
     places = sequence_places(named, engine._checks.custom_shapes)
     custom = custom_by_name(engine._checks.custom_shapes, custom_inputs, named)
     kinds = tuple(x.dtype for x in custom.values())
-    traced, blocks, packed = engine._present, None, None
+    traced, blocks, layout = engine._present, None, None
     captured = list(traced.tensors(custom).values())
     lists = engine._lists_of(block_mask)
     if lists is not None or places is not None:
         found = of_call(lists, places, engine._logical(q), engine._logical(k))
         blocks = astuple(found.blocks) if found.blocks else None
-        packed = found.sequences.packed if found.sequences else None
+        layout = (found.sequences.packed, found.sequences.page) if found.sequences else None
         captured = captured + list(found.tensors.values())
-    key = key_of(number, q.device.type, kinds, blocks, packed)
+    key = key_of(number, q.device.type, kinds, blocks, layout)
     read = [given for trace in traced.traces for _, given in trace.custom]
     unread = [x for name, x in custom.items() if name not in read]
     scalars = [float(x) for x in (engine.scale, *traced.scalars().values())]

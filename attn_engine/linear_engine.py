@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -17,7 +18,7 @@ from attn_engine.errors import (
 )
 from attn_engine.frontend import CustomIO, MetaTensor
 from attn_engine.frontend.linear import Mod
-from attn_engine.ir.linear import LinearProgram, Rank
+from attn_engine.ir.linear import Rank
 from attn_engine.ir.ops import Storage
 from attn_engine.linear_checks import (
     LinearExpected,
@@ -29,7 +30,9 @@ from attn_engine.linear_checks import (
     checked_state,
     sequences_of,
 )
+from attn_engine.linear_graph import in_graph, numbered
 from attn_engine.linear_steps import StepPlan, step
+from attn_engine.linear_text import LinearText
 from attn_engine.options import checked_scale, fixed_sizes, three_metas
 from attn_engine.runtime.backends import backend_named
 from attn_engine.runtime.bind import LAYOUTS, custom_by_name
@@ -37,6 +40,7 @@ from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.linear_autograd import LinearMachine, attend
 from attn_engine.runtime.linear_cpu import CpuChunks
+from attn_engine.runtime.linear_indices import check_linear_indices
 from attn_engine.runtime.linear_inputs import LinearInputs
 from attn_engine.runtime.linear_reference import token_recurrence
 from attn_engine.runtime.linear_torch import TorchChunks
@@ -47,7 +51,7 @@ BACKENDS = ("auto", "cpu", "torch", "reference")
 CHUNKS = (16, 32, 64, 128)
 
 
-class LinearAttentionEngine:
+class LinearAttentionEngine(LinearText):
     """A compiled linear attention: a state per head that each token decays, writes to and reads.
 
         S~_t = Diag(e^{decay_t}) S_{t-1}
@@ -99,35 +103,49 @@ class LinearAttentionEngine:
         backend: str = "auto",
         **unknown: Any,
     ) -> None:
-        q, k, v = three_metas(qkv_meta)
-        self.layout, self.backend, self.chunk = layout, backend, chunk
-        self.custom_io = CustomIO() if custom_io is None else custom_io
-        self._check_options(phase, decay_rank, unknown)
-        self._rank = None if decay_rank is None else Rank(decay_rank)
+        self._arguments = {n: x for n, x in locals().items() if n not in ("self", "unknown", "__class__")}
+        self._set_up(unknown)
+        self._present = self._first_trace()
+
+    def _set_up(self, unknown: dict[str, Any]) -> None:
+        """Everything but the first trace."""
+        given = self._arguments
+        self.layout, self.backend, self.chunk = given["layout"], given["backend"], given["chunk"]
+        self._check_options(given["phase"], given["decay_rank"], unknown)
+        q, k, v = three_metas(given["qkv_meta"])
+        self.custom_io = CustomIO() if given["custom_io"] is None else given["custom_io"]
+        self._rank = None if given["decay_rank"] is None else Rank(given["decay_rank"])
+        mods = {n: x for n, x in given.items() if n.endswith("_mod")}
         self._description = LinearDescription(
-            q_mod=q_mod,
-            k_mod=k_mod,
-            v_mod=v_mod,
-            decay_mod=decay_mod,
-            beta_mod=beta_mod,
-            erase_mod=erase_mod,
-            bonus_mod=bonus_mod,
-            normalizer_mod=normalizer_mod,
+            **mods,
             custom_io=self.custom_io,
-            delta=delta or beta_mod is not None or erase_mod is not None,
-            exclusive=phase == "exclusive",
-            reverse=bool(reverse),
-            scale=checked_scale(scale, 1.0),
+            delta=given["delta"] or mods["beta_mod"] is not None or mods["erase_mod"] is not None,
+            exclusive=given["phase"] == "exclusive",
+            reverse=bool(given["reverse"]),
+            scale=checked_scale(given["scale"], 1.0),
             dtype=q.dtype,
             dim_qk=q.dim,
             dim_v=v.dim,
         )
         self._check_parts()
         sizes = tuple(fixed_sizes(m) for m in (q, k, v))
-        self._expected = LinearExpected(layout, q.dtype, (q.dim, k.dim, v.dim), sizes)  # pyright: ignore[reportArgumentType]
+        self._expected = LinearExpected(self.layout, q.dtype, (q.dim, k.dim, v.dim), sizes)  # pyright: ignore[reportArgumentType]
         self._traced: dict[LinearKind, TracedLinear] = {}
         self._steps: dict[tuple[object, ...], StepPlan] = {}
-        self._present = self._first_trace()
+        self._present: TracedLinear | None = None
+        self._number = numbered(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearAttentionEngine:
+        """A fresh engine of a copied description: modules whose methods are mods are copied, plain functions shared."""
+        built = LinearAttentionEngine.__new__(LinearAttentionEngine)
+        memo[id(self)] = built
+        built._arguments = copy.deepcopy(self._arguments, memo)
+        built._set_up({})  # not traced yet: the module around it may be half copied
+        return built
+
+    def __reduce__(self) -> Any:
+        """Pickled by its description, where the mods can be; kernels are made anew from the cache."""
+        return _remade, (dict(self._arguments),)
 
     def _check_options(self, phase: str, decay_rank: str | None, unknown: dict[str, Any]) -> None:
         known = "beta_mod, erase_mod, bonus_mod, normalizer_mod, delta, phase, reverse, scale, decay_rank, layout, "
@@ -187,9 +205,15 @@ class LinearAttentionEngine:
         return self._program_of(LinearKind(rank, element, beta, custom))
 
     @property
-    def program(self) -> LinearProgram:
-        """The program of the last call; before the first, with a decay of each token."""
-        return self._present.program
+    def shown(self) -> TracedLinear:
+        if self._present is None:
+            self._present = self._first_trace()
+        return self._present
+
+    @property
+    def state_columns(self) -> int:
+        """Columns of the state: those of v, and one for the sum of the weights where that is divided by."""
+        return self._description.dim_v + (self._description.normalizer_mod is not None)
 
     @overload
     def __call__(
@@ -239,6 +263,10 @@ class LinearAttentionEngine:
         initial_state: the states before the first tokens, of that shape. cu_seqlens: where packed sequences begin in a
         batch of 1, and the end. All but cu_seqlens may have gradients.
         """
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            rows = (q, k, v, decay, beta)
+            o, states = in_graph(self, self._number, rows, custom, named, initial_state, cu_seqlens)
+            return (o, states) if return_final_state else o
         traced, inputs = self.bind(q, k, v, decay, custom, named, beta, initial_state, cu_seqlens)
         refuse_transforms(inputs.tensors().values())
         if self.backend == "reference":
@@ -324,6 +352,7 @@ class LinearAttentionEngine:
         check_captured(captured, v)
         sequences = sequences_of(cu_seqlens, v.shape[0], v.shape[2])
         inputs = LinearInputs(q, k, v, decay, beta, captured, traced.scalars(), None, sequences)
+        check_linear_indices(traced.program, inputs, traced.checked)
         shape = inputs.state_shape(traced.program.state_columns)
         state = checked_state("initial_state", initial_state, shape, v)
         self._present = traced
@@ -364,21 +393,6 @@ class LinearAttentionEngine:
             backend_named("cpu")  # warns, once
         return TorchChunks(traced.program, self.chunk)
 
-    def source(self, kernel: str = "forward") -> str:
-        """The C++ of a generated kernel, "forward" or "backward" (with the gradients of all that can have one)."""
-        traced = self._present
-        chunks = CpuChunks(traced.program, self.chunk)
-        if kernel not in ("forward", "backward"):
-            raise UnknownOption(option="kernel", value=kernel, where="source", known="'forward', 'backward'")
-        floating = [c.name for c in traced.program.captures if c.storage.floating]
-        given = ["q", "k", "v"]
-        given += ["decay"] if traced.kind.decay is not Rank.NONE else []
-        given += ["beta"] if traced.kind.beta is not None else []
-        return chunks.source(kernel, (*given, *floating))
 
-    def __repr__(self) -> str:
-        p = self.program
-        return (
-            f"LinearAttentionEngine({p.name}, {p.element.value}, D={p.dim_qk}, Dv={p.dim_v}, "
-            f"decay={p.rank.value!r}, delta={p.corrected}, layout={self.layout!r}, backend={self.backend!r})"
-        )
+def _remade(arguments: dict[str, Any]) -> LinearAttentionEngine:
+    return LinearAttentionEngine(**arguments)

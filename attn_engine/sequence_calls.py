@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_engine.codegen.lower.paged import BLOCK_TABLE
 from attn_engine.ir.program import ListedBlocks, Sequences
 from attn_engine.listed_calls import lists_of_call
 from attn_engine.masks.lists import BlockLists
 from attn_engine.runtime.compiled import sizes_of
+from attn_engine.runtime.paged import table_of
+from attn_engine.runtime.paged_checks import check_paged_places
 from attn_engine.runtime.sequence_checks import check_places
 from attn_engine.runtime.sequences import SPAN_NAMES
 from attn_engine.runtime.versions import version_of
@@ -30,15 +33,20 @@ class SequencePlaces:
     given: dict[str, Tensor]
 
     @property
-    def layout(self) -> Sequences:
-        return Sequences(packed=any(name in self.given for name in PACKED))
+    def packed(self) -> bool:
+        """Whether q, and k and v where they do not lie in pages, have no batch."""
+        return any(name in self.given for name in PACKED)
+
+    def sequences(self, k: Tensor, layout: str) -> Sequences:
+        """How the sequences lie; k in the engine's layout."""
+        return Sequences(packed=self.packed)
 
     def spans(self, q: Tensor, k: Tensor) -> dict[str, Tensor]:
         """int32 (n, 2) of each axis by the kernels' names: first row, number of rows. q, k: (B, H, rows, D).
 
         The same tensors give the same spans again, so that later checks need not look into them.
         """
-        check_places(self.given, q, k, packed=self.layout.packed)
+        self._check(q, k)
         if torch.compiler.is_compiling():
             return self._spans(q, k)
         sources = tuple(self.given.values())
@@ -52,8 +60,11 @@ class SequencePlaces:
         _kept[key] = tuple(weakref.ref(x, lambda _: _kept.pop(key, None)) for x in sources), versions, made
         return made
 
+    def _check(self, q: Tensor, k: Tensor) -> None:
+        check_places(self.given, q, k, packed=self.packed)
+
     def _spans(self, q: Tensor, k: Tensor) -> dict[str, Tensor]:
-        if self.layout.packed:
+        if self.packed:
             of_q = self.given["cu_len_q"]
             both = (of_q, self.given.get("cu_len_kv", of_q))
             return dict(zip(SPAN_NAMES, (_pairs(x[:-1], x.diff()) for x in both), strict=True))
@@ -63,6 +74,33 @@ class SequencePlaces:
             first = self.given.get(f"start_{axis}", zeros)
             found[name] = _pairs(first, self.given.get(f"len_{axis}", x.shape[2] - first))
         return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedPlaces(SequencePlaces):
+    """The same where k and v are caches in pages: queries in a batch or packed, keys through a table."""
+
+    @property
+    def packed(self) -> bool:
+        return "cu_len_q" in self.given
+
+    def sequences(self, k: Tensor, layout: str) -> Sequences:
+        # What is no cache is refused as such after this.
+        known = isinstance(k, Tensor) and k.ndim == 4  # pyright: ignore[reportUnnecessaryIsInstance]
+        return Sequences(packed=self.packed, page=int(k.shape[1 if layout == "bshd" else 2]) if known else 1)
+
+    def _of_queries(self) -> dict[str, Tensor]:
+        return {n: x for n, x in self.given.items() if n in ("cu_len_q", "start_q", "len_q")}
+
+    def _check(self, q: Tensor, k: Tensor) -> None:
+        check_places(self._of_queries(), q, q, packed=self.packed)
+        check_paged_places(self.given, self.given[BLOCK_TABLE], q)
+
+    def _spans(self, q: Tensor, k: Tensor) -> dict[str, Tensor]:
+        of_q, _ = SequencePlaces(self._of_queries())._spans(q, q).values()
+        lengths = self.given["len_kv"]
+        found = (of_q, _pairs(torch.zeros_like(lengths), lengths), table_of(self.given[BLOCK_TABLE]))
+        return dict(zip((*SPAN_NAMES, BLOCK_TABLE), found, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +120,7 @@ def of_call(lists: BlockLists | None, places: SequencePlaces | None, q: Tensor, 
         spans = places.spans(q, k)
         if lists is not None:
             sizes = _sizes_for_lists(lists, sizes, spans)
-    sequences = None if places is None else places.layout
+    sequences = None if places is None else places.sequences(k, "bhsd")
     if lists is None:
         return OfCall(None, sequences, spans)
     listed = lists_of_call(lists, sizes)
@@ -116,9 +154,10 @@ def sequence_places(named: dict[str, Any], custom: Collection[str]) -> SequenceP
     A custom input of the same name keeps it.
     """
     given: dict[str, Tensor] = {}
-    for name in (*PACKED, *IN_BATCH):
+    for name in (*PACKED, *IN_BATCH, BLOCK_TABLE):
         if name in named and name not in custom:
             x = named.pop(name)
             if x is not None:
                 given[name] = x
-    return SequencePlaces(given) if given else None
+    kind = PagedPlaces if BLOCK_TABLE in given else SequencePlaces
+    return kind(given) if given else None

@@ -131,12 +131,14 @@ class _Tracing:
 
 @dataclass(eq=False)
 class TracedLinear:
-    """A program and where its captured values come from. machines: what runs it, by backend; the engine fills it."""
+    """A program and where its captured values come from. The engine fills
+    machines (what runs it, by backend) and checked (kinds of calls whose indices stay inside their tensors)."""
 
     program: LinearProgram
     traces: tuple[Trace, ...]
     kind: LinearKind
     machines: dict[str, Any] = field(default_factory=dict, repr=False)
+    checked: set[tuple[object, ...]] = field(default_factory=set[tuple[object, ...]], repr=False)
 
     def __post_init__(self) -> None:
         self.watched = any(t.guards or t.tensors or t.scalars or t.opaque for t in self.traces)

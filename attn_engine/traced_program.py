@@ -30,6 +30,7 @@ from attn_engine.frontend.pooling import without_pooled
 from attn_engine.frontend.trace import MaskMod, ScoreMod
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.passes.check_rule import MethodReport, check_methods
+from attn_engine.ir.passes.pack_heads import Packing, pack_heads
 from attn_engine.ir.passes.row_gradients import with_row_gradients
 from attn_engine.ir.program import Attention, ListedBlocks, OnlineRule, Sequences
 from attn_engine.runtime.call import Call
@@ -127,7 +128,10 @@ class TracedProgram:
     def with_lists(self, listed: ListedBlocks) -> TracedProgram:
         """The same program where a call brings lists of such blocks."""
         if listed not in self._variants:
-            self._variants[listed] = replace(self, program=replace(self.program, listed=listed), calls={})
+            program = self.program
+            if listed.group > 1:
+                program = pack_heads(program, Packing.QUERIES, listed.group)
+            self._variants[listed] = replace(self, program=replace(program, listed=listed), calls={})
         return self._variants[listed]
 
     def with_sequences(self, sequences: Sequences) -> TracedProgram:

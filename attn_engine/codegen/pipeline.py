@@ -12,6 +12,7 @@ from attn_engine.codegen.lower.backward import lower_backward
 from attn_engine.codegen.lower.capture import capture_gradients
 from attn_engine.codegen.lower.decode import lower_decode
 from attn_engine.codegen.lower.forward import lower_forward
+from attn_engine.codegen.lower.paged import PAGED, over_pages
 from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
 from attn_engine.codegen.lower.pooled import lower_pooled_forward
 from attn_engine.codegen.lower.sequences import over_sequences
@@ -70,7 +71,9 @@ def lower(
             *(c.buffer for c in capture_gradients(program, learned)),
             *(p.name for p in program.rule.pooled),
         ]
-        module = replace(module, kernels=tuple(over_sequences(k, dense) for k in module.kernels))
+        page = 0 if direction == "backward" else program.sequences.page  # paged keys have no gradients
+        kernels = (over_sequences(k, (*dense, *(PAGED if page else ()))) for k in module.kernels)
+        module = replace(module, kernels=tuple(over_pages(k, page) if page else k for k in kernels))
     for kernel in module.kernels:
         verify_kernel(kernel)
     return module

@@ -11,16 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from attn_engine.codegen.gpu_schedule import default_schedule
+from attn_engine.codegen.lower.capture import capture_gradients
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import Schedule, within_blocks
 from attn_engine.codegen.targets import target_named
 from attn_engine.gpu_check.cases import Case, Sizes
-from attn_engine.gpu_check.checks import Failed, engine_of
+from attn_engine.gpu_check.checks import Failed
 from attn_engine.gpu_check.jobs import timed
 from attn_engine.gpu_check.outcome import Outcome
+from attn_engine.gpu_check.programs import program_of
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.aot_report import SHARED_LIMITS, TARGETS, AotReport
@@ -31,11 +31,18 @@ from attn_engine.runtime.tilelang_backend import TileLangBackend
 from attn_engine.runtime.triton_aot import compile_ahead
 
 _SIZES = Sizes(1, 8, 8, 256, 256, 128, 128)
+_NARROW, _GROUPED = replace(_SIZES, dim=64, dim_v=64), replace(_SIZES, kv_heads=2)
 SHOWCASE = (
     Case(_SIZES, mask="causal"),
     Case(replace(_SIZES, dim=64, dim_v=64), score="soft-cap alibi", mask="window 1024"),
     Case(_SIZES, mask="causal documents"),
     Case(replace(_SIZES, dim=64, dim_v=64), normaliser="retention", mask="causal"),
+    Case(replace(_GROUPED, batches=1), mask="causal", lengths=(100, 0, 156)),
+    Case(_GROUPED, mask="causal", blocks="2D"),
+    Case(_GROUPED, mask="causal", blocks="per token"),
+    Case(_NARROW, mask="hash"),
+    Case(_NARROW, mask="qk"),
+    Case(_GROUPED, mask="local-stride"),
 )
 NOISE = 16  # bytes that ptxas keeps on the stack of some kernels, outside their loops
 # Kernels that only add up rows have no use for the matrix unit.
@@ -55,7 +62,8 @@ class AheadJob:
     @property
     def name(self) -> str:
         sizes = self.case.sizes
-        parts = (self.case.normaliser, self.case.score, self.case.mask, f"D={sizes.dim}")
+        more = (f"blocks {self.case.blocks}" * bool(self.case.blocks), "packed" * bool(self.case.lengths))
+        parts = (self.case.normaliser, self.case.score, self.case.mask, *more, f"D={sizes.dim}")
         return ", ".join(part for part in parts if part)
 
     def run(self) -> Outcome:
@@ -79,7 +87,8 @@ def jobs(backends: tuple[str, ...], targets: tuple[str, ...] = TARGETS) -> list[
 
 def _with_triton(case: Case, target: str) -> list[AotReport]:
     backend = TritonBackend("triton", interpret=False)
-    program = _program(case, backend.name)
+    program = program_of(case)
+    backend.refuse(program, capture_gradients(program, case.learned))
     schedule = within_blocks(default_schedule(program, target_named(target)), program.listed)
     return [
         compile_ahead(k, backend.source(k, schedule), target, backend.options(k, schedule))
@@ -90,7 +99,8 @@ def _with_triton(case: Case, target: str) -> list[AotReport]:
 def _with_tilelang(case: Case, target: str) -> list[AotReport]:
     """Compiled by nvcc where there is one; else, and for AMD, only lowered: what can be read of the text."""
     backend = TileLangBackend("tilelang", on_cpu=False)
-    program = _program(case, backend.name)
+    program = program_of(case)
+    backend.refuse(program, capture_gradients(program, case.learned))
     schedule = within_blocks(backend.schedule_on(program, target), program.listed)
     reports: list[AotReport] = []
     for kernel in _kernels(case, program, schedule):
@@ -108,18 +118,9 @@ def _of_the_text(lowered: LoweredKernel) -> AotReport:
     )  # fmt: skip
 
 
-def _program(case: Case, backend: str) -> Attention:
-    tensors = {name: x.requires_grad_(name in case.learned) for name, x in _tensors(case).items()}
-    return engine_of(case, tensors, backend).program
-
-
 def _kernels(case: Case, program: Attention, schedule: Schedule) -> list[Kernel]:
     """Those of both directions."""
     return [k for d in ("forward", "backward") for k in lower(program, schedule, d, case.learned).kernels]
-
-
-def _tensors(case: Case) -> dict[str, torch.Tensor]:
-    return case.tensors(torch.Generator().manual_seed(0))
 
 
 COMPILERS: dict[str, Callable[[Case, str], list[AotReport]]] = {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.frontend import OnlineFunc, online
+from attn_engine.gpu_check.sparse import draw_blocks, in_bucket, in_past, kept_rows, local_stride, sorted_rows
 from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
 
 Tensors = Mapping[str, Tensor]
@@ -142,6 +143,18 @@ MASKS: dict[str, Mod] = {
     "causal documents": Mod(_past_of_document, _documents),
     "prefix": Mod(lambda _: lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) | (kv_idx < 37)),
     "empty rows": Mod(_late),
+    "hash": Mod(
+        in_bucket,
+        lambda s, generator: sorted_rows((s.batches, s.heads), (s.q_len, s.kv_len), generator),
+    ),
+    "qk": Mod(
+        in_past,
+        lambda s, generator: kept_rows((s.batches, s.heads), (s.q_len, s.kv_len), generator),
+    ),
+    "local-stride": Mod(
+        local_stride,
+        lambda s, generator: {"offset": torch.full((s.batches,), s.kv_len - s.q_len, dtype=torch.int32)},
+    ),
 }
 
 Formula = Callable[[Tensor, Tensor], Tensor]
@@ -185,7 +198,8 @@ class Case:
     """One attention on one shape.
 
     layout: how q, k, v and the gradient of the output lie, a name of `given.LAYOUTS`. listed: with the lists of a block
-    mask. gradients: backward too. sampled: of output and dQ only some rows are compared, where all would be too much.
+    mask. lengths: of sequences packed into one batch, which are as long as both axes together. blocks: given by the
+    call, a name of `sparse.BLOCKS`. gradients: backward too. sampled: of output and dQ only some rows are compared, where all would be too much.
     """
 
     sizes: Sizes
@@ -195,13 +209,18 @@ class Case:
     normaliser: str = "softmax"
     layout: str = "contiguous"
     listed: bool = False
+    lengths: tuple[int, ...] = ()
+    blocks: str = ""
     gradients: bool = True
     sampled: bool = False
 
     def small(self) -> Case:
         """The same kind of case in a size for an interpreter."""
         mask = "window 50" if self.mask == "window 1024" else self.mask
-        return replace(self, sizes=self.sizes.small(), mask=mask)
+        sizes, lengths = self.sizes.small(), tuple(min(n, 9 + n % 37) for n in self.lengths)
+        if lengths:
+            sizes = replace(sizes, q_len=sum(lengths), kv_len=sum(lengths))
+        return replace(self, sizes=sizes, mask=mask, lengths=lengths)
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -214,7 +233,14 @@ class Case:
     def tensors(self, generator: torch.Generator) -> dict[str, Tensor]:
         """What the functions read, on the CPU, float32 or integer."""
         mods = [table[name] for table, name in ((SCORES, self.score), (MASKS, self.mask)) if name]
-        return {name: x for mod in mods for name, x in mod.tensors(self.sizes, generator).items()}
+        found = {name: x for mod in mods for name, x in mod.tensors(self.sizes, generator).items()}
+        if self.blocks:
+            s, longest = self.sizes, max(self.lengths, default=0)
+            lengths = (longest, longest) if self.lengths else (s.q_len, s.kv_len)
+            found["blocks"] = draw_blocks(
+                self.blocks, len(self.lengths) or s.batches, s.kv_heads, *lengths, generator
+            )
+        return found
 
     def score_mod(self, tensors: Tensors) -> Function | None:
         return SCORES[self.score].make(tensors) if self.score else None
@@ -230,6 +256,8 @@ class Case:
             self.dtype,
             f"B={s.batches} H={s.heads}:{s.kv_heads} S={s.q_len}x{s.kv_len} D={s.dim}/{s.dim_v}",
             *(["block lists"] if self.listed else []),
+            *([f"blocks {self.blocks}"] if self.blocks else []),
+            *([f"{len(self.lengths)} sequences"] if self.lengths else []),
             *([self.layout] if self.layout != "contiguous" else []),
             *([] if self.gradients else ["forward"]),
         ]

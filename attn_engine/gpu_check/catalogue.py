@@ -59,6 +59,19 @@ VARIANTS = (
     _numbers(replace(RAGGED, q_len=700, kv_len=700), score="query and key bias", mask="causal"),
     _numbers(Sizes(2, 4, 4, 512, 512), score="pair bias"),
 )
+LENGTHS = (1000, 1, 0, 555, 64, 492)
+PACKED = replace(GROUPED, batches=1, q_len=sum(LENGTHS), kv_len=sum(LENGTHS))
+SPARSE = (
+    _numbers(PACKED, mask="causal", lengths=LENGTHS),
+    _numbers(PACKED, mask="causal", blocks="2D", lengths=LENGTHS),
+    _numbers(GROUPED, mask="causal", blocks="2D"),
+    _numbers(GROUPED, mask="causal", blocks="per token"),
+    _numbers(USUAL, mask="hash"),
+    _numbers(USUAL, mask="qk"),
+    _numbers(GROUPED, mask="local-stride"),
+    _numbers(PACKED, score="soft-cap alibi", mask="window 1024", lengths=LENGTHS, dtype="float16"),
+    _numbers(replace(PACKED, heads=4), mask="causal", blocks="per token", lengths=LENGTHS),
+)
 SHAPES = (
     _numbers(replace(USUAL, dim=192, dim_v=128), mask="causal"),
     _numbers(replace(USUAL, heads=4, kv_heads=4, dim=256, dim_v=256), mask="causal"),
@@ -85,4 +98,4 @@ REST = (
     _numbers(Sizes(2, 4, 4, 1500, 1500, 128, 128), normaliser="softmax of normalised", dtype="float16"),
     _numbers(Sizes(1, 6, 2, 2000, 100, 128, 64), normaliser="sigmoid", score="alibi", dtype="float16"),
 )
-CHECKS: tuple[Check, ...] = (*FIRST, *VARIANTS, *SHAPES, *FAR_APART, *REST)
+CHECKS: tuple[Check, ...] = (*FIRST, *VARIANTS, *SPARSE, *SHAPES, *FAR_APART, *REST)

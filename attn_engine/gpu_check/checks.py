@@ -19,6 +19,7 @@ from attn_engine.gpu_check.dense import EXACT, dense, kept_rows, of_rows, straig
 from attn_engine.gpu_check.given import FAR, FAR_IF_SMALL, Given, draw
 from attn_engine.gpu_check.guards import guarded_allocations
 from attn_engine.gpu_check.judge import judge
+from attn_engine.gpu_check.sparse import BLOCKS, cumulative
 
 
 class Failed(AssertionError):
@@ -53,13 +54,27 @@ def attend(case: Case, given: Given, backend: str) -> dict[str, Tensor]:
     if case.listed and mask_mod is not None:
         lengths = (case.sizes.q_len, case.sizes.kv_len)
         options["block_mask"] = create_block_mask(mask_mod, None, None, *lengths, device=str(q.device))
-    o, rows = engine(q, k, v, return_final_rowscales=True, **options)
+    options |= options_of(case, tensors, q.device)
+    inputs = [x[0] for x in (q, k, v)] if case.lengths else [q, k, v]
+    o, rows = engine(*inputs, return_final_rowscales=True, **options)
+    if case.lengths:
+        o, rows = o[None], {name: x[None] for name, x in rows.items()}
     found = {"o": o.detach()} | ({"lse": rows["lse"].detach()} if "lse" in rows else {})
     if case.gradients:
         wanted = {"dq": q, "dk": k, "dv": v, **{f"d {name}": tensors[name] for name in case.learned}}
         gradients = torch.autograd.grad(o, list(wanted.values()), given.d_out)
         found |= dict(zip(wanted, gradients, strict=True))
     return found
+
+
+def options_of(case: Case, tensors: Tensors, device: torch.device) -> dict[str, Any]:
+    """What a call brings beside its tensors: where sequences lie, blocks."""
+    options: dict[str, Any] = {}
+    if case.lengths:
+        options["cu_len_q"] = cumulative(case.lengths, device)
+    if case.blocks:
+        options |= {"block_sparse_mask": tensors["blocks"], "block_size": BLOCKS[case.blocks]}
+    return options
 
 
 def engine_of(case: Case, tensors: Tensors, backend: str) -> AttentionEngine:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attn_engine.gpu_check.cases import NORMALISERS, Case, Tensors
 from attn_engine.gpu_check.given import Given
+from attn_engine.gpu_check.sparse import places, visible_blocks
 
 BYTES_OF_SCORES = 2**28
 
@@ -117,12 +118,12 @@ def _some_rows(
         return x.reshape(batches, k.shape[1], heads // k.shape[1], count, x.shape[-1])
 
     score = rounded(grouped(q) @ key.mT, precision.rounded).reshape(batches, heads, count, k.shape[2])
-    index = _indices(score, rows)
+    index, there = _pairs(case, tensors, score, rows)
     score = score * case.scale
     if (score_mod := case.score_mod(tensors)) is not None:
         score = score_mod(score, *index)
     mask_mod = case.mask_mod(tensors)
-    visible = torch.ones((), dtype=torch.bool, device=q.device) if mask_mod is None else mask_mod(*index)
+    visible = there if mask_mod is None else there & mask_mod(*index)
     visible = visible.expand(score.shape)
     weights = rounded(NORMALISERS[case.normaliser][1](score, visible), precision.rounded)
     o = (grouped(weights) @ value).reshape(batches, heads, count, v.shape[3])
@@ -141,6 +142,24 @@ def _log_sum(score: Tensor, visible: Tensor) -> Tensor:
 def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """x as `dtype` can hold it, and so the gradient that comes back."""
     return x if dtype is None else x.to(dtype).to(x.dtype)
+
+
+def _pairs(
+    case: Case, tensors: Tensors, score: Tensor, rows: range
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The indices of a mask_mod, and which pairs the call leaves: those of one sequence, in a visible block."""
+    index = _indices(score, rows)
+    there = torch.ones((), dtype=torch.bool, device=score.device)
+    if case.lengths:
+        sequence, position = places(case.lengths, score.device)
+        own = slice(rows.start, rows.stop)
+        b, q_idx = (x[own].view(1, 1, -1, 1) for x in (sequence, position))
+        there = b == sequence
+        index = b, index[1], q_idx, position.view(1, 1, 1, -1)
+    if case.blocks:
+        b, _, q_idx, kv_idx = index
+        there = there & visible_blocks(case.blocks, tensors["blocks"], case.sizes.heads, b, q_idx, kv_idx)
+    return index, there
 
 
 def _indices(score: Tensor, rows: range) -> tuple[Tensor, ...]:

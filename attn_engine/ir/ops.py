@@ -83,6 +83,7 @@ class Op(Enum):
     WHERE = "where"
     TO_FLOAT = "to_float"
     TO_INT = "to_int"
+    BIT = "bit"
     FLOOR = "floor"
     EXP = "exp"
     EXP2 = "exp2"
@@ -121,6 +122,10 @@ class OpInfo:
 
 Unary = Callable[[float], Number]
 Binary = Callable[[float, float], Number]
+
+
+def _bit_of(word: float, place: float) -> bool:
+    return bool(int(word) >> int(place) & 1)
 
 
 def _divide(a: float, b: float) -> float:
@@ -197,6 +202,7 @@ INFO: dict[Op, OpInfo] = {
     Op.LT: _binary(_S.COMPARISON, lambda a, b: a < b),
     Op.EQ: _binary(_S.COMPARISON, lambda a, b: a == b),
     Op.NE: _binary(_S.COMPARISON, lambda a, b: a != b),
+    Op.BIT: _binary(_S.COMPARISON, _bit_of),  # places from 0 to 31
     Op.AND: _binary(_S.LOGICAL, lambda a, b: a and b),
     Op.OR: _binary(_S.LOGICAL, lambda a, b: a or b),
     Op.NOT: _unary(_S.LOGICAL, lambda a: not a),

@@ -112,8 +112,9 @@ def format_program(program: Attention) -> str:
         of = "head" if listed.heads == "heads" else "kv head"
         parts.append(f"visible blocks of {listed.q or 'all'} queries x {listed.kv} keys from lists per {of}")
     if program.sequences is not None:
+        pages = f", keys in pages of {program.sequences.page} rows" if program.sequences.page else ""
         parts.append(
-            f"sequences of their own lengths, {'packed' if program.sequences.packed else 'in a batch'}"
+            f"sequences of their own lengths, {'packed' if program.sequences.packed else 'in a batch'}{pages}"
         )
     return "\n".join([*parts, f"normaliser {format_rule(program.rule)}"])
 
@@ -145,10 +146,9 @@ def _block(body: tuple[Stmt, ...], depth: int) -> list[str]:
                 lines += _block(inner, 1)
             case If(condition, inner):
                 lines += [f"if {format_expr(condition)}:", *_block(inner, 1)]
-            case Narrow(tensor, _, first, length):
-                lines.append(
-                    f"{tensor} = {format_expr(length)} rows of {tensor} from {format_expr(first)} on"
-                )
+            case Narrow(tensor, _, first, length, page):
+                of = tensor if page is None else f"page {format_expr(page)} of {tensor}"
+                lines.append(f"{tensor} = {format_expr(length)} rows of {of} from {format_expr(first)} on")
             case StoreTile(tensor, indices, value):
                 lines.append(f"{tensor}[{', '.join(format_expr(i) for i in indices)}] = {format_expr(value)}")
             case Accumulate(tensor, indices, value):

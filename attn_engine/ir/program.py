@@ -175,12 +175,31 @@ class ListedBlocks:
     heads of a group share their lists. A pair of blocks in the list of full ones is visible whatever the mask says; in
     that of partial ones the mask says; any other is hidden. ragged: a block in the list of full ones may stick out
     beyond the end of an axis.
+
+    tested: the lists know nothing of the mask, which is asked in all of them, and of the ends of the axes. A block in
+    the list of partial ones is cut into `parts` of queries and of keys, and a bit for each pair of parts says whether
+    it is visible; where that is (0, 0) there are no partial blocks. part_rows: rows of a part of queries. group: query
+    heads whose rows lie side by side, as `passes/pack_heads.py` says.
     """
 
     q: int
     kv: int
     heads: str = "kv_heads"
     ragged: bool = False
+    tested: bool = False
+    parts: tuple[int, int] = (0, 0)
+    part_rows: int = 0
+    group: int = 1
+
+    @property
+    def words(self) -> int:
+        """How many words of 32 bits each partial block has."""
+        return -(-self.parts[0] * self.parts[1] // 32)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The lists that there are."""
+        return ("full",) if self.tested and self.parts == (0, 0) else ("partial", "full")
 
     def block(self, axis: str) -> int:
         return self.q if axis == "q" else self.kv
@@ -193,9 +212,12 @@ class Sequences:
     packed: one after the other along one axis of rows, without a batch; else each in its place of the batch, from a
     row of its own on. Kernels are the same for both. Positions count from a sequence's first row, and BATCH is its
     number.
+    page: K and V lie in pages of so many rows, anywhere in a cache, and a table says which (docs/adr/0027); `packed` is
+    then about q alone. 0: they lie as q does.
     """
 
     packed: bool
+    page: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title)
            | If(condition, body, title) | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
-           | Narrow(tensor, axis, first, length)
+           | Narrow(tensor, axis, first, length, page)
     kernel = Kernel(name, params, scalars, grid, order, tile, body, header, heavy_last, lanes, tables, tiles)
     module = Module(program, kernels)
 
@@ -98,12 +98,17 @@ class Narrow:
     several that lie in it. Positions count from its first row, and no other row is read or written.
 
     `length` is what "<axis>_len" holds here. A Narrow inside a loop starts from the whole tensor every time.
+
+    page: the first dimension of the tensor counts pages, and the rows are those of this one: position p is its row
+    first + p. `first` may be negative: positions before the page and from `length` on are not there. The tensor is then
+    indexed as if this page were its only one. Both may differ from position to position (span the axis) inside a tile.
     """
 
     tensor: str
     axis: str
     first: Expr
     length: Expr
+    page: Expr | None = None
 
 
 Stmt = Section | Let | Loop | If | StoreTile | Accumulate | Narrow
@@ -114,8 +119,8 @@ class Param:
     """A tensor argument: its storage and the names of its sizes, outermost first.
 
     Sizes: "batches", "heads", "kv_heads", "q_len", "kv_len", "dim_qk", "dim_v"; "<name>_size_<i>" for captured tensors;
-    "q_blocks", "kv_blocks" and "ends" for tables of tiles; "q_bounds", "kv_bounds", "partial_listed" and "full_listed"
-    for lists of blocks; "span" and "tile_count" for tables of sequences.
+    "q_blocks", "kv_blocks" and "ends" for tables of tiles; "q_bounds", "kv_bounds", "partial_listed", "full_listed"
+    and "partial_words" for lists of blocks; "span" and "tile_count" for tables of sequences.
     Strides are arguments too, one per dimension, in elements.
     """
 
@@ -245,8 +250,8 @@ def expressions(s: Stmt) -> tuple[Expr, ...]:
             return (condition,)
         case StoreTile(_, indices, value) | Accumulate(_, indices, value):
             return (*indices, value)
-        case Narrow(_, _, first, length):
-            return (first, length)
+        case Narrow(_, _, first, length, page):
+            return (first, length) if page is None else (first, length, page)
         case Section():
             return ()
 
@@ -266,8 +271,9 @@ def map_expressions(body: tuple[Stmt, ...], change: Callable[[Expr], Expr]) -> t
                 done.append(StoreTile(tensor, tuple(change(i) for i in indices), change(value)))
             case Accumulate(tensor, indices, value):
                 done.append(Accumulate(tensor, tuple(change(i) for i in indices), change(value)))
-            case Narrow(_, _, first, length):
-                done.append(replace(s, first=change(first), length=change(length)))
+            case Narrow(_, _, first, length, page):
+                page = page if page is None else change(page)
+                done.append(replace(s, first=change(first), length=change(length), page=page))
             case Section():
                 done.append(s)
     return tuple(done)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from attn_engine.ir.expr import AXES, COLUMNS, Cast, Dot, Expr, Load, Reduce, Var, postorder
 from attn_engine.ir.ops import DType
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
@@ -73,9 +75,13 @@ class _Verifier:
             case If(condition, body):
                 self.scalar(condition, DType.BOOL, "condition")
                 self.scoped(body, None, None)
-            case Narrow(tensor, axis, first, length):
-                self.scalar(first, DType.INT, f"first row of {tensor!r}")
+            case Narrow(tensor, axis, first, length, page):
+                whole_tile = page is None or not page.axes
+                check = self.scalar if whole_tile else partial(self.integers, axis=axis)
+                check(first, DType.INT, f"first row of {tensor!r}")
                 self.scalar(length, DType.INT, f"number of rows of {tensor!r}")
+                if page is not None:
+                    check(page, DType.INT, f"page of {tensor!r}")
                 shape = self.params[tensor].shape if tensor in self.params else ()
                 self.require(f"{axis}_len" in shape, f"{tensor!r} has no rows along {axis!r}")
             case StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value):
@@ -111,6 +117,12 @@ class _Verifier:
     def scalar(self, e: Expr, kind: DType, what: str) -> None:
         self.expression(e)
         self.require(not e.axes, f"the {what} spans axes {e.axes}")
+        self.require(e.dtype is kind, f"the {what} is {e.dtype.value}, not {kind.value}")
+
+    def integers(self, e: Expr, kind: DType, what: str, axis: str) -> None:
+        """One for every position of a tile of the axis."""
+        self.expression(e)
+        self.require(e.axes == (axis,), f"the {what} spans axes {e.axes}")
         self.require(e.dtype is kind, f"the {what} is {e.dtype.value}, not {kind.value}")
 
     def expression(self, root: Expr) -> None:

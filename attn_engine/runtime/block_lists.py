@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attn_engine.codegen.lower.listed import KINDS, blocks_param, starts_param
+from attn_engine.codegen.lower.listed import KINDS, blocks_param, seen_param, starts_param
+from attn_engine.codegen.lower.paged import BLOCK_TABLE
 from attn_engine.codegen.schedule import SMALLEST_BLOCK
 from attn_engine.errors import AttnEngineError
 from attn_engine.ir.passes.mask_range import OTHER
@@ -66,19 +67,28 @@ class Lists(Protocol):
     def by_kv(self) -> Side: ...
 
 
-LIST_NAMES = tuple(
-    name
-    for loop in ("kv", "q")
-    for kind in KINDS
-    for name in (starts_param(loop, kind), blocks_param(loop, kind))
-)
+def names_of_list(listed: ListedBlocks, loop: str, kind: str) -> tuple[str, ...]:
+    """Where lists begin, their blocks, and the bits of blocks that are visible in parts."""
+    seen = (seen_param(loop),) if kind == "partial" and listed.tested else ()
+    return (starts_param(loop, kind), blocks_param(loop, kind), *seen)
+
+
+def list_names(listed: ListedBlocks) -> tuple[str, ...]:
+    """The tensors of a call's lists, for both loops and every kind."""
+    return tuple(
+        name for loop in ("kv", "q") for kind in listed.kinds for name in names_of_list(listed, loop, kind)
+    )
+
+
 _AS_MADE = "Make it with create_block_mask, or as attn_engine.masks.lists says."
 
 
 def tensor_names(program: Attention) -> tuple[str, ...]:
     """The tensors of a call beside q, k and v: captured ones, then lists, then the rows of its sequences."""
-    lists, spans = LIST_NAMES if program.listed else (), SPAN_NAMES if program.sequences else ()
-    return (*(c.name for c in program.captures), *lists, *spans)
+    lists = list_names(program.listed) if program.listed else ()
+    spans = SPAN_NAMES if program.sequences else ()
+    pages = (BLOCK_TABLE,) if program.sequences and program.sequences.page else ()
+    return (*(c.name for c in program.captures), *lists, *spans, *pages)
 
 
 def fits_tiles(block_q: int, block_kv: int) -> bool:
@@ -228,7 +238,7 @@ def listed_keys(listed: ListedBlocks, tensors: Mapping[str, Tensor], kv_len: int
     starts = tensors[starts_param("kv", "full")]
     shared = [n if stride else 1 for n, stride in zip(starts.shape[:2], starts.stride()[:2], strict=True)]
     rows = shared[0] * shared[1] * (starts.shape[2] - 1)
-    entries = sum(tensors[blocks_param("kv", kind)].numel() for kind in KINDS)
+    entries = sum(tensors[blocks_param("kv", kind)].numel() for kind in listed.kinds)
     return min(kv_len, -(-entries // max(rows, 1)) * listed.kv)
 
 

@@ -16,6 +16,7 @@ from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.row_gradients import differentiable_rows
 from attn_engine.runtime.block_lists import tensor_names
 from attn_engine.runtime.compiled import CompiledAttention
+from attn_engine.runtime.paged_checks import CacheNotDifferentiable
 from attn_engine.runtime.strides import empty_ordered_like, logical_view
 
 
@@ -59,6 +60,16 @@ class Call:
         """Whether tensors have no batch, for their sequences follow each other."""
         sequences = self.compiled.program.sequences
         return sequences is not None and sequences.packed
+
+    def refuse_training(self, tensors: Sequence[Tensor]) -> None:
+        """Raise CacheNotDifferentiable where keys lie in pages, for the first of q, k, v and what is captured that
+        requires a gradient."""
+        sequences = self.compiled.program.sequences
+        if sequences is not None and sequences.page:
+            names = ("q", "k", "v", *self.captures)
+            for name, x in zip(names, tensors, strict=False):
+                if x.requires_grad:
+                    raise CacheNotDifferentiable(argument=name)
 
     def with_batch(self, saved: Sequence[Tensor]) -> list[Tensor]:
         """Saved row values (B, H, Sq) as kernels take them; those of packed sequences are (H, T) outside."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from attn_engine.codegen.lower.paged import BLOCK_TABLE
 from attn_engine.errors import BackendDeviceMismatch, TransformNotSupported
 from attn_engine.ir.expr import Const, loads
 from attn_engine.ir.ops import Number
@@ -25,6 +26,7 @@ from attn_engine.runtime.captured_indices import POSITIONS
 from attn_engine.runtime.compiled import sizes_of
 from attn_engine.runtime.gpu_device import check_gpu, check_strides, missing_gpu
 from attn_engine.runtime.launch_plan import CallKind
+from attn_engine.runtime.paged_checks import check_caches, check_table
 from attn_engine.runtime.sequence_checks import check_sequences
 from attn_engine.runtime.sequences import sequences_of_call
 from attn_engine.runtime.strides import logical_view
@@ -86,6 +88,10 @@ class CallChecks:
         layout = self.expected.layout
         of_tensors = sizes = sizes_of(logical_view(q, layout), logical_view(k, layout))
         if (tables := sequences_of_call(program, tensors)) is not None and program.sequences is not None:
+            if page := program.sequences.page:
+                table = tensors[BLOCK_TABLE]
+                check_table(table, tables.lengths["kv"], page, k.shape[0])
+                of_tensors = {**of_tensors, "kv_len": table.shape[1] * page}
             check_sequences(program.sequences, tables, of_tensors)
             sizes = tables.sizes(of_tensors)
         declared = {**sizes, "q_len": of_tensors["q_len"], "kv_len": of_tensors["kv_len"]}
@@ -93,7 +99,7 @@ class CallChecks:
             check_custom_input(name, x, self.custom_shapes[name], declared)
         captured = {c.name: tensors[c.name] for c in program.captures}
         check_captured(program, captured, numbers, sizes, q.device)
-        if program.listed is not None:
+        if program.listed is not None and not program.listed.tested:  # those are made by block_calls.py
             check_lists(program.listed, tensors, sizes, q.device, program.sequences is not None)
         if len(passed.signatures) >= MOST_REMEMBERED:
             passed.signatures.clear()
@@ -103,7 +109,9 @@ class CallChecks:
 
     def check_shapes(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None = None) -> None:
         """The part that needs no contents: dtypes, devices and shapes of q, k and v."""
-        check_inputs(q, k, v, self.expected, sequences is not None and sequences.packed)
+        packed = sequences is not None and sequences.packed
+        check = check_caches if sequences is not None and sequences.page else check_inputs
+        check(q, k, v, self.expected, packed)
         if self.device is not None and q.device.type != self.device:
             instead = 'Move the tensors, or use backend="auto".'
             missing = missing_gpu(self.backend) if self.device == "cuda" else None

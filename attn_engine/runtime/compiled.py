@@ -202,7 +202,7 @@ class CompiledAttention:
         pools = empty_pools(self.program, self.schedule, sizes, self.compute, q.device)
         tensors.update(pools)
         self._launch(self.kernels("forward" if splits == 1 else "decode"), tensors, captured, scalars, sizes)
-        return [*saved.values(), *joined_pools(self.program, self.schedule, pools)]
+        return [*saved.values(), *joined_pools(self.program, self.schedule, pools, saved)]
 
     def _launch(
         self,

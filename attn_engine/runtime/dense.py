@@ -35,6 +35,7 @@ TORCH_FUNCTION: dict[Op, Callable[..., Tensor]] = {
     Op.LT: torch.lt,
     Op.EQ: torch.eq,
     Op.NE: torch.ne,
+    Op.BIT: lambda a, b: torch.bitwise_right_shift(a, b).bitwise_and(1) != 0,
     Op.AND: torch.logical_and,
     Op.OR: torch.logical_or,
     Op.NOT: torch.logical_not,

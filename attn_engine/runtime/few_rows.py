@@ -28,7 +28,9 @@ def choose_packing(program: Attention, schedule: Schedule, q: Tensor, k: Tensor)
     group, q_len = q.shape[1] // max(k.shape[1], 1), q.shape[2]
     if group <= 1 or 2 * q_len > schedule.block_q or not packable(program.rule):
         return Packing.NONE
-    if (listed := program.listed) and (listed.heads != "kv_heads" or q_len > listed.q):
+    if (listed := program.listed) and listed.tested:
+        return Packing.NONE  # whoever made the lists has decided it
+    if listed and (listed.heads != "kv_heads" or q_len > listed.q):
         return Packing.NONE  # rows of a tile share their lists
     packing = Packing.ONE_QUERY if q_len == 1 else Packing.QUERIES
     return Packing.NONE if _hides_tiles(program, packing) else packing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -74,13 +74,27 @@ class _LinearAttention(torch.autograd.Function):
         inputs = _with(ctx.about, ctx.names, initial, tuple(tensors))
         needs = ctx.needs_input_grad[4:]
         wanted = tuple(n for n, need in zip(ctx.names, needs, strict=True) if need)
-        found, d_initial = ctx.machine.backward(inputs, ctx.kept, d_out, d_states, wanted)
-        program = ctx.machine.program
-        gradients = [
-            _gradient(program, inputs, name, x, found) if need else None
-            for name, x, need in zip(ctx.names, tensors, needs, strict=True)
-        ]
-        return None, None, None, None if initial is None else d_initial.to(initial.dtype), *gradients
+        given = dict(zip(ctx.names, tensors, strict=True))
+        found, d_initial = found_gradients(ctx.machine, inputs, ctx.kept, d_out, d_states, wanted, given)
+        return (
+            None, None, None, None if initial is None else d_initial.to(initial.dtype),
+            *(found.get(n) for n in ctx.names),
+        )  # fmt: skip
+
+
+def found_gradients(
+    machine: LinearMachine,
+    inputs: LinearInputs,
+    kept: Any,
+    d_out: Tensor,
+    d_states: Tensor,
+    wanted: tuple[str, ...],
+    given: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradients of those `given` tensors that are `wanted`, by name, and that of the initial states."""
+    found, d_initial = machine.backward(inputs, kept, d_out, d_states, wanted)
+    program = machine.program
+    return {n: _gradient(program, inputs, n, given[n], found) for n in wanted}, d_initial
 
 
 def _with(

@@ -202,6 +202,7 @@ def apply(
         out, *rows = torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
         return out, rows
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        call.refuse_training(tensors)
         if with_rows:  # each an output of its own, so not in one tensor
             out, *rows = _Function.apply(call, numbers, None, True, *tensors)
             return out, rows
@@ -303,6 +304,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     q, k, v, captured, scalars, key = inputs
     ctx.key, ctx.scalars, ctx.rows = key, scalars, len(output) - 1
     ctx.call = registered(key)
+    ctx.call.refuse_training((q, k, v, *captured))
     ctx.learned = ctx.call.learned(ctx.call.named(captured))
     ctx.save_for_backward(q, k, v, *output, *captured)
     ctx.set_materialize_grads(False)

@@ -8,11 +8,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attn_engine.codegen.lower.pooled import pooled_tile
+from attn_engine.codegen.lower.pooled import keeps_logits, pooled_tile
+from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.schedule import Schedule
-from attn_engine.ir.expr import REDUCE_IDENTITY
+from attn_engine.ir.expr import REDUCE_IDENTITY, Var
+from attn_engine.ir.passes.monotone import weight_of_largest_logit
 from attn_engine.ir.passes.pooled_gradient import D_POOLED_SUM, POOLED_DELTA
-from attn_engine.ir.program import Attention, OnlineRule
+from attn_engine.ir.program import LOGIT, Attention, OnlineRule, saved_var
+from attn_engine.runtime.dense import evaluate_dense
+
+_AT_ONCE = 1 << 16  # logits that are turned into weights at a time: they stay in a cache
 
 
 def empty_pools(
@@ -44,8 +49,10 @@ def dense_pools(rule: OnlineRule, weights: Tensor, visible: Tensor) -> dict[str,
     return found
 
 
-def joined_pools(program: Attention, schedule: Schedule, pools: dict[str, Tensor]) -> list[Tensor]:
-    """(B, H, Sq, blocks) of each, in the rule's order."""
+def joined_pools(
+    program: Attention, schedule: Schedule, pools: Mapping[str, Tensor], saved: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """(B, H, Sq, blocks) of each, in the rule's order; saved: the row values (B, H, Sq) by the kernels' names."""
     found: list[Tensor] = []
     for p in program.rule.pooled:
         tiles, several = pools[p.name], p.block // pooled_tile(program, schedule)
@@ -57,10 +64,32 @@ def joined_pools(program: Attention, schedule: Schedule, pools: dict[str, Tensor
             for i, part in enumerate(parts):
                 joined[:, :, i] = join(part, dim=2)
             tiles = joined
-        if p.kind == "max":
+        if keeps_logits(program):
+            _make_weights(program.rule, tiles, saved)
+        elif p.kind == "max":
             tiles.masked_fill_(tiles == -math.inf, 0.0)  # no key
         found.append(tiles.transpose(2, 3))
     return found
+
+
+def _make_weights(rule: OnlineRule, logits: Tensor, saved: Mapping[str, Tensor]) -> None:
+    """Turn the largest logits (B, H, blocks, Sq) into their weights, in place. Some at a time."""
+    weight = weight_of_largest_logit(rule)
+    assert weight is not None
+    if not logits.numel():
+        return
+    heads = logits.flatten(0, 1)
+    rows: dict[Var, Tensor] = {}
+    for name, _ in rule.saved:
+        x = saved[saved_param(name)]
+        # 0 in rows that have seen nothing, as in a kernel: -inf - -inf would not be a number.
+        rows[saved_var(name)] = x.masked_fill(x == -math.inf, 0.0).flatten(0, 1)[:, None]
+    rows_at_once = max(1, _AT_ONCE // heads.shape[2])
+    heads_at_once = max(1, rows_at_once // heads.shape[1])
+    for i in range(0, heads.shape[0], heads_at_once):
+        own = {name: x[i : i + heads_at_once] for name, x in rows.items()}
+        for part in heads[i : i + heads_at_once].split(rows_at_once, dim=1):
+            part.copy_(evaluate_dense(weight, {LOGIT: part, **own}, {}, part.dtype))
 
 
 def pooled_gradients(

@@ -36,6 +36,7 @@ from attn_engine.ir.program import (
 )
 from attn_engine.runtime.block_lists import dense_lists
 from attn_engine.runtime.dense import evaluate_all, evaluate_dense
+from attn_engine.runtime.paged import key_rows
 from attn_engine.runtime.pools import dense_pools
 from attn_engine.runtime.sequence_rows import PaddedRows
 from attn_engine.runtime.sequences import tables_in
@@ -51,18 +52,21 @@ def reference(
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Number],
     dtype: torch.dtype = torch.float64,
+    visible: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """o (B, H, Sq, Dv) and the saved rows, each (B, H, Sq), all computed in and returned as `dtype`.
 
     Packed sequences have rows (H, T), and pooled weights (n, H, rows of the longest, blocks).
 
     q: (B, H, Sq, D), k: (B, Hkv, Skv, D), v: (B, Hkv, Skv, Dv), H a multiple of Hkv, any lengths (0 too).
+    visible: pairs that the call leaves, bool (B, H, Sq, Skv), of the longest sequences where it has some; None: all.
     tensors: the captured tensors by name. scalars: "scale" and the captured numbers by name.
     Differentiable with respect to q, k, v and every floating captured tensor; O(Sq * Skv) memory.
     """
     if program.sequences is not None:
-        return _of_sequences(program, program.sequences, (q, k, v), tensors, scalars, dtype)
-    return _of_batch(program, q, k, v, tensors, scalars, dtype)
+        return _of_sequences(program, program.sequences, (q, k, v), tensors, scalars, dtype, visible)
+    inside = None if visible is None else visible[..., None, None]
+    return _of_batch(program, q, k, v, tensors, scalars, dtype, inside)
 
 
 def _of_sequences(
@@ -72,12 +76,15 @@ def _of_sequences(
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Number],
     dtype: torch.dtype,
+    visible: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Each sequence as a batch of the longest length, what lies beyond its end hidden."""
     tables, q = tables_in(tensors), inputs[0]
-    of_q, of_kv = (PaddedRows(sequences, tables, axis, q.device) for axis in ("q", "kv"))
+    of_q = PaddedRows(sequences, tables, "q", q.device)
+    of_kv = key_rows(sequences, tables, tensors, q.device)
     padded = of_q.padded(inputs[0]), of_kv.padded(inputs[1]), of_kv.padded(inputs[2])
     inside = (of_q.valid[:, None, :, None] & of_kv.valid[:, None, None, :])[..., None, None]
+    inside = inside if visible is None else inside & visible[..., None, None]
     o, rows = _of_batch(program, *padded, tensors, scalars, dtype, inside)
     empty = saved_of_empty_row(program.rule)
     found = dict(rows)

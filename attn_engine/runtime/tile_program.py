@@ -102,6 +102,9 @@ class _Instance:
         self.compute = compute_type(kernel)
         self.names: dict[str, Value] = dict(numbers)
         self.start: dict[str, int] = {}
+        self.shifts: dict[
+            str, tuple[int, int]
+        ] = {}  # of a page: a dimension, and where position 0 lies in it
         self.sizes: dict[str, int] = dict(kernel.tile)
         for axis in COLUMNS:
             if axis in self.sizes:
@@ -135,14 +138,39 @@ class _Instance:
                 case If(condition, inner):
                     if self.value(condition):
                         self._scoped(inner)
-                case Narrow(name, axis, first, length):
-                    rows = self.params[name].shape.index(f"{axis}_len")
-                    part = self.whole[name].narrow(rows, int(self._number(first)), int(self._number(length)))
-                    self.tensors = {**self.tensors, name: part}
+                case Narrow():
+                    self._narrow(statement)
                 case StoreTile(name, indices, value):
                     self._write(name, indices, value, add=False)
                 case Accumulate(name, indices, value):
                     self._write(name, indices, value, add=True)
+
+    def _narrow(self, s: Narrow) -> None:
+        rows = self.params[s.tensor].shape.index(f"{s.axis}_len")
+        whole, length = self.whole[s.tensor], int(self._number(s.length))
+        if s.page is not None and s.page.axes:
+            self._gather_pages(s, whole, length)
+            return
+        first = int(self._number(s.first))
+        if s.page is not None:
+            page = int(self._number(s.page))
+            whole = whole[page : page + 1]
+            self.shifts[s.tensor] = (rows, first)
+            length, first = first + length, 0
+        self.tensors = {**self.tensors, s.tensor: whole.narrow(rows, first, length)}
+
+    def _gather_pages(self, s: Narrow, whole: Tensor, length: int) -> None:
+        """The rows of this tile, copied from their pages: (1, heads, rows, columns)."""
+        assert s.page is not None
+        start = self.start[s.axis]
+        count = max(0, min(self.sizes[s.axis], length - start))
+        pages, first = self.value(s.page), self.value(s.first)
+        assert isinstance(pages, Tensor)
+        assert isinstance(first, Tensor)
+        positions = torch.arange(start, start + count, device=self.device) + first[:count]
+        found = whole.transpose(1, 2)[pages[:count].long(), positions]
+        self.shifts[s.tensor] = (2, -start)
+        self.tensors = {**self.tensors, s.tensor: found.transpose(0, 1)[None]}
 
     def _loop(self, loop: Loop) -> None:
         step = self.sizes[loop.axis] if loop.axis else 1
@@ -228,7 +256,7 @@ class _Instance:
     def _load(self, node: Load, values: Mapping[Expr, Value]) -> Value:
         tensor = self.tensors[node.tensor]
         clamped = self._captured(node.tensor)
-        region = self._region(node.indices, values, tensor, clamped)
+        region = self._region(node.indices, values, tensor, clamped, self.shifts.get(node.tensor))
         if region is not None and not clamped:
             tile = self._read_region(tensor, region)
         elif region is not None and all(r.inside for r in region):
@@ -245,13 +273,19 @@ class _Instance:
         return any("_size_" in size for size in self.params[name].shape)
 
     def _region(
-        self, indices: tuple[Expr, ...], values: Mapping[Expr, Value], tensor: Tensor, clamped: bool
+        self,
+        indices: tuple[Expr, ...],
+        values: Mapping[Expr, Value],
+        tensor: Tensor,
+        clamped: bool,
+        shift: tuple[int, int] | None = None,
     ) -> list[_Span] | None:
         """The box of the tensor that plain indices (numbers and tile positions) name; None for any other indices."""
         region: list[_Span] = []
         axes: set[str] = set()
-        for index, size in zip(indices, tensor.shape, strict=True):
+        for dimension, (index, size) in enumerate(zip(indices, tensor.shape, strict=True)):
             value = values[index]
+            moved = shift[1] if shift and shift[0] == dimension else 0
             if not isinstance(value, Tensor):
                 position = min(max(int(value), 0), size - 1) if clamped else int(value)
                 region.append(_Span("", position, 1, size))
@@ -260,7 +294,7 @@ class _Instance:
             if axis is None or axis in axes:
                 return None
             axes.add(axis)
-            region.append(_Span(axis, self.start[axis], self.sizes[axis], size))
+            region.append(_Span(axis, self.start[axis] + moved, self.sizes[axis], size))
         return region
 
     def _read_region(self, tensor: Tensor, region: list[_Span]) -> Tensor:

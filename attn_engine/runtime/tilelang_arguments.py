@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from attn_engine.codegen.backends.tilelang_sequences import sized
 from attn_engine.codegen.backends.tilelang_types import stride_names
 from attn_engine.ir.ops import DType, Number
 from attn_engine.ir.tile import Kernel
@@ -31,7 +32,7 @@ def argument_values(kernel: Kernel) -> dict[str, Callable[[Call], Number]]:
     found: dict[str, Callable[[Call], Number]] = {}
     for s in kernel.scalars:
         found[s.name] = number(s.name, float if s.dtype is DType.FLOAT else int)
-    for p in kernel.params:
+    for p in sized(kernel).params:
         found[p.name] = address(p.name)
         found |= {size: extent(p.name, i) for i, size in enumerate(p.shape)}
         found |= {name: stride(p.name, i) for i, name in enumerate(stride_names(p))}

@@ -19,6 +19,8 @@ from attn_engine.runtime.gpu_target import current_target
 from attn_engine.version import VERSION
 
 SHOWN = "sm_90a"  # what `engine.source` shows
+WARP_ROWS = 16  # of a product: each warp has rows of its own, which small blocks of lists leave fewer of
+GROUP = 4  # warps that multiply together
 _OWN_QUERIES = ("forward", "decode", "merge", "dq", "delta", "adjoints")
 
 
@@ -38,10 +40,9 @@ class TileLangBackend:
         return small_tiles(chosen) if self.on_cpu else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
-        if program.sequences is not None:
-            instead = 'Use backend="triton" or "cpu", or dense tensors with a mask_mod of documents.'
+        if program.sequences is not None and program.sequences.page:
             raise UnsupportedOnBackend(
-                backend=self.name, feature="sequences of their own lengths", instead=instead
+                backend=self.name, feature="keys in pages", instead='Use backend="triton" or "cpu".'
             )
         wide = program.element in (Storage.FLOAT32, Storage.FLOAT64)
         if wide != self.on_cpu:
@@ -64,9 +65,10 @@ class TileLangBackend:
         warps = schedule.num_warps if own else schedule.backward_warps
         stages = schedule.num_stages if own else schedule.backward_stages
         line = AMD_LINE if arch.startswith("gfx") else LINE
-        return TileLangOptions(
-            32 * warps, stages_for(arch, stages), line=line, specialised=has_bulk_copies(arch)
-        )
+        warps = min(warps, max(1, kernel.block(kernel.order[0]) // WARP_ROWS))
+        grouped = warps % GROUP == 0  # warps of their own that copy stand beside groups of warps
+        stages = stages_for(arch, stages) if grouped else min(stages, 1)
+        return TileLangOptions(32 * warps, stages, line=line, specialised=grouped and has_bulk_copies(arch))
 
     def source(self, kernel: Kernel, schedule: Schedule) -> str:
         return self.source_for(kernel, schedule, SHOWN)

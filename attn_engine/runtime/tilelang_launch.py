@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_engine.codegen.backends.tilelang_sequences import sized
 from attn_engine.codegen.backends.tilelang_types import BYTES, LINE
 from attn_engine.codegen.backends.triton_address import GRID_SIZES, captured
 from attn_engine.errors import LaunchFailed, UnsupportedOnBackend
@@ -57,7 +58,7 @@ class TileLangKernel:
         self._kernel, self._source = kernel, source
         self._lock = threading.Lock()
         self._compiled: dict[str, Callable[..., Any]] = {}
-        sizes = {size for p in kernel.params for size in p.shape}
+        sizes = {size for p in sized(kernel).params for size in p.shape}
         self._numbers = [
             (s.name, float if s.dtype is DType.FLOAT else int) for s in kernel.scalars if s.name not in sizes
         ]
@@ -99,10 +100,11 @@ class TileLangKernel:
         back: list[tuple[Tensor, Tensor]] = []
         for p in self._kernel.params:
             x = tensors[p.name].detach()
+            x, count = once_for_all(x, p)
             fit = x if captured(p) or len(p.shape) not in (3, 4) else in_whole_lines(x, p)
             if fit is not x and p.output and fit.data_ptr() != x.data_ptr():
                 back.append((x, fit))
-            found.append(fit)
+            found.append(fit if count is None else fit.expand(count, *fit.shape[1:]))
         return [*found, *(kind(scalars[name]) for name, kind in self._numbers)], back
 
     def _run(
@@ -133,6 +135,12 @@ def compile_text(source: str, name: str, arch: str) -> Callable[..., Any]:
     with tilelang.tvm.target.Target(target):
         flags = NVCC_FLAGS if target["kind"] == "cuda" else None
         return tilelang.compile(function, target=target, compile_flags=flags)
+
+
+def once_for_all(x: Tensor, p: Param) -> tuple[Tensor, int | None]:
+    """The rows that several sequences share, once, and how many see them; (x, None) for other tensors."""
+    shared = p.shape[0] == "batches" and x.shape[0] > 1 and x.stride(0) == 0
+    return (x[:1], x.shape[0]) if shared else (x, None)
 
 
 def in_whole_lines(x: Tensor, p: Param) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from attn_engine.codegen.backends.chunk_params import SEGMENT, SIZES, ChunkParam, chunk_params
 from attn_engine.codegen.backends.chunk_rows import RowRenderer
-from attn_engine.codegen.backends.chunk_statements import COLUMNS, StatementRenderer
+from attn_engine.codegen.backends.chunk_schedule import phases_between, scheduled
+from attn_engine.codegen.backends.chunk_statements import COLUMNS, StatementRenderer, between_name
 from attn_engine.codegen.backends.cpu import IN_DOUBLE, REGISTERS, TYPES, CpuTarget
 from attn_engine.codegen.backends.cpu_names import KEYWORDS, LOCALS, header_names
 from attn_engine.ir.chunk import ChunkKernel, ChunkStmt, RowOutput
@@ -28,6 +29,8 @@ def render_chunk_cpu(kernel: ChunkKernel, target: CpuTarget, chunk: int, header:
 
 class _ChunkRenderer(StatementRenderer):
     """Prints one kernel as one file."""
+
+    phases = ()
 
     def __init__(self, kernel: ChunkKernel, target: CpuTarget, chunk: int) -> None:
         self.kernel, self.program, self.target, self.chunk = kernel, kernel.program, target, chunk
@@ -51,12 +54,13 @@ class _ChunkRenderer(StatementRenderer):
     def prologue(self) -> list[str]:
         p = self.program
         columns = (
-            "T_COLUMNS = round_up(CHUNK, LANES), D_COLUMNS = round_up(D, LANES), "
+            "T_COLUMNS = round_up(CHUNK, WIDTH), D_COLUMNS = round_up(D, LANES), "
             "V_COLUMNS = round_up(STATE_COLUMNS, LANES)"
         )
         return [
             f"#define {REGISTERS} {self.registers}",
             *([f"#define {IN_DOUBLE} 1"] if self.in_double else []),
+            *(["#define PAIRED_PRODUCTS"] if self._paired else []),
             '#include "kernel.h"',
             '#include "chunk_vectors.h"',
             "",
@@ -82,6 +86,12 @@ class _ChunkRenderer(StatementRenderer):
             "",
         ]
 
+    @property
+    def _paired(self) -> bool:
+        """Whether products multiply pairs of bfloat16; a single token has none."""
+        dot = self.target.bfloat16_dot and self.program.element is Storage.BFLOAT16
+        return dot and self.kernel.name != "linear_step"
+
     def _tensor_type(self, p: ChunkParam) -> str:
         return f"Tensor<{'' if p.output else 'const '}{TYPES[p.storage]}, {p.rank}>"
 
@@ -91,6 +101,8 @@ class _ChunkRenderer(StatementRenderer):
             if tile.name == "decay_sums":
                 if not self.vector:
                     lines.append("RunningSum<T_COLUMNS> decay_sums;")
+                    phases = phases_between((*self.kernel.scan, *self.kernel.gradient))
+                    lines += [f"Real {between_name(x)}[CHUNK][T_COLUMNS];" for x in phases]
             elif not tile.axes:
                 lines.append(f"Real {tile.name};")
             elif tile.axes == ("t",):
@@ -160,7 +172,8 @@ class _ChunkRenderer(StatementRenderer):
 
     def _step(self, name: str, body: tuple[ChunkStmt, ...]) -> list[str]:
         """What is done to a chunk, as a local function."""
-        lines = [line for s in body for line in self.statement(s)]
+        self.phases = phases_between(body)
+        lines = [line for s in scheduled(body) for line in self.statement(s)]
         sums = self._sums() if name == "gradient" else []
         clear = [f"__builtin_memset({w.tensor}_sum, 0, sizeof {w.tensor}_sum);" for w in sums]
         add = [f"add_total<{self._total_size(w)}>({self._total_place(w)}, {w.tensor}_sum);" for w in sums]
@@ -311,7 +324,8 @@ class _ChunkRenderer(StatementRenderer):
 
 _STATES = ("initial", "final", "kept", "d_initial", "d_final")
 _FIXED = frozenset(
-    """sequence head batch first length count rows row column chunk_start chunk segment begin end chunks about scan
-    gradient initial final kept fault query key value beta decay t d_idx dv_idx spare spare_rows spare_state states
-    CHUNK SEGMENT D DV STATE_COLUMNS T_COLUMNS D_COLUMNS V_COLUMNS d_output place sequences faults heads""".split()
+    """sequence head batch first length count rows row column chunk_start chunk segment begin end chunks about
+    scan decay_between decay_before gradient initial final kept fault query key value beta decay t d_idx
+    dv_idx spare spare_rows spare_state states CHUNK SEGMENT D DV STATE_COLUMNS T_COLUMNS D_COLUMNS
+    V_COLUMNS d_output place sequences faults heads""".split()
 )

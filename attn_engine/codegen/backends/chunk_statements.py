@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 
 from attn_engine.codegen.backends.chunk_rows import RowRenderer
+from attn_engine.codegen.backends.chunk_schedule import ScaledProduct, ScheduledStmt
 from attn_engine.ir.chunk import (
     CarriedGradient,
     ChunkKernel,
-    ChunkStmt,
     Decays,
     Diagonal,
     DiagonalGradient,
@@ -34,6 +34,11 @@ def flag_of(condition: bool) -> str:
     return "true" if condition else "false"
 
 
+def between_name(exclusive: bool) -> str:
+    """The matrix of what is left of a token at another."""
+    return "decay_before" if exclusive else "decay_between"
+
+
 class StatementRenderer:
     """Prints statements; the file around them is chunk_cpu.py's."""
 
@@ -42,10 +47,13 @@ class StatementRenderer:
     rows: RowRenderer
     tiles: Mapping[Tile, str]
     vector: bool  # the decay is one for each dimension
+    phases: tuple[bool, ...]  # of the matrices of decays that the statements at hand need
 
-    def statement(self, s: ChunkStmt) -> list[str]:
+    def statement(self, s: ScheduledStmt) -> list[str]:
         """The lines of a statement."""
         match s:
+            case ScaledProduct(product, by):
+                return self._product(product, by)
             case Section(title):
                 return ["", RowRenderer.remark(f"-- {title}")]
             case Rows():
@@ -94,7 +102,7 @@ class StatementRenderer:
         made = [tile.name for tile, _ in s.values]
         found = [
             "for (int row = 0; row < count; ++row) {",
-            *(f"  {line}" for line in [*position, *lines]),
+            *(f"  {line}" for line in [*position, *self._ahead(words), *lines]),
             "}",
         ]
         for tile, _ in s.values:
@@ -109,6 +117,19 @@ class StatementRenderer:
                 f"  if (!{place}) {place} = fault + 2 * chunk_start;",
             ]
         return found
+
+    def _ahead(self, words: set[str]) -> list[str]:
+        """The rows of tensors that come AHEAD tokens later, asked for now."""
+        if self.kernel.name == "linear_step":
+            return []
+        later = f"token {'-' if self.program.reverse else '+'} AHEAD"
+        sizes = {"Q_rows": "D", "K_rows": "D", "V_rows": "DV", "decay_given_rows": "D", "dO_rows": "DV"}
+        sizes |= {
+            f"{w.tensor}_rows": "D" if "d" in w.axes else "DV"
+            for w in self.kernel.outputs
+            if len(w.axes) == 2
+        }
+        return [f"prefetch_row<{size}>({name}, {later});" for name, size in sizes.items() if name in words]
 
     def _position(self) -> str:
         """Where the token is in its tensors, for the mods: a single step is told."""
@@ -159,6 +180,7 @@ class StatementRenderer:
             lines.append(f"read_factors<{flag}>({s.reads.name}, decay_sums);")
         if s.erases is not None:
             lines.append(f"read_factors<false>({s.erases.name}, decay_sums);")
+        lines += [f"decay_matrix<{flag_of(x)}>({between_name(x)}, decay_sums, rows);" for x in self.phases]
         return lines
 
     def _gram(self, s: Gram) -> str:
@@ -180,30 +202,30 @@ class StatementRenderer:
     def _between(within: Within | None) -> str:
         if within is None:
             return "NoDecay{}"
-        flag = flag_of(within.exclusive)
-        return f"TokenDecay<{flag}, T_COLUMNS>{{decay_sums}}"
+        return f"TokenDecay<T_COLUMNS>{{{between_name(within.exclusive)}}}"
 
     @staticmethod
     def _dims(x: Tile) -> str:
         return "D" if x.axes[1] == "d" else "STATE_COLUMNS"
 
-    def _product(self, s: Product) -> list[str]:
+    def _product(self, s: Product, by: Tile | None = None) -> list[str]:
         kind = {
             (False, False): "TO", (True, False): "ADD", (True, True): "SUBTRACT", (False, True): "NEGATIVE"
         }[s.add, s.negative]  # fmt: skip
         matrix = s.a.axes == ("t", "t")
         depth = "ALL" if not matrix else "FROM_ROW" if s.upper else "UP_TO_ROW"
         call = f"product<Set::{kind}, Depth::{depth}>({s.to.name}, rows"
+        end = ");" if by is None else f", RowFactor{{{by.name}}});"
         if matrix:
             strides = "T_COLUMNS, 1" if s.upper else "1, T_COLUMNS"
-            return [f"{call}, rows, {s.a.name}[0], {strides}, {s.b.name});"]
+            return [f"{call}, rows, {s.a.name}[0], {strides}, {s.b.name}{end}"]
         columns = COLUMNS[s.a.axes[1]]
         if not s.turned:
-            return [f"{call}, {self._dims(s.a)}, {s.a.name}[0], {columns}, 1, {s.b.name});"]
+            return [f"{call}, {self._dims(s.a)}, {s.a.name}[0], {columns}, 1, {s.b.name}{end}"]
         assert s.b.axes == ("d", "v")
         return [
             f"transpose_rows(spare_state, {s.b.name}, D_COLUMNS, STATE_COLUMNS);",
-            f"{call}, STATE_COLUMNS, {s.a.name}[0], {columns}, 1, spare_state);",
+            f"{call}, STATE_COLUMNS, {s.a.name}[0], {columns}, 1, spare_state{end}",
         ]
 
     def _carried(self, s: CarriedGradient) -> list[str]:

@@ -15,6 +15,7 @@ from attn_engine.codegen.backends.cpu_names import with_legal_names
 from attn_engine.codegen.backends.cpu_nests import NestRenderer
 from attn_engine.codegen.backends.cpu_rows import RowNestRenderer
 from attn_engine.codegen.lower.nests import schedule_nests
+from attn_engine.codegen.lower.paged import with_tables_at_hand
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import Kernel, Let, Narrow, Param, walk
 
@@ -76,7 +77,7 @@ def render_cpu(kernel: Kernel, target: CpuTarget) -> str:
     Where query rows are lanes, the query tile must have as many as the target; the compiler checks it again.
     """
     renderer = CpuRenderer if kernel.lanes.whole else FewRowsRenderer
-    return renderer(target).render(with_legal_names(kernel))
+    return renderer(target).render(with_legal_names(with_tables_at_hand(kernel)))
 
 
 def symbol(kernel: Kernel) -> str:

@@ -38,6 +38,7 @@ class LaneRenderer(Renderer):
     functions: ClassVar[Mapping[Op, str]] = {
         Op.FLOORDIV: "floor_div",
         Op.MOD: "floor_mod",
+        Op.BIT: "bit_of",
         **{
             op: op.value
             for op in (

@@ -129,8 +129,9 @@ def _renamed(body: tuple[Stmt, ...], new: dict[str, str], change: Change) -> tup
                 done.append(
                     Accumulate(new.get(tensor, tensor), tuple(change(i) for i in indices), change(value))
                 )
-            case Narrow(tensor, axis, first, length):
-                done.append(Narrow(new.get(tensor, tensor), axis, change(first), change(length)))
+            case Narrow(tensor, axis, first, length, page):
+                page = page if page is None else change(page)
+                done.append(Narrow(new.get(tensor, tensor), axis, change(first), change(length), page))
             case Section():
                 done.append(s)
     return tuple(done)

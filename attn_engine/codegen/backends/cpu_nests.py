@@ -9,6 +9,7 @@ from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_steps import is_long, with_summed_products
 from attn_engine.codegen.backends.cpu_tiles import TRIPS, TileRenderer
 from attn_engine.codegen.lower.nests import Branch, Item, Nest, Schedule, Sweep
+from attn_engine.codegen.lower.paged import table_of_pages
 from attn_engine.codegen.lower.steps import (
     COLUMNS,
     Form,
@@ -160,10 +161,15 @@ class NestRenderer(TileRenderer):
         return [f"  {line}".rstrip() for line in lines]
 
     def narrow(self, s: Narrow) -> list[str]:
-        """The rows of one sequence as a tensor of their own, under the tensor's name."""
+        """The rows of one sequence, in pages or not, as a tensor of their own, under the tensor's name."""
         dimension = self.kernel.param(s.tensor).shape.index(f"{s.axis}_len")
         rows = f"{self.expr(s.first)}, {self.expr(s.length)}"
-        return [f"const auto {s.tensor} = rows_of<{dimension}>(arguments.{s.tensor}, {rows});"]
+        whole = f"arguments.{s.tensor}"
+        if s.page is not None:
+            load, page = table_of_pages(s)
+            place = f"{load.tensor}, {self.expr(load.indices[0])}, kv_len"
+            return [f"const auto {s.tensor} = in_pages<{page}>({whole}, {place});"]
+        return [f"const auto {s.tensor} = rows_of<{dimension}>({whole}, {rows});"]
 
     # -- nests
 

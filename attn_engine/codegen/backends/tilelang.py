@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from attn_engine.codegen.backends.tilelang_file import TileLangFile
+from attn_engine.codegen.backends.tilelang_sequences import NUMBERS, first_rows, sized
 from attn_engine.codegen.backends.tilelang_types import COUNTERS, TileLangOptions, block_sizes
 from attn_engine.codegen.backends.triton_layout import wrapped
 from attn_engine.codegen.backends.triton_types import TYPES, element_storage, widened
@@ -42,6 +43,8 @@ from attn_engine.ir.tile import (
     map_expressions,
 )
 
+TOP = 2  # the depth of a kernel's own statements
+
 
 def render_tilelang(kernel: Kernel, options: TileLangOptions | None = None) -> str:
     """The text of a Python file that defines the kernel as a `T.prim_func` of the kernel's name."""
@@ -67,11 +70,12 @@ class TileLangRenderer(TileLangFile):
         rounds = TYPES[self.element] != self.compute
         if rounds:
             kernel = replace(kernel, body=map_expressions(kernel.body, lambda e: transform(e, widened)))
-        self.kernel = kernel = self.renamed(kernel)
+        self.kernel = kernel = self.renamed(sized(kernel))
+        self.firsts = first_rows(kernel)
         self.sizes = block_sizes(kernel, self.options.cpu)
         self.placed = place(kernel, rounds=rounds)
         self.buffers = {b.name: b for b in self.placed.buffers}
-        body = self.lines(self.placed.body, depth=2)
+        body = self.lines(self.placed.body, depth=TOP)
         return self.file([*self.positions(), *self.allocations(), *body])
 
     # -- statements
@@ -79,6 +83,7 @@ class TileLangRenderer(TileLangFile):
     def lines(self, body: tuple[Placed, ...], depth: int) -> list[str]:
         pad, lines, self._source = "    " * depth, list[str](), ""
         for s in body:
+            self._in_loop = depth > TOP
             head, inner = self.opened(s)
             lines += [f"{pad}{piece}".rstrip() for line in head for piece in wrapped_in(line, depth) if True]
             if isinstance(s, Steps | Branch):
@@ -146,6 +151,8 @@ class TileLangRenderer(TileLangFile):
     def number_let(self, s: Let) -> list[str]:
         text = self.loaded(s.value) if isinstance(s.value, Load) else self.expr(s.value)
         said, self._source = s.source == self._source, s.source
+        if self.firsts and s.name in NUMBERS and not self._in_loop and not self.options.cpu:
+            text = f'T.alloc_var("int32", init={text})'
         return [*([] if said or not s.source else [f"# {s.source}"]), f"{s.name} = {text}"]
 
     # -- loop nests
@@ -176,7 +183,9 @@ class TileLangRenderer(TileLangFile):
                 return [*comment, f"{self.element_of(name)} = {text}"]
             case StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value):
                 inside = self.conditions(tensor, indices)
-                place = f"{tensor}[{', '.join(self.expr(i) for i in indices)}]"
+                sizes = self.kernel.param(tensor).shape
+                places = (self.place(tensor, i, n) for i, n in zip(indices, sizes, strict=True))
+                place = f"{tensor}[{', '.join(places)}]"
                 old = f"{place} + " if isinstance(s, Accumulate) else ""
                 line = f"{place} = {old}{self.expr(value, None, 6 if old else 0)}"
                 return [f"if {' & '.join(inside)}:", f"    {line}"] if inside else [line]

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 
+from attn_engine.codegen.backends.tilelang_sequences import LENGTHS
 from attn_engine.codegen.backends.tilelang_types import (
     BLOCKS,
     BYTES,
@@ -22,11 +23,12 @@ from attn_engine.codegen.backends.triton_address import GRID_SIZES, captured, ti
 from attn_engine.codegen.backends.triton_layout import WIDTH
 from attn_engine.codegen.lower.emit import Names
 from attn_engine.codegen.lower.placed import Buffer, CopyIn, CopyOut, PlacedKernel, Steps, walk_placed
+from attn_engine.codegen.lower.placement import WIDE_RANK
 from attn_engine.codegen.render import ATOM, Renderer
 from attn_engine.ir.expr import Call, Const, Expr, Full, Load, Var, substitute
 from attn_engine.ir.ops import DType, Number, Op, Storage
 from attn_engine.ir.printer import INFIX
-from attn_engine.ir.tile import If, Kernel, Let, Loop, Param, Stmt, map_expressions, walk
+from attn_engine.ir.tile import If, Kernel, Let, Loop, Narrow, Param, Stmt, map_expressions, walk
 
 # TileLang knows nothing of run-time strides, and copies element by element what may begin anywhere.
 ALIGNED = '''
@@ -49,6 +51,7 @@ class TileLangFile(Renderer):
     sizes: Mapping[str, int]
     element: Storage
     compute: str
+    firsts: Mapping[str, Narrow]  # where the rows of a sequence begin, of tensors that hold several
     _loaded: dict[Expr, str]
     _hoisted: list[str]
 
@@ -153,7 +156,8 @@ class TileLangFile(Renderer):
             for s in copies
             if isinstance(s, CopyIn | CopyOut)
         }
-        return [p for p in self.kernel.params if p.name in names]
+        wide = {p.name for p in self.kernel.params if p.name in self.firsts and len(p.shape) == WIDE_RANK}
+        return [p for p in self.kernel.params if p.name in names | wide]
 
     def positions(self) -> list[str]:
         """What this block is: where its tile starts, and grid indices that share a dimension of the launch."""
@@ -179,8 +183,10 @@ class TileLangFile(Renderer):
     @property
     def stages(self) -> int:
         """Copies that run ahead. Only the first loop of a kernel is given warps that copy, and TileLang 0.1.15 lowers
-        the others, whose lengths are run-time numbers, with one stage alone."""
-        return self.options.num_stages if self._loops() <= 1 else min(self.options.num_stages, 1)
+        the others, whose lengths are run-time numbers, with one stage alone. Rows of sequences are read by the
+        threads themselves."""
+        one = self._loops() <= 1 and not self.firsts
+        return self.options.num_stages if one else min(self.options.num_stages, 1)
 
     def _loops(self) -> int:
         return sum(isinstance(s, Steps) and s.pipelined for s in walk_placed(self.placed.body))
@@ -263,6 +269,8 @@ class TileLangFile(Renderer):
                 return f'T.cast({self.expr(x)}, "{kind}")'
             case Call(Op.DIV, (a, b)) if a.dtype is not DType.FLOAT and b.dtype is not DType.FLOAT:
                 return super().call(Call(Op.DIV, (Call(Op.TO_FLOAT, (a,)), b)), axes, parent)
+            case Call(Op.BIT, (word, place)):
+                return f"(T.bitwise_and(T.shift_right({self.expr(word)}, {self.expr(place)}), 1) != 0)"
             case Call(Op.ABS, (x,)) if self.options.cpu:  # its C has no fabs
                 return f"T.max({self.expr(x)}, -{self.expr(x, None, ATOM)})"
             case Call(Op.NOT):
@@ -293,7 +301,7 @@ class TileLangFile(Renderer):
         places = [
             self._clamped(i, size)
             if (captured(param) and tile_axis(i) is None) or size in ("q_blocks", "kv_blocks")
-            else self.expr(i)
+            else self.place(e.tensor, i, size)
             for i, size in zip(e.indices, param.shape, strict=True)
         ]
         inside = self.conditions(e.tensor, tuple(i for i in e.indices), positions_only=True)
@@ -305,6 +313,8 @@ class TileLangFile(Renderer):
         if not inside:
             return text
         zero = {DType.FLOAT: "0.0", DType.INT: "0", DType.BOOL: "False"}.get(e.kind, "0.0")
+        if e.kind is DType.ELEMENT and param.storage.value != self.compute:
+            zero = f'T.cast(0.0, "{param.storage.value}")'
         return f"T.if_then_else({' & '.join(inside)}, {text}, {zero})"
 
     def conditions(
@@ -314,7 +324,7 @@ class TileLangFile(Renderer):
         param = self.kernel.param(tensor)
         found: list[str] = []
         for i, size in zip(indices, param.shape, strict=True):
-            size = DIMENSIONS.get(size, size)
+            size = DIMENSIONS.get(size) or LENGTHS.get(size, size)
             axis = tile_axis(i)
             if axis in ("d", "dv"):
                 if self.sizes[axis] != self.kernel.block(axis):
@@ -326,6 +336,13 @@ class TileLangFile(Renderer):
                 low = [] if is_count(i) else [f"({text} >= 0)"]
                 found += [*low, f"({text} < {size})"]
         return [found[0][1:-1]] if len(found) == 1 else found
+
+    def place(self, tensor: str, index: Expr, size: str) -> str:
+        """Where along a dimension a position lies: those of a sequence begin at its first row."""
+        s = self.firsts.get(tensor)
+        if s is None or LENGTHS.get(size) != f"{s.axis}_len":
+            return self.expr(index)
+        return f"{self.expr(s.first)} + {self.expr(index)}"
 
     def _clamped(self, index: Expr, size: str) -> str:
         text = self.expr(index)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attn_engine.codegen.backends.tilelang_sequences import LENGTHS
 from attn_engine.codegen.backends.triton_address import DIMENSION_WORDS, captured
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import Kernel, Param
 
 COUNTERS = {"q": "qi", "kv": "ki", "d": "di", "dv": "vi"}
 BLOCKS = {"q": "BLOCK_Q", "kv": "BLOCK_KV", "d": "BLOCK_D", "dv": "BLOCK_DV"}
-DIMENSIONS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
+DIMENSIONS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V", "span": "2"}
 LINE = 16  # bytes: what one copy instruction moves, and where rows must begin
 AMD_LINE = 8
 BYTES = {Storage.FLOAT64: 8, Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.BFLOAT16: 2}
@@ -20,7 +21,8 @@ SMALLEST_BLOCK = 16  # what a matrix unit multiplies
 # Numbers of a kernel that are never below zero: their quotients need no rounding toward minus infinity.
 COUNTS = frozenset(
     """batch head kv_head split batches heads kv_heads splits group q_len kv_len q_start kv_start step q_tile kv_tile
-    q_idx kv_idx d_idx dv_idx q_steps kv_steps entry kv_tiles first_head""".split()
+    q_idx kv_idx d_idx dv_idx q_steps kv_steps entry kv_tiles first_head
+    tile place tiles_of_head tile_start q_first kv_first""".split()
 )
 
 
@@ -60,7 +62,8 @@ def stride_names(param: Param) -> tuple[str, ...]:
     argument."""
     if captured(param):
         return tuple(f"{param.name}_stride_{i}" for i in range(len(param.shape)))
-    return tuple(f"{param.name}_{DIMENSION_WORDS[size]}_stride" for size in param.shape[:-1])
+    words = {**DIMENSION_WORDS, **dict.fromkeys(LENGTHS, "row")}
+    return tuple(f"{param.name}_{words[size]}_stride" for size in param.shape[:-1])
 
 
 def block_sizes(kernel: Kernel, cpu: bool) -> Mapping[str, int]:

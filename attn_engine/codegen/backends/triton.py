@@ -44,7 +44,6 @@ from attn_engine.ir.tile import (
     Kernel,
     Let,
     Loop,
-    Narrow,
     Stmt,
     StoreTile,
     map_expressions,
@@ -91,7 +90,7 @@ class TritonRenderer(Addressing):
         Op.MAX: "tl.maximum", Op.MIN: "tl.minimum", Op.WHERE: "tl.where", Op.ABS: "tl.abs", Op.FLOOR: "tl.floor",
         Op.EXP: "tl.exp", Op.EXP2: "tl.exp2", Op.LOG: "tl.log", Op.LOG2: "tl.log2", Op.TANH: "tanh",
         Op.SIGMOID: "tl.sigmoid", Op.SQRT: "tl.sqrt", Op.RSQRT: "tl.rsqrt", Op.SIN: "tl.sin", Op.COS: "tl.cos",
-        Op.FLOORDIV: "floor_divide", Op.MOD: "floor_modulo",
+        Op.FLOORDIV: "floor_divide", Op.MOD: "floor_modulo", Op.BIT: "bit_of",
     }  # fmt: skip
 
     arguments: list[list[str]]  # in groups, one line of the signature each
@@ -264,12 +263,6 @@ class TritonRenderer(Addressing):
 
     def is_flat(self, s: Loop | If) -> bool:
         return isinstance(s, Loop) and s.axis is not None and s.is_one_tile(self.kernel.block(s.axis))
-
-    def narrow(self, s: Narrow) -> list[str]:
-        param = self.kernel.param(s.tensor)
-        stride = stride_names(param)[param.shape.index(f"{s.axis}_len")]
-        name = self.narrowed[s.tensor] = self._named((s.tensor, "rows"), f"{s.tensor}_rows")
-        return [f"{name} = {s.tensor} + tl.cast({self.expr(s.first)}, tl.int64) * {stride}"]
 
     def store(self, s: StoreTile) -> list[str]:
         axes = self._index_axes(s.indices)

@@ -16,14 +16,14 @@ from attn_engine.codegen.render import ATOM, Renderer
 from attn_engine.ir.expr import AXES, COLUMNS, Call, Const, Expr, Load, Var
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.printer import INFIX
-from attn_engine.ir.tile import Kernel, Let, Loop, Param, walk
+from attn_engine.ir.tile import Kernel, Let, Loop, Narrow, Param, walk
 
 DIMENSION_WORDS = {
     "batches": "batch", "heads": "head", "kv_heads": "head", "splits": "split",
     "q_len": "row", "kv_len": "row", "dim_qk": "d", "dim_v": "d",
     "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
     "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
-    "tile_count": "tile", "span": "end",
+    "tile_count": "tile", "span": "end", "partial_words": "word", "pages": "page",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {axis: f"BLOCK_{axis.upper()}" for axis in AXES}
@@ -35,7 +35,7 @@ NON_NEGATIVE = frozenset(
     f"{axis}_{what}" for axis in AXES for what in ("idx", "start", "len")
 ) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
 LISTED = frozenset(
-    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "span", "tile_count"}
+    {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "partial_words", "span", "tile_count"}
 )  # last sizes of lists of blocks and of tables of sequences: no number in them is negative
 OF_TILE = {
     "head",
@@ -111,6 +111,25 @@ class Addressing(Renderer):
             if any(self._is_wide(value) for value in assigned):
                 self.wide.add(name)
 
+    def narrow(self, s: Narrow) -> list[str]:
+        param = self.kernel.param(s.tensor)
+        stride = stride_names(param)[param.shape.index(f"{s.axis}_len")]
+        name = self.narrowed[s.tensor] = self._named((s.tensor, "rows"), f"{s.tensor}_rows")
+        whole = s.tensor
+        if s.page is not None and s.page.axes:
+            page, first = (f"tl.cast({self.expr(e)}, tl.int64)" for e in (s.page, s.first))
+            places = self._named((s.tensor, "places"), f"{s.tensor}_places")
+            return [
+                f"{places} = {page} * {stride_names(param)[0]} + {first} * {stride}",
+                f"{name} = {s.tensor} + {places}[:, None]",
+            ]
+        if s.page is not None:
+            whole += f" + tl.cast({self.expr(s.page)}, tl.int64) * {stride_names(param)[0]}"
+        return [f"{name} = {whole} + tl.cast({self.expr(s.first)}, tl.int64) * {stride}"]
+
+    def _named(self, key: object, wish: str) -> str:
+        raise NotImplementedError
+
     def address(
         self, tensor: str, indices: tuple[Expr, ...], axes: tuple[str, ...], *, clamp: bool
     ) -> Address:
@@ -157,8 +176,8 @@ class Addressing(Renderer):
                 [],
             )
         text = self.expr(index, axes, INFIX[Op.MUL][1])
-        if not of_captured and not index.axes:
-            return text, []  # batch and head come from the grid
+        if not of_captured and (not index.axes or size in LISTED):
+            return text, []  # batch and head come from the grid, the places of lists from lists
         low = [] if self.is_non_negative(index) else [f"{self.expr(index, axes, INFIX[Op.ADD][1])} >= 0"]
         return text, [*low, f"{self.expr(index, axes, INFIX[Op.ADD][1])} < {size}"]
 

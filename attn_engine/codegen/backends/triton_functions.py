@@ -21,6 +21,13 @@ def floor_modulo(a, b):
     return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
 '''
 
+_BIT_OF = '''
+@triton.jit
+def bit_of(word, place):
+    """One bit of a word, from the lowest."""
+    return ((word >> place) & 1) != 0
+'''
+
 # The quotient of exponentials cancels near zero; the polynomial is good to one float32 rounding below 0.625.
 _TANH = '''
 @triton.jit
@@ -62,6 +69,7 @@ def load_tile(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.c
 HELPERS: dict[str, str] = {
     "floor_divide": _FLOOR_DIVIDE,
     "floor_modulo": _FLOOR_MODULO,
+    "bit_of": _BIT_OF,
     "tanh": _TANH,
     "load_tile": _LOAD_TILE,
 }

@@ -21,7 +21,7 @@ from attn_engine.codegen.lower.capture import (
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
 from attn_engine.codegen.lower.listed import list_params
-from attn_engine.codegen.lower.ranges import masking, phases_of, split_bounds
+from attn_engine.codegen.lower.ranges import masking, split_bounds
 from attn_engine.codegen.lower.row_values import RowReads, main_rows, row_bindings, uses_delta
 from attn_engine.codegen.lower.score import (
     Masked,
@@ -55,6 +55,7 @@ from attn_engine.codegen.lower.values import (
     tile,
     wide,
 )
+from attn_engine.codegen.lower.visited import phases_of
 from attn_engine.codegen.schedule import Gradients, Schedule
 from attn_engine.ir.expr import Call, Const, Dot, Expr, Full, Reduce, Var, postorder, where
 from attn_engine.ir.passes.autodiff import gradients

@@ -9,7 +9,7 @@ from functools import partial
 
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, factor_outside, rounded
 from attn_engine.codegen.lower.listed import list_params
-from attn_engine.codegen.lower.ranges import Phases, masking, phases_of
+from attn_engine.codegen.lower.ranges import masking
 from attn_engine.codegen.lower.score import (
     Masked,
     Visibility,
@@ -32,8 +32,10 @@ from attn_engine.codegen.lower.values import (
     load_tile,
     rows,
     saved_param,
+    scalar,
     wide,
 )
+from attn_engine.codegen.lower.visited import Visited, phases_of
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import REDUCE_IDENTITY, Const, Dot, Expr, Full, Reduce, Var, postorder, where
 from attn_engine.ir.ops import Number
@@ -46,7 +48,19 @@ from attn_engine.ir.passes.rule_analysis import (
     values_of_empty_row,
     vanishes_when_masked,
 )
-from attn_engine.ir.program import HEAD, LOGIT, OUT, Attention, OnlineRule, RowPass, RowState, saved_var
+from attn_engine.ir.program import (
+    BATCH,
+    HEAD,
+    LOGIT,
+    OUT,
+    Q_IDX,
+    Attention,
+    OnlineRule,
+    Pooled,
+    RowPass,
+    RowState,
+    saved_var,
+)
 from attn_engine.ir.tile import If, Kernel, Let, Loop, Param, Section, Stmt, StoreTile
 
 ORDER_Q = ("q", "kv", "d", "dv")  # tiles are [q, kv] here
@@ -66,7 +80,7 @@ class Pass:
 
     body: tuple[Stmt, ...]
     tests: TileTests | None
-    seen: Phases
+    seen: Visited
     known: dict[Expr, Expr]  # what was computed before the loops
 
 
@@ -98,8 +112,18 @@ def forward_kernel(
     )
 
 
-def pass_over_keys(program: Attention, schedule: Schedule, names: Names, *, one_split: bool = False) -> Pass:
-    """The un-normalised output and the row state of one q tile, over the keys it sees or over one share of them."""
+def pass_over_keys(
+    program: Attention,
+    schedule: Schedule,
+    names: Names,
+    *,
+    one_split: bool = False,
+    pooled: tuple[Pooled, ...] = (),
+) -> Pass:
+    """The un-normalised output and the row state of one q tile, over the keys it sees or over one share of them.
+
+    pooled: what is stored of each tile's logits; their blocks are the tiles.
+    """
     tiles = {"q": schedule.block_q, "kv": schedule.block_kv}
     tests = tile_tests(program, names, "kv", tiles)
     seen = phases_of(program, "kv", tiles, schedule.edges, tests, one_split=one_split)
@@ -117,7 +141,7 @@ def pass_over_keys(program: Attention, schedule: Schedule, names: Names, *, one_
         bounds = []
     body += [*empty_row_state(program.rule), *bounds]
     for run in seen.runs:
-        loop = run.loop("kv", lambda masked: kv_step(program, names.copy(), known, masked))
+        loop = run.loop("kv", lambda masked: kv_step(program, names.copy(), known, masked, pooled=pooled))
         body += [Section(run.title), loop]
     return Pass(tuple(body), tests, seen, known)
 
@@ -142,7 +166,7 @@ def row_pass(
     p: RowPass,
     names: Names,
     known: dict[Expr, Expr],
-    seen: Phases,
+    seen: Visited,
     title: str,
     bounds: list[Stmt],
 ) -> list[Stmt]:
@@ -210,13 +234,22 @@ def later_rows_see_more(plan: MaskPlan) -> bool:
 
 
 def kv_step(
-    program: Attention, names: Names, known: dict[Expr, Expr], masked: Masked, *, output: bool = True
+    program: Attention,
+    names: Names,
+    known: dict[Expr, Expr],
+    masked: Masked,
+    *,
+    output: bool = True,
+    pooled: tuple[Pooled, ...] = (),
 ) -> list[Stmt]:
-    """One kv tile: scores, the user's functions, the online update; `output`: it adds to the output."""
+    """One kv tile: scores, the user's functions, the online update; `output`: it adds to the output.
+
+    pooled: what is stored of the tile's logits; its block is the tile.
+    """
     emitter = Emitter(names, known, base_two)
     emitter.lets += [Let("key", load_tile("K")), *([Let("value", load_tile("V"))] if output else [])]
     logit = score_lets(program, emitter)
-    update = partial(online_update, program, names, known, output=output)
+    update = partial(online_update, program, names, known, output=output, pooled=pooled)
     seen = None if masked is False else visibility(program, names, known, ("kv",), masked)
     if seen is None:
         return [*emitter.lets, *update(logit, None)]
@@ -244,11 +277,13 @@ def online_update(
     visible: Expr | None,
     *,
     output: bool = True,
+    pooled: tuple[Pooled, ...] = (),
 ) -> list[Stmt]:
-    """The rule's step on one tile; `visible` where masking the score alone would not do."""
+    """The rule's step on one tile; `visible` where masking the score alone would not do; `pooled` as of `kv_step`."""
     rule = program.rule
     emitter = Emitter(names, {**known, LOGIT: logit_of(program, logit)}, adjuster(rule, visible))
     called = names_of_step(rule)
+    stores = [_store_of_logits(emitter, p, rule) for p in pooled]
     new: dict[str, Expr] = {}
     for state, value in in_dependency_order(rule):
         if math.isinf(state.initial) and is_read_in_step(rule, value):
@@ -263,8 +298,19 @@ def online_update(
     if made is not None:
         scale, weights = made
         emitter.let("out", OUT * scale + Dot(rounded(weights, "V"), VALUE))
-    emitter.lets += [Let(name, value) for name, value in new.items()]
+    emitter.lets += [*stores, *(Let(name, value) for name, value in new.items())]
     return emitter.lets
+
+
+def pool_place(block: int) -> tuple[Expr, ...]:
+    """Where the pooled value of a row and a tile of `block` keys is stored."""
+    return (BATCH, HEAD, scalar("kv_start") // block, Q_IDX)
+
+
+def _store_of_logits(emitter: Emitter, p: Pooled, rule: OnlineRule) -> StoreTile:
+    """The largest logit of each row of a tile, which the rule itself may go on with."""
+    largest = emitter.define(f"tile_{p.name}", Reduce(p.kind, LOGIT, "kv"), rule.names, rule.sources)
+    return StoreTile(p.name, pool_place(p.block), largest)
 
 
 def _scale_and_weights(

@@ -9,7 +9,7 @@ A loop over the entries of a list stands around the loop over the tiles of one b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from attn_engine.codegen.lower.score import ENDS, Masked
@@ -36,6 +36,11 @@ def blocks_param(loop: str, kind: str) -> str:
     return f"{loop}_{kind}_blocks"
 
 
+def seen_param(loop: str) -> str:
+    """Which parts of a block in the partial list are visible: words of 32 bits, as many as an entry needs."""
+    return f"{loop}_partial_seen"
+
+
 def list_params(program: Attention, body: tuple[Stmt, ...]) -> tuple[Param, ...]:
     """The lists that a kernel reads."""
     listed = program.listed
@@ -44,10 +49,11 @@ def list_params(program: Attention, body: tuple[Stmt, ...]) -> tuple[Param, ...]
     read = {x.tensor for s in walk(body) for e in expressions(s) for x in loads(e)}
     params: list[Param] = []
     for loop, axis in OTHER.items():
-        for kind in KINDS:
+        for kind in listed.kinds:
             shape = ("batches", listed.heads, f"{axis}_bounds")
             params.append(Param(starts_param(loop, kind), Storage.INT32, shape))
             params.append(Param(blocks_param(loop, kind), Storage.INT32, (f"{kind}_listed",)))
+        params.append(Param(seen_param(loop), Storage.INT32, ("partial_words",)))
     return tuple(p for p in params if p.name in read)
 
 
@@ -102,20 +108,10 @@ def listed_runs(
 ) -> tuple[list[Stmt], tuple[ListedRun, ...]]:
     """Bounds as Lets, then the runs over the entries: partial blocks, then full ones. Parameters as in `phases`."""
     axis, n, length = OTHER[loop], tiles[loop], scalar(f"{loop}_len")
-    own, size = scalar(f"{axis}_block"), listed.block(axis)
-    bounds: list[Stmt] = [Let(own.name, scalar(f"{axis}_start") // size if size else Const(0))]
+    bounds, ends = list_bounds(program, listed, loop, one_split=one_split)
     clamped = listed.block(loop) > n or program.sequences is not None  # some sequences end before a block
     if clamped:
-        bounds.append(Let(f"{loop}_end", (length + (n - 1)) // n * n))
-    places = (BATCH, KV_HEAD if listed.heads == "kv_heads" else HEAD)
-    for kind in KINDS:
-        starts = starts_param(loop, kind)
-        bounds.append(Let(f"{kind}_begin", Load(starts, INT, (*places, own))))
-        bounds.append(Let(f"{kind}_end", Load(starts, INT, (*places, own + 1))))
-    ends = {kind: (scalar(f"{kind}_begin"), scalar(f"{kind}_end")) for kind in KINDS}
-    if one_split:
-        bounds += _shares()
-        ends = {kind: (scalar(f"{kind}_first"), scalar(f"{kind}_stop")) for kind in KINDS}
+        bounds.insert(1, Let(f"{loop}_end", (length + (n - 1)) // n * n))
     whole = _inside(loop, n) & _inside(axis, tiles[axis]) if own_rows_count else _inside(loop, n)
 
     def run(kind: str, title: str) -> ListedRun:
@@ -139,13 +135,38 @@ def listed_runs(
     )
 
 
+def list_bounds(
+    program: Attention, listed: ListedBlocks, loop: str, *, one_split: bool
+) -> tuple[list[Stmt], Mapping[str, tuple[Expr, Expr]]]:
+    """Where the lists of a program's own block begin and end, as Lets; the ends by kind, with one_split of a share."""
+    axis = OTHER[loop]
+    own, size = scalar(f"{axis}_block"), listed.block(axis)
+    bounds: list[Stmt] = [Let(own.name, scalar(f"{axis}_start") // size if size else Const(0))]
+    places = (BATCH, KV_HEAD if listed.heads == "kv_heads" else HEAD)
+    for kind in listed.kinds:
+        starts = starts_param(loop, kind)
+        bounds.append(Let(f"{kind}_begin", Load(starts, INT, (*places, own))))
+        bounds.append(Let(f"{kind}_end", Load(starts, INT, (*places, own + 1))))
+    if not one_split:
+        return bounds, {kind: (scalar(f"{kind}_begin"), scalar(f"{kind}_end")) for kind in listed.kinds}
+    shares = {kind: (scalar(f"{kind}_first"), scalar(f"{kind}_stop")) for kind in listed.kinds}
+    return [*bounds, *_shares(listed.kinds)], shares
+
+
 def _inside(axis: str, tile: int) -> Expr:
     """Whether a tile of `axis` ends before the axis does."""
     return scalar(f"{axis}_start") + tile <= scalar(f"{axis}_len")
 
 
-def _shares() -> list[Stmt]:
-    """A contiguous share of the two lists of blocks, one after the other, for each split."""
+def _shares(kinds: tuple[str, ...]) -> list[Stmt]:
+    """A contiguous share of the two lists of blocks, one after the other, for each split; or of the only one."""
+    if kinds == ("full",):
+        full, share = scalar("full_begin"), scalar("blocks_per_split")
+        return [
+            Let("blocks_per_split", (scalar("full_end") - full + SPLITS - 1) // SPLITS),
+            Let("full_first", full + SPLIT * share),
+            Let("full_stop", call(Op.MIN, scalar("full_first") + share, scalar("full_end"))),
+        ]
     count, share = scalar("partial_count"), scalar("blocks_per_split")
     first, stop = scalar("split_begin"), scalar("split_end")
     partial, full = scalar("partial_begin"), scalar("full_begin")

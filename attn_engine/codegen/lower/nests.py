@@ -42,7 +42,7 @@ class Sweep:
 
     @property
     def innermost(self) -> bool:
-        return all(isinstance(item, Nest) for item in self.body)
+        return all(isinstance(item, Nest | Narrow) for item in self.body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Branch:
 
     @property
     def innermost(self) -> bool:
-        return all(isinstance(item, Nest) for item in self.body)
+        return all(isinstance(item, Nest | Narrow) for item in self.body)
 
 
 Item = Section | Narrow | Nest | Sweep | Branch

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attn_engine.codegen.lower.emit import Names
+from attn_engine.codegen.lower.listed import ENTRY
 from attn_engine.codegen.lower.placed import (
     Branch,
     Buffer,
@@ -65,7 +66,10 @@ class _Placer:
         self._names = Names({s.name for s in walk(kernel.body) if isinstance(s, Let)})
         self._loops = 0  # loops over tiles so far
         self._loop = 0  # the one that this statement is in
+        self._entry: frozenset[str] = frozenset()  # what the entry of a list says, inside a loop over them
         self.waits = True
+        # A copy would bring rows of the next sequence, which zeros in a product do not keep out where they are NaN.
+        self._over_sequences = any(isinstance(s, Narrow) for s in walk(kernel.body))
         self._loaded_in: dict[str, int] = {}
         self._renamed: dict[Expr, Expr] = {}
 
@@ -91,7 +95,7 @@ class _Placer:
                 place = tuple(self.read(i) for i in indices)
                 return [*lets, self.mapped(Accumulate(tensor, place, value))]
             case Narrow():
-                raise AssertionError("sequences of their own lengths are refused before")
+                return []  # each access begins at the first row of its tensor
 
     def read(self, e: Expr) -> Expr:
         return substitute(e, self._renamed) if self._renamed else e
@@ -100,16 +104,18 @@ class _Placer:
         blocks = dict(self.kernel.tile)
         if s.axis is not None and s.is_one_tile(blocks[s.axis]):
             return [Let(s.var, self.read(s.lo)), *self.block(s.body)]
-        c = counted(s, blocks)
+        c = counted(s, blocks, self._entry)
         before = [placed for let in c.before for placed in self.statement(let)]
-        outer, renamed = self._loop, dict(self._renamed)
+        outer, renamed, entry = self._loop, dict(self._renamed), self._entry
+        if s.var == ENTRY.name:
+            self._entry |= {x.name for x in c.body if isinstance(x, Let)}
         pipelined = c.over_tiles and not any(isinstance(x, Loop) for x in walk(c.body))
         if pipelined:
             self._loops += 1
             self._loop = self._loops
             self.waits &= c.once
         body = tuple(self.block(c.body))
-        self._loop, self._renamed = outer, renamed
+        self._loop, self._renamed, self._entry = outer, renamed, entry
         return [*before, Steps(c.var, self.read(c.first), self.read(c.stop), body, pipelined)]
 
     def let(self, name: str, value: Expr, source: str) -> list[Placed]:
@@ -118,7 +124,7 @@ class _Placer:
         name = self.own_name(name, value)
         match value:
             case Load() if self.is_plain(value):
-                return [self.copy_in(name, value)]
+                return [self.copy_in(name, value, source)]
             case Full():
                 self.declare(name, value.axes, DType.FLOAT)
                 return [Fill(name, value.value)]
@@ -155,16 +161,22 @@ class _Placer:
             lets, value = self.let(name, value, ""), Var(name, DType.FLOAT, value.axes)
         assert isinstance(value, Var)
         if not self.rounds:
-            return [*lets, CopyOut(tensor, indices, value.name)]
+            return [*lets, self.copy_out(tensor, indices, value)]
         # Through shared memory, in whole lines: registers alone would write a few bytes of each at a time.
         rounded = self.declare(
             self._names.fresh(f"{tensor}_rounded"), value.axes, DType.ELEMENT, Scope.SHARED
         )
-        return [*lets, Copy(rounded.name, value.name), CopyOut(tensor, indices, rounded.name)]
+        out = self.copy_out(tensor, indices, Var(rounded.name, DType.ELEMENT, value.axes))
+        return [*lets, Copy(rounded.name, value.name), out]
+
+    def copy_out(self, tensor: str, indices: tuple[Expr, ...], tile: Var) -> CopyOut | Map:
+        if self._over_sequences:
+            return Map(ordered(tile.axes, self.order), (StoreTile(tensor, indices, tile),))
+        return CopyOut(tensor, indices, tile.name)
 
     # -- values
 
-    def copy_in(self, name: str, load: Load) -> CopyIn:
+    def copy_in(self, name: str, load: Load, source: str) -> CopyIn | Map:
         """Loops over tiles that follow each other own what they load: each of them is pipelined for itself."""
         if self._loaded_in.setdefault(name, self._loop) != self._loop:
             own = self._names.fresh(name)
@@ -177,6 +189,8 @@ class _Placer:
             Scope.FRAGMENT if rows or (name not in self._operands and len(load.axes) > 1) else Scope.SHARED
         )
         self.declare(name, load.axes, load.dtype, scope)
+        if self._over_sequences:
+            return Map(ordered(load.axes, self.order), (Let(name, load, source),))
         return CopyIn(name, load, ahead=self._loop > 0)
 
     def is_plain(self, load: Load) -> bool:

@@ -31,18 +31,20 @@ class CountedLoop:
     once: bool = False
 
 
-def counted(s: Loop, blocks: dict[str, int]) -> CountedLoop:
+def counted(s: Loop, blocks: dict[str, int], entry: frozenset[str] = frozenset()) -> CountedLoop:
     """The loop with trips counted, one by one, from the loop's own bounds. blocks: rows of a tile of each axis.
 
     A loop that masks its tiles runs one trip where it has none to do, in which everything is masked: what was copied
-    before the loop is waited for in its first trip.
+    before the loop is waited for in its first trip. entry: names that an entry of a list gives. Where a loop ends before
+    the entry's block begins, its first tile lies in another block and may be visible: such loops may run no trip.
     """
     if s.axis is not None:
         n, var = blocks[s.axis], f"{s.axis}_tile"
         start = Let(s.var, scalar(var) * n)
         first, stop = tiles(s.lo, n), tiles(s.hi, n)
-        stop = simplify(call(Op.MAX, stop, first + 1)) if masks(s) else stop
-        return CountedLoop((), var, first, stop, (start, *s.body), over_tiles=True, once=masks(s))
+        once = masks(s) and not any(v.name in entry for v in variables(s.lo))
+        stop = simplify(call(Op.MAX, stop, first + 1)) if once else stop
+        return CountedLoop((), var, first, stop, (start, *s.body), over_tiles=True, once=once)
     return _joined(s, blocks) or CountedLoop((), s.var, s.lo, s.hi, s.body, over_tiles=False)
 
 

@@ -1,7 +1,9 @@
 """Forward with pooled weights: the largest or the sum of the final weights of every block of keys, per query row.
 
 After the last pass over the keys the row values are final, so one more loop over the same tiles, each of which is a
-block (or the runtime joins several), recomputes the weights and stores a number per row. Nothing of size S^2 is kept.
+block (or the runtime joins several), recomputes the weights and stores a number per row. Where only the largest are
+wanted and weights rise with their logits, the loop that makes the output stores each tile's largest logit instead,
+which it has anyway, and the runtime makes weights of these. Nothing of size S^2 is kept.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from attn_engine.codegen.lower.forward import (
     forward_kernel,
     has_seen_nothing,
     pass_over_keys,
+    pool_place,
     saved_outputs,
     titled,
 )
 from attn_engine.codegen.lower.score import Masked, reserved_names, score_lets, visibility
-from attn_engine.codegen.lower.values import compute_storage, load_tile, scalar, wide
+from attn_engine.codegen.lower.values import compute_storage, load_tile, wide
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import REDUCE_IDENTITY, Expr, Full, Reduce, Var, postorder, where
-from attn_engine.ir.program import BATCH, HEAD, Q_IDX, Attention, Pooled, saved_var
+from attn_engine.ir.passes.monotone import weight_of_largest_logit
+from attn_engine.ir.program import Attention, Pooled, saved_var
 from attn_engine.ir.tile import Kernel, Let, Param, Section, Stmt, StoreTile
 
 # A number per block and row; rows last, so that neighbouring rows are neighbours in memory.
@@ -34,15 +38,28 @@ def pooled_tile(program: Attention, schedule: Schedule) -> int:
     return min(schedule.block_kv, *(p.block for p in program.rule.pooled))
 
 
+def keeps_logits(program: Attention) -> bool:
+    """Whether the kernel leaves the largest logits of tiles, -inf without a key, of which the runtime makes weights."""
+    rule = program.rule
+    return (
+        all(p.kind == "max" for p in rule.pooled)
+        and program.sequences is None  # whose row values lie elsewhere
+        and weight_of_largest_logit(rule) is not None
+    )
+
+
 def lower_pooled_forward(program: Attention, schedule: Schedule) -> Kernel:
     """O, the saved row values and the pooled weights of one q tile."""
     schedule = replace(schedule, block_kv=pooled_tile(program, schedule))
     names = reserved_names(program)
-    keys = pass_over_keys(program, schedule, names)
+    early = keeps_logits(program)
+    of_tiles = tuple(replace(p, block=schedule.block_kv) for p in program.rule.pooled)
+    keys = pass_over_keys(program, schedule, names, pooled=of_tiles if early else ())
     storage = compute_storage(program)
     pools = [Param(p.name, storage, POOLED_SHAPE, True) for p in program.rule.pooled]
     outputs = (wide(program, "O", output=True), *saved_outputs(program), *pools)
-    end = [*epilogue(program, names), *_pooling(program, names, keys, schedule.block_kv)]
+    late = [] if early else _pooling(program, names, keys, schedule.block_kv)
+    end = [*epilogue(program, names), *late]
     return forward_kernel(program, schedule, "forward", outputs, keys, end)
 
 
@@ -85,8 +102,7 @@ def _step(
         seen = visibility(program, names, known, ("kv",), masked)
         emitter.lets += seen.lets
         visible = seen.var
-    place = (BATCH, HEAD, scalar("kv_start") // block, Q_IDX)
-    stores = [StoreTile(p.name, place, _pool(emitter, p, probs, visible)) for p in rule.pooled]
+    stores = [StoreTile(p.name, pool_place(block), _pool(emitter, p, probs, visible)) for p in rule.pooled]
     return [*emitter.lets, *stores]
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attn_engine.codegen.lower.listed import WHOLE, ListedRun, listed_runs
+from attn_engine.codegen.lower.listed import WHOLE
 from attn_engine.codegen.lower.score import Masked
 from attn_engine.codegen.lower.tile_classes import TileTests, last_row
 from attn_engine.codegen.lower.values import INT, SPLIT, SPLITS, scalar
 from attn_engine.codegen.schedule import Edges
 from attn_engine.ir.expr import Const, Expr, Var, call, variables, where
 from attn_engine.ir.ops import Op
-from attn_engine.ir.passes.mask_range import OTHER, MaskPlan, NoneKnown, plan_mask
+from attn_engine.ir.passes.mask_range import OTHER, MaskPlan, NoneKnown
 from attn_engine.ir.passes.simplify import simplify
-from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import If, Let, Loop, Stmt
 
 
@@ -58,27 +57,7 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Phases:
     bounds: tuple[Stmt, ...]
-    runs: tuple[Run, ...] | tuple[ListedRun, ...]
-
-
-def phases_of(
-    program: Attention,
-    loop: str,
-    tiles: dict[str, int],
-    edges: Edges,
-    tests: TileTests | None = None,
-    *,
-    own_rows_count: bool = False,
-    one_split: bool = False,
-) -> Phases:
-    """What a program's loop over `loop` visits: listed blocks where it has lists, else what its mask plan says."""
-    if program.listed is not None:
-        bounds, runs = listed_runs(
-            program, program.listed, loop, tiles, edges, own_rows_count=own_rows_count, one_split=one_split
-        )
-        return Phases(tuple(bounds), runs)
-    plan = plan_mask(program.mask.result if program.mask else None, loop)
-    return phases(plan, tiles, edges, tests, own_rows_count=own_rows_count, one_split=one_split)
+    runs: tuple[Run, ...]
 
 
 def phases(

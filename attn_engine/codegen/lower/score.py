@@ -17,7 +17,16 @@ from attn_engine.ir.tile import Let, Stmt
 
 # How a step masks its tile: not, everywhere, under a condition on the tile, or only beyond the ends of the axes.
 ENDS: Final = "ends"
-Masked = bool | Expr | Literal["ends"]
+
+
+@dataclass(frozen=True, slots=True)
+class InParts:
+    """A tile of which only some parts are there (bool): masked everywhere, and by that."""
+
+    there: Expr
+
+
+Masked = bool | Expr | Literal["ends"] | InParts
 
 
 def reserved_names(program: Attention) -> Names:
@@ -124,6 +133,8 @@ def visibility(
     if program.mask is not None and masked is not ENDS:
         fn = program.mask
         inside = simplify(emitter.value(fn.result, fn.names, fn.sources) & inside)
+    if isinstance(masked, InParts):
+        inside = simplify(masked.there & inside)
     var = emitter.let("visible", inside)
     return Visibility(tuple(emitter.lets), var)
 

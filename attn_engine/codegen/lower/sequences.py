@@ -71,7 +71,8 @@ def over_sequences(kernel: Kernel, dense: Iterable[str] = ()) -> Kernel:
 
 def narrowed_tensors(kernel: Kernel) -> dict[str, int]:
     """The tensors of which a kernel sees one sequence, and which of their dimensions is the batch."""
-    names = dict.fromkeys(s.tensor for s in walk(kernel.body) if isinstance(s, Narrow))
+    narrowed = (s for s in walk(kernel.body) if isinstance(s, Narrow) and s.page is None)
+    names = dict.fromkeys(s.tensor for s in narrowed)
     return {name: kernel.param(name).shape.index("batches") for name in names}
 
 

@@ -37,7 +37,7 @@ def tile_tests(
 
     own_rows_count: see `phases`. A ragged tile of the loop is never whole.
     """
-    if program.listed is not None:
+    if program.listed is not None and not program.listed.tested:
         return None  # the lists have said it
     found = classify_tiles(program.mask.result if program.mask else None, loop)
     if found is None:

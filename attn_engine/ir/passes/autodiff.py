@@ -53,7 +53,7 @@ GRADIENTS: dict[Op, Gradient] = {
 }
 # Integers, comparisons and steps: constant wherever they are differentiable at all.
 NOT_DIFFERENTIABLE = frozenset(
-    {Op.FLOORDIV, Op.MOD, Op.LE, Op.LT, Op.EQ, Op.NE, Op.AND, Op.OR, Op.NOT, Op.TO_INT, Op.FLOOR}
+    {Op.FLOORDIV, Op.MOD, Op.LE, Op.LT, Op.EQ, Op.NE, Op.AND, Op.OR, Op.NOT, Op.TO_INT, Op.FLOOR, Op.BIT}
 )
 
 

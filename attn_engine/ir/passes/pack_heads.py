@@ -36,8 +36,8 @@ def packable(rule: OnlineRule) -> bool:
     return not {HEAD, Q_IDX} & set(postorder(*roots))
 
 
-def pack_heads(program: Attention, packing: Packing) -> Attention:
-    """The same attention on packed rows; it takes the number `group` where its functions need it.
+def pack_heads(program: Attention, packing: Packing, group: int | None = None) -> Attention:
+    """The same attention on packed rows; where its functions need `group`, it takes that number, or it is known.
 
     >>> from attn_engine.ir.program import KV_IDX
     >>> _packed(ScalarFn("causal", KV_IDX <= Q_IDX), Packing.QUERIES).result is (KV_IDX <= Q_IDX // GROUP)
@@ -46,21 +46,22 @@ def pack_heads(program: Attention, packing: Packing) -> Attention:
     if packing is Packing.NONE:
         return program
     assert packable(program.rule), "the normaliser asks for the head or the position"
-    score, mask = (f and _packed(f, packing) for f in (program.score, program.mask))
+    size = GROUP if group is None else Const(group)
+    score, mask = (f and _packed(f, packing, size) for f in (program.score, program.mask))
     # Lists serve packed rows where every query is in one block.
     listed = program.listed and replace(program.listed, q=0)
     return replace(program, score=score, mask=mask, listed=listed)
 
 
-def _packed(fn: ScalarFn, packing: Packing) -> ScalarFn:
-    position, head = _meanings(packing)
+def _packed(fn: ScalarFn, packing: Packing, group: Expr = GROUP) -> ScalarFn:
+    position, head = _meanings(packing, group)
     replacements: dict[Expr, Expr] = {Q_IDX: position, HEAD: head}
     result = substitute(fn.result, replacements)
 
     def moved(notes: Mapping[Expr, str]) -> dict[Expr, str]:
         return {substitute(node, replacements): text for node, text in notes.items()}
 
-    names = {**moved(fn.names), position: "position", Q_IDX % GROUP: "head_in_group"}
+    names = {**moved(fn.names), position: "position", Q_IDX % group: "head_in_group"}
     needs_group = GROUP in postorder(result)
     return replace(
         fn,
@@ -71,8 +72,8 @@ def _packed(fn: ScalarFn, packing: Packing) -> ScalarFn:
     )
 
 
-def _meanings(packing: Packing) -> tuple[Expr, Expr]:
+def _meanings(packing: Packing, group: Expr) -> tuple[Expr, Expr]:
     """The user's q_idx and head in terms of the row and the kv head."""
     if packing is Packing.ONE_QUERY:
-        return Const(0), HEAD * GROUP + Q_IDX
-    return Q_IDX // GROUP, HEAD * GROUP + Q_IDX % GROUP
+        return Const(0), HEAD * group + Q_IDX
+    return Q_IDX // group, HEAD * group + Q_IDX % group

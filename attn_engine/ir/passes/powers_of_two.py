@@ -64,7 +64,7 @@ def backward_in_powers_of_two(rule: OnlineRule) -> OnlineRule:
     if rule.earlier or rule.adjoints:
         return rule
     convert = _Converter(frozenset())
-    bounded = _without_bound(rule)
+    bounded = without_bound(rule)
     try:
         weights, gradient = convert.plain(bounded), convert.plain(rule.gradient)
         for p in rule.parameters:
@@ -185,7 +185,7 @@ def _is_extremum(state: RowState, new: Expr) -> bool:
     return found is not None and math.isinf(state.initial) and LOGIT in postorder(found.x)
 
 
-def _without_bound(rule: OnlineRule) -> Expr:
+def without_bound(rule: OnlineRule) -> Expr:
     """The recomputed weights without min(x - row_max, 0) where row_max is the row's largest x: it is never above 0."""
     maxima = {
         saved_var(name): found.x
@@ -228,7 +228,7 @@ def _with_factor_inside(weights: Expr, rule: OnlineRule) -> tuple[Expr, Expr | N
     if "kv" in factor.axes or not isinstance(power, Call) or power.op is not Op.EXP2:
         return weights, None
     match power.args[0]:
-        case Call(Op.SUB, (x, m)) if "kv" not in m.axes and _never_negative(factor, rule):
+        case Call(Op.SUB, (x, m)) if "kv" not in m.axes and never_negative(factor, rule):
             shift = m if factor is Const(1.0) else _saved_sum(m, factor, rule)
             shift = m - call(Op.LOG2, factor) if shift is None else shift
             return call(Op.EXP2, x - shift), simplify(shift)
@@ -251,7 +251,7 @@ def _saved_sum(m: Expr, factor: Expr, rule: OnlineRule) -> Expr | None:
     return next((v * LOG2_E for v in saved if v in found), None)
 
 
-def _never_negative(root: Expr, rule: OnlineRule) -> bool:
+def never_negative(root: Expr, rule: OnlineRule) -> bool:
     """Whether a row's value is certainly >= 0: made of exponentials, their sums and quotients."""
     made = substitute(
         root, {saved_var(name): e for name, e in rule.saved}

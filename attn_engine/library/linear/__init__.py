@@ -14,6 +14,7 @@ from attn_engine.library.linear.mamba2 import mamba2
 from attn_engine.library.linear.mlstm import mlstm, mlstm_gates
 from attn_engine.library.linear.retnet import retnet
 from attn_engine.library.linear.rwkv6 import rwkv6
+from attn_engine.library.linear.rwkv7 import rwkv7, rwkv7_rows
 
 __all__ = [
     "delta_net",
@@ -28,5 +29,7 @@ __all__ = [
     "mlstm_gates",
     "retnet",
     "rwkv6",
+    "rwkv7",
+    "rwkv7_rows",
     "simple_gla",
 ]

@@ -11,67 +11,90 @@ template <int C> struct RunningSum {
   alignas(64) Real high[C], low[C], high_before[C], low_before[C];
 };
 
+constexpr int BLOCK = 16;  // tokens between two borders, and what the tokens of a chunk are rounded up to
+
 /// exp of a number for each token.
 template <int C> INLINE void exponentials(Real* to, const Real* x) {
-  for (int i = 0; i < C; i += LANES) store(to + i, exp(load(x + i)));
+  for (int i = 0; i < C; i += WIDTH) put(to + i, exp_vector(vector_at(x + i)));
 }
 
 /// The running sums G of a chunk's decays, e^{G_end - G} and e^{G_end}.
 template <int C> INLINE void sum_decays(const Real* decay, int rows, RunningSum<C>& sums, Real* writes, Real& whole) {
   double total = 0, after = 0;
-  for (int i = 0; i < C; ++i) {
+  for (int i = 0, last = C - 1; i < C; ++i, --last) {  // from both ends at once
     sums.high_before[i] = i ? sums.high[i - 1] : 0, sums.low_before[i] = i ? sums.low[i - 1] : 0;
     total += i < rows ? decay[i] : 0;
     sums.high[i] = (Real)total, sums.low[i] = (Real)(total - (double)sums.high[i]);
+    writes[last] = (Real)after, after += last < rows ? decay[last] : 0;
   }
-  for (int i = C - 1; i >= 0; --i) writes[i] = (Real)after, after += i < rows ? decay[i] : 0;
   exponentials<C>(writes, writes);
-  whole = exp(fill((Real)total)).part[0][0];
+  whole = exp_vector((Real)total - FloatVector{})[0];
 }
 /// e^G, or e^G without the token's own decay.
 template <bool EXCLUSIVE, int C> INLINE void read_factors(Real* reads, const RunningSum<C>& sums) {
   exponentials<C>(reads, EXCLUSIVE ? sums.high_before : sums.high);
 }
 
+/// What is left of token j at token i: between[j][i] = e^{G_i - G_j} for j <= i, or e^{G_{i-1} - G_j} for j < i; else 0.
+/// Tokens of two blocks meet at the border before the later one: one exponential for each of them, not for each pair.
+template <bool EXCLUSIVE, int C> OUTLINE void decay_matrix(Real (*between)[C], const RunningSum<C>& sums, int rows) {
+  const Real *high = EXCLUSIVE ? sums.high_before : sums.high, *low = EXCLUSIVE ? sums.low_before : sums.low;
+  alignas(64) Real upto[C];
+  const auto power = [&](int i, Real from_high, Real from_low) {
+    return (vector_at(high + i) - from_high) + (vector_at(low + i) - from_low);
+  };
+  for (int first = 0; first < rows; first += BLOCK) {
+    const Real border = sums.high_before[first], border_low = sums.low_before[first];
+    for (int j = 0; j < first; j += WIDTH)
+      put(upto + j, exp_vector((border - vector_at(sums.high + j)) + (border_low - vector_at(sums.low + j))));
+    for (int i = first; i < first + BLOCK; i += WIDTH) {
+      const FloatVector from = exp_vector(power(i, border, border_low));
+      for (int j = 0; j < first; ++j) put(between[j] + i, from * upto[j]);
+      for (int j = first; j < first + BLOCK; ++j) {
+        const IntVector reads = EXCLUSIVE ? steps_from(i) > j : steps_from(i) >= j;
+        put(between[j] + i, exp_vector(reads ? power(i, sums.high[j], sums.low[j]) : -INFINITY - FloatVector{}));
+      }
+      for (int j = first + BLOCK; j < rows; ++j) put(between[j] + i, FloatVector{});
+    }
+  }
+}
+
 // -- how the weight of token j for the tokens i in lanes depends on their distance
 
-template <bool STRICT> INLINE Mask reads_token(int j, int column) {
-  const Positions i = positions(column);
-  return STRICT ? j < i : j <= i;
+template <bool STRICT> INLINE IntVector reads_token(int j, int column) {
+  return STRICT ? steps_from(column) > j : steps_from(column) >= j;
 }
 struct NoDecay {
-  template <bool STRICT> inline __attribute__((always_inline)) Floats factors(int j, int column) const {
-    return where(reads_token<STRICT>(j, column), Real(1), Real(0));
-  }
+  inline __attribute__((always_inline)) FloatVector operator()(int, int) const { return 1 - FloatVector{}; }
 };
-template <bool EXCLUSIVE, int C> struct TokenDecay {
-  const RunningSum<C>& sums;
-  /// e^{G_i - G_j}, or e^{G_{i-1} - G_j}; 0 where token i does not read token j.
-  template <bool STRICT> inline __attribute__((always_inline)) Floats factors(int j, int column) const {
-    const Real *high = EXCLUSIVE ? sums.high_before : sums.high, *low = EXCLUSIVE ? sums.low_before : sums.low;
-    const Floats power = (load(high + column) - sums.high[j]) + (load(low + column) - sums.low[j]);
-    return exp(where(reads_token<STRICT>(j, column), power, -INFINITY));
-  }
+template <int C> struct TokenDecay {
+  const Real (*between)[C];
+  inline __attribute__((always_inline)) FloatVector operator()(int j, int column) const { return vector_at(between[j] + column); }
 };
 
 /// to[j][i] = x_i . y_j * factor, zero where token i does not read token j. spare holds x transposed.
 template <bool STRICT, bool NEGATIVE, int N, int C, class Decay>
 OUTLINE void gram(Real (*to)[C], const Real (*x)[N], const Real (*y)[N], Real (*spare)[C], int rows, int dims, Decay decay) {
+#if defined(PAIRED_PRODUCTS)
+  transpose_pairs((Pair(*)[C])spare, x[0], N, rows, dims);
+  const Numbers numbers(ROOM_FOR_PAIRS(room_for_numbers(rows, dims)), y[0], N, 1, rows, dims);
+#else
   transpose_rows(spare, x, rows, dims);
-  if (rows % LANES)
-    for (int d = 0; d < dims; ++d) __builtin_memset(spare[d] + rows, 0, (round_up(rows, LANES) - rows) * sizeof(Real));
-  for (int column = 0; column < C; column += LANES)
-    for (int block = 0; block < rows; block += ROWS) {
-      if (column + LANES <= block || column >= rows) {
-        UNROLL for (int r = 0; r < ROWS; ++r) store(to[block + r] + column, fill(0));
-        continue;
-      }
-      Floats sums[ROWS];
-      UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0);
-      multiply_add(sums, dims, y[block], N, 1, spare[0] + column, C);
-      UNROLL for (int r = 0; r < ROWS; ++r) {
-        const Floats weight = sums[r] * decay.template factors<STRICT>(block + r, column);
-        store(to[block + r] + column, NEGATIVE ? -weight : weight);
+#endif
+  for (int column = 0; column < rows; column += WIDTH)
+    for (int block = 0; block < rows; block += ACCUMULATORS) {
+      FloatVector sums[ACCUMULATORS] = {};
+      const bool meet = column + WIDTH > block, crossed = column < block + ACCUMULATORS;
+#if defined(PAIRED_PRODUCTS)
+      const Pair* lanes = (const Pair*)spare[0] + column;
+      if (meet) multiply_add(sums, dims, numbers.at(block, 0), numbers.row_stride, numbers.pair_stride, lanes, C);
+#else
+      if (meet) multiply_add(sums, dims, y[block], N, 1, spare[0] + column, C);
+#endif
+      UNROLL for (int r = 0; r < ACCUMULATORS; ++r) {
+        FloatVector weight = meet ? sums[r] * decay(block + r, column) : FloatVector{};
+        if (crossed) weight = reads_token<STRICT>(block + r, column) ? weight : FloatVector{};
+        put(to[block + r] + column, NEGATIVE ? -weight : weight);
       }
     }
 }
@@ -82,15 +105,16 @@ OUTLINE void gram_gradient(Real (*d_matrix)[C], const Real (*matrix)[C], const R
                            Real (*d_x)[N], Real (*d_y)[N], int rows, Decay decay, Real* d_decay) {
   alignas(64) Real earlier[C] = {};  // for each token i: the sum over the tokens j before t
   for (int j = 0; j < rows; ++j) {
-    Floats crossing = fill(0);
-    for (int column = j / LANES * LANES; column < rows; column += LANES) {
-      const Floats d = load(d_matrix[j] + column);
+    FloatVector crossing{};
+    for (int column = j / WIDTH * WIDTH; column < rows; column += WIDTH) {
+      const FloatVector d = vector_at(d_matrix[j] + column);
       if (d_decay) {
-        crossing = crossing + where(reads_token<EXCLUSIVE>(j, column), load(earlier + column), Real(0));
-        const Floats pair = where(reads_token<true>(j, column), d * load(matrix[j] + column), Real(0));
-        store(earlier + column, load(earlier + column) + pair);
+        const FloatVector before = vector_at(earlier + column);
+        crossing += reads_token<EXCLUSIVE>(j, column) ? before : FloatVector{};
+        put(earlier + column, before + (reads_token<true>(j, column) ? d * vector_at(matrix[j] + column) : FloatVector{}));
       }
-      store(d_matrix[j] + column, d * decay.template factors<STRICT>(j, column));
+      const FloatVector weighted = d * decay(j, column);
+      put(d_matrix[j] + column, reads_token<STRICT>(j, column) ? weighted : FloatVector{});
     }
     if (d_decay) d_decay[j] += total_of(crossing);
   }

@@ -6,7 +6,7 @@
 
 namespace attention {
 
-constexpr int BLOCK = 16, BLOCK_VECTORS = BLOCK / WIDTH;
+constexpr int BLOCK_VECTORS = BLOCK / WIDTH;
 
 /// What is reused from block to block: rows decayed to the border, and those of the block in question.
 template <int C, int N> struct VectorSpare {
@@ -15,8 +15,6 @@ template <int C, int N> struct VectorSpare {
   alignas(64) Real turned[N][BLOCK], sums[C][N];
 };
 
-INLINE FloatVector vector_at(const Real* x) { return *(const FloatVector*)x; }
-INLINE void put(Real* x, FloatVector v) { *(FloatVector*)x = v; }
 INLINE FloatVector ones() { return 1 - FloatVector{}; }
 
 /// The factors of a chunk, column by column; see sum_decays.

@@ -2,7 +2,7 @@
 // A tile is an array of rows with all columns up to a multiple of LANES; what lies beyond a chunk's tokens and beyond the
 // dimensions is zero. A matrix of tokens is held transposed: [j][i] is the weight of token j for token i.
 #pragma once
-#include "kernel.h"
+#include "chunk_pairs.h"
 
 namespace attention {
 
@@ -27,11 +27,30 @@ INLINE Real total_of(Floats x) {
   return total_of(total);
 }
 
+/// exp in one register.
+INLINE FloatVector exp_vector(FloatVector x) {
+#if defined(COMPUTE_IN_DOUBLE)
+  for (int i = 0; i < WIDTH; ++i) x[i] = exp(x[i]);
+  return x;
+#else
+  return exp(x);
+#endif
+}
+INLINE FloatVector vector_at(const Real* x) { return *(const FloatVector*)x; }
+INLINE void put(Real* x, FloatVector v) { *(FloatVector*)x = v; }
+
+/// Positions first, first + 1, ... in one register.
+INLINE IntVector steps_from(int first) {
+  IntVector x;
+  UNROLL for (int i = 0; i < WIDTH; ++i) x[i] = i;
+  return x + first;
+}
+
 /// Columns of a tensor's row, zero beyond COLUMNS.
 template <int COLUMNS, class T> INLINE Floats row_lanes(const Matrix<T>& x, int row, int column) {
   return each<Floats>([&](int p) {
     const int start = column + p * WIDTH;
-    if (x.column_stride == 1 && start + WIDTH <= COLUMNS) return (FloatVector)load_vector(x.at(row, start));
+    if (x.column_stride == 1 && (COLUMNS % LANES == 0 || start + WIDTH <= COLUMNS)) return (FloatVector)load_vector(x.at(row, start));
     FloatVector v{};
     for (int i = 0; i < WIDTH && start + i < COLUMNS; ++i) v[i] = value_of(*x.at(row, start + i));
     return v;
@@ -40,6 +59,15 @@ template <int COLUMNS, class T> INLINE Floats row_lanes(const Matrix<T>& x, int 
 
 template <int N> INLINE void clear_rows(Real (*x)[N], int first, int last) {
   for (int row = first; row < last; ++row) __builtin_memset(x[row], 0, sizeof x[row]);
+}
+
+constexpr int AHEAD = 16;  // tokens between asking for a row of a tensor and using it
+
+/// Asks for a row of a tensor. Heads lie between each other, so tokens may be pages apart, which the processor does not
+/// foresee. A row that is not there is no harm.
+template <int COLUMNS, class T> INLINE void prefetch_row(const Matrix<T>& x, int64_t row) {
+  UNROLL for (int column = 0; column < COLUMNS; column += 64 / sizeof(T))
+    __builtin_prefetch(x.at(row, column), !std::is_const_v<T>, 3);
 }
 
 /// sums[column] += ..., in double: a sum over all tokens of a sequence.
@@ -63,26 +91,49 @@ template <int M, int N> OUTLINE void transpose_rows(Real (*to)[M], const Real (*
 enum class Set { TO, ADD, SUBTRACT, NEGATIVE };  // to = x, to += x, to -= x, to = -x
 enum class Depth { ALL, UP_TO_ROW, FROM_ROW };   // which rows of b a row of the product has a part of
 
-/// to[row] (set) sum over k of a(row, k) * b[k]; numbers of `a` by any two strides.
-template <Set SET, Depth DEPTH, int N>
+/// What a row of a product is multiplied by.
+struct Whole {
+  Floats operator()(int, Floats x) const { return x; }
+};
+struct RowFactor {
+  const Real* by;
+  inline __attribute__((always_inline)) Floats operator()(int row, Floats x) const { return x * by[row]; }
+};
+
+/// to[row] (set) factor(row) * sum over k of a(row, k) * b[k]; numbers of `a` by any two strides.
+template <Set SET, Depth DEPTH, int N, class Factor = Whole>
 OUTLINE void product(Real (*to)[N], int rows, int depth, const Real* a, int64_t row_stride, int64_t depth_stride,
-                     const Real (*b)[N]) {
-  for (int column = 0; column < N; column += LANES)
+                     const Real (*b)[N], Factor factor = {}) {
+#if defined(PAIRED_PRODUCTS)
+  const Numbers numbers(ROOM_FOR_PAIRS(room_for_numbers(rows, depth)), a, row_stride, depth_stride, rows, depth);
+  Pair* lanes = ROOM_FOR_PAIRS((depth + 1) / 2 * LANES);
+#endif
+  for (int column = 0; column < N; column += LANES) {
+#if defined(PAIRED_PRODUCTS)
+    pack_pairs(lanes, LANES, b[0] + column, N, depth, LANES);
+#endif
     for (int block = 0; block < rows; block += ROWS) {
       const int first = DEPTH == Depth::FROM_ROW ? block : 0;
       const int last = DEPTH == Depth::UP_TO_ROW ? min(block + ROWS, depth) : depth;
       Floats sums[ROWS];
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0);
+#if defined(PAIRED_PRODUCTS)
+      multiply_add(sums, last - first, numbers.at(block, first), numbers.row_stride, numbers.pair_stride,
+                   lanes + first / 2 * LANES, LANES);
+#else
       multiply_add(sums, last - first, a + block * row_stride + first * depth_stride, row_stride, depth_stride,
                    b[first] + column, N);
+#endif
       UNROLL for (int r = 0; r < ROWS; ++r) {
         Real* place = to[block + r] + column;
-        if (SET == Set::TO) store(place, sums[r]);
-        else if (SET == Set::NEGATIVE) store(place, -sums[r]);
-        else if (SET == Set::ADD) store(place, load(place) + sums[r]);
-        else store(place, load(place) - sums[r]);
+        const Floats sum = factor(block + r, sums[r]);
+        if (SET == Set::TO) store(place, sum);
+        else if (SET == Set::NEGATIVE) store(place, -sum);
+        else if (SET == Set::ADD) store(place, load(place) + sum);
+        else store(place, load(place) - sum);
       }
     }
+  }
 }
 
 /// to = x * by, row by row.
@@ -99,17 +150,29 @@ template <int N> INLINE void scale_rows(Real (*to)[N], const Real (*x)[N], const
 /// state = whole * state (+ or -) keys^T values.
 template <bool NEGATIVE, int N, int D, class Whole>
 OUTLINE void state_step(Real (*state)[N], int dims, const Real (*keys)[D], const Real (*values)[N], int rows, Whole whole) {
-  for (int column = 0; column < N; column += LANES)
+#if defined(PAIRED_PRODUCTS)
+  const Numbers numbers(ROOM_FOR_PAIRS(room_for_numbers(dims, rows)), keys[0], 1, D, dims, rows);
+  Pair* lanes = ROOM_FOR_PAIRS(rows / 2 * LANES);
+#endif
+  for (int column = 0; column < N; column += LANES) {
+#if defined(PAIRED_PRODUCTS)
+    pack_pairs(lanes, LANES, values[0] + column, N, rows, LANES);
+#endif
     for (int block = 0; block < dims; block += ROWS) {
       Floats sums[ROWS];
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0);
+#if defined(PAIRED_PRODUCTS)
+      multiply_add(sums, rows, numbers.at(block, 0), numbers.row_stride, numbers.pair_stride, lanes, LANES);
+#else
       multiply_add(sums, rows, keys[0] + block, 1, D, values[0] + column, N);
+#endif
       UNROLL for (int r = 0; r < ROWS; ++r) {
         Real* place = state[block + r] + column;
         const Floats before = load(place) * whole(block + r);
         store(place, NEGATIVE ? before - sums[r] : before + sums[r]);
       }
     }
+  }
 }
 
 /// One token: the state decays (`left` of each row), is cleared of what it holds for `eraser`, written to and read.

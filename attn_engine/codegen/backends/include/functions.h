@@ -34,6 +34,14 @@ template <class A, class B, IfWide<A, B> = 0> INLINE Ints floor_div(A a, B b) {
 }
 template <class A, class B, IfWide<A, B> = 0> INLINE Ints floor_mod(A a, B b) { return ints(a) - floor_div(a, b) * b; }
 
+// -- bits of 32-bit words, from the lowest; the words may lie in wider integers
+
+INLINE bool bit_of(int word, int place) { return word >> place & 1; }
+template <class A, class B, IfWide<A, B> = 0> INLINE Mask bit_of(A word, B place) {
+  const Ints x = ints(word), y = ints(place);
+  return each<Ints>([&](int p) { return x.part[p] >> y.part[p] & 1; }) != 0;
+}
+
 // -- numbers
 
 template <class A, IfScalar<A, A> = 0> INLINE A abs(A x) { return x < 0 ? -x : x; }

@@ -2,4 +2,4 @@
 #pragma once
 #include "tiles.h"
 #include "pairs.h"
-#include "rows.h"
+#include "pages.h"

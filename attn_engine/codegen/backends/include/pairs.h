@@ -63,10 +63,11 @@ struct ElementRows {  // a row-major matrix of bfloat16, read in place
 
 /// Rows first, ..., first + count - 1 (up to a whole block of ROWS) for pairs along the rows: in place when they are
 /// there and have an even number of columns, else copied to `spare` with zeros around.
-template <int COLUMNS, int PADDED>
-OUTLINE ElementRows element_rows_of(const Matrix<const BFloat16>& x, int first, int count, BFloat16 (*spare)[PADDED]) {
+template <int COLUMNS, class M, int PADDED>
+OUTLINE ElementRows element_rows_of(const M& x, int first, int count, BFloat16 (*spare)[PADDED]) {
   const int wanted = round_up(count, ROWS);
-  if (COLUMNS == PADDED && x.column_stride == 1 && first + wanted <= x.rows) return {x.at(first, 0), x.row_stride};
+  if (COLUMNS == PADDED && x.column_stride == 1 && first + wanted <= x.rows && x.in_steps(first, wanted))
+    return {x.at(first, 0), x.row_stride};
   for (int row = 0; row < wanted; ++row)
     for (int column = 0; column < PADDED; ++column)
       spare[row][column] = first + row < x.rows && column < COLUMNS ? *x.at(first + row, column) : BFloat16{0};
@@ -75,8 +76,8 @@ OUTLINE ElementRows element_rows_of(const Matrix<const BFloat16>& x, int first, 
 
 /// to[i][column] = the pair of x[first + 2i][column] and x[first + 2i + 1][column]; zeros from row `count` on and from
 /// column COLUMNS on.
-template <int COLUMNS, int PADDED>
-OUTLINE void pack_row_pairs(Pair (*to)[PADDED], const Matrix<const BFloat16>& x, int first, int count) {
+template <int COLUMNS, class M, int PADDED>
+OUTLINE void pack_row_pairs(Pair (*to)[PADDED], const M& x, int first, int count) {
   constexpr int VECTORS = COLUMNS / (2 * WIDTH) * 2 * WIDTH;
   for (int row = 0; row < count; row += 2) {
     Pair* pairs = to[row / 2];

@@ -8,6 +8,8 @@ namespace attention {
 constexpr int smaller_of(int a, int b) { return a < b ? a : b; }
 constexpr int at_least_one(int n) { return n < 1 ? 1 : n; }
 
+constexpr int AHEAD = 32;  // rows between the one that is read and the one that is asked for
+
 template <class T> INLINE Matrix<T> from_row(const Matrix<T>& x, int first) {
   return {x.at(first, 0), x.row_stride, x.column_stride, x.rows - first};
 }
@@ -123,12 +125,13 @@ INLINE void multiply_keys(Real (*scores)[LENGTH], const Real (*query)[PADDED], c
 }
 
 /// scores[r][j] = query[r] . keys[j] for j < count; zero in the rest of the last vector.
-template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
-OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)[QUERIES][PADDED], const Matrix<T>& keys,
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class M>
+OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)[QUERIES][PADDED], const M& keys,
                             int count) {
   constexpr int TOGETHER = smaller_of(QUERIES, WIDTH), KEYS = WIDTH / TOGETHER;
   for (int j = 0; j < count; j += KEYS) {
-    const bool in_place = keys.column_stride == 1 && j + KEYS <= count;
+    const bool in_place = keys.column_stride == 1 && j + KEYS <= count && keys.in_steps(j, KEYS);
+    for (int i = 0; i < KEYS; ++i) keys.template fetch<COLUMNS>(j + AHEAD + i);
     Real copied[KEYS][COLUMNS];
     if (!in_place)
       for (int i = 0; i < KEYS; ++i) read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
@@ -144,16 +147,16 @@ OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)
 
 // -- weights . value: numbers times rows, the columns in lanes
 
-/// out[r][slices] += sum over j of weights[r][j] * values[j][slices], for COUNT slices. The depth is shared between as
+/// out[r][slices] += sum over j of weights[r][j] * row(j)[slices], for COUNT slices. The depth is shared between as
 /// many accumulators as there are registers for: one row and few columns would wait for each addition otherwise.
-template <int COLUMNS, int QUERIES, int COUNT, int PADDED, int LENGTH, class T>
-INLINE void add_slices(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], const T* values,
-                       int64_t stride, int count, int first) {
+template <int COLUMNS, int QUERIES, int COUNT, int PADDED, int LENGTH, class R>
+INLINE void add_slices(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], R row, int count,
+                       int first) {
   constexpr int SHARES = at_least_one(ACCUMULATORS / (COUNT * QUERIES));
   FloatVector sums[SHARES][QUERIES][COUNT] = {};
   const auto add_row = [&](int j, int share) __attribute__((always_inline)) {
     UNROLL for (int c = 0; c < COUNT; ++c) {
-      const FloatVector columns = load_slice<COLUMNS>(values + j * stride, first + c);
+      const FloatVector columns = load_slice<COLUMNS>(row(j), first + c);
       UNROLL for (int r = 0; r < QUERIES; ++r) sums[share][r][c] = fma(weights[r][j], columns, sums[share][r][c]);
     }
   };
@@ -169,30 +172,40 @@ INLINE void add_slices(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERI
     }
 }
 
-template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
-INLINE void add_rows(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], const T* values,
-                     int64_t stride, int count) {
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class R>
+INLINE void add_rows(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], R row, int count) {
   constexpr int AT_ONCE = smaller_of(SLICES<COLUMNS>, at_least_one(ACCUMULATORS / QUERIES));
   constexpr int REST = SLICES<COLUMNS> % AT_ONCE;
   int first = 0;
   for (; first + AT_ONCE <= SLICES<COLUMNS> - REST; first += AT_ONCE)
-    add_slices<COLUMNS, QUERIES, AT_ONCE>(out, weights, values, stride, count, first);
-  if constexpr (REST > 0) add_slices<COLUMNS, QUERIES, REST>(out, weights, values, stride, count, first);
+    add_slices<COLUMNS, QUERIES, AT_ONCE>(out, weights, row, count, first);
+  if constexpr (REST > 0) add_slices<COLUMNS, QUERIES, REST>(out, weights, row, count, first);
 }
 
 /// out[r] += sum over j < count of weights[r][j] * values[j].
-template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
-OUTLINE void add_products(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], const Matrix<T>& values,
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class M>
+OUTLINE void add_products(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], const M& values,
                           int count) {
   if (values.column_stride == 1) {
-    add_rows<COLUMNS>(out, weights, values.at(0, 0), values.row_stride, count);
+    const auto* first = values.at(0, 0);
+    if constexpr (M::IN_PAGES) {
+      decltype(first) rows[LENGTH];
+      for (int j = 0; j < count; ++j) rows[j] = values.at(j, 0);
+      const auto row = [&](int j) {
+        values.template fetch<COLUMNS>(j + AHEAD);
+        return rows[j];
+      };
+      add_rows<COLUMNS>(out, weights, row, count);
+    } else {
+      add_rows<COLUMNS>(out, weights, [=](int j) { return first + j * values.row_stride; }, count);
+    }
     return;
   }
   for (int j = 0; j < count; ++j) {
     Real copied[1][COLUMNS], weight[QUERIES][1];
     read_row(copied[0], values, j, COLUMNS);
     for (int r = 0; r < QUERIES; ++r) weight[r][0] = weights[r][j];
-    add_rows<COLUMNS>(out, weight, copied[0], COLUMNS, 1);
+    add_rows<COLUMNS>(out, weight, [&](int) { return copied[0]; }, 1);
   }
 }
 

@@ -8,9 +8,15 @@ constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
 /// The last two dimensions of a tensor.
 template <class T> struct Matrix {
+  using Element = T;
+  static constexpr bool IN_PAGES = false;
   T* data;
   int64_t row_stride, column_stride, rows, columns = 0;
   T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+  /// Whether `row_stride` leads from each of these rows to the next.
+  static constexpr bool in_steps(int64_t, int64_t) { return true; }
+  /// Asks for a row that will be read soon where the processor will not guess it by itself.
+  template <int COLUMNS> static void fetch(int64_t) {}
 };
 
 template <class T, int RANK, class... Index> INLINE Matrix<T> matrix(const Tensor<T, RANK>& tensor, Index... index) {
@@ -28,8 +34,8 @@ struct Rows {  // a row-major matrix of compute numbers, read in place
 };
 
 /// `count` elements of one row, converted.
-template <class T> INLINE void read_row(Real* to, const Matrix<T>& x, int64_t row, int count) {
-  const T* from = x.at(row, 0);
+template <class M> INLINE void read_row(Real* to, const M& x, int64_t row, int count) {
+  const typename M::Element* from = x.at(row, 0);
   int column = 0;
   if (x.column_stride == 1)
     for (; column + WIDTH <= count; column += WIDTH) *(FloatVector*)(to + column) = load_vector(from + column);
@@ -41,26 +47,26 @@ constexpr int FAR = 256;
 
 /// Asks for rows that will be read next. Where rows lie far apart, as heads between them make them, neither the
 /// hardware's prefetchers nor its walks through the table of pages are ahead.
-template <int COLUMNS, class T>
-INLINE void fetch_rows(const Matrix<T>& x, int64_t first, int count) {
+template <int COLUMNS, class M> INLINE void fetch_rows(const M& x, int64_t first, int count) {
   const int64_t end = first + count < x.rows ? first + count : x.rows;
   for (int64_t row = first; row < end; ++row)
-    for (int column = 0; column < COLUMNS; column += 64 / int(sizeof(T))) __builtin_prefetch(x.at(row, column), 0, 2);
+    for (int column = 0; column < COLUMNS; column += 64 / int(sizeof(typename M::Element))) __builtin_prefetch(x.at(row, column), 0, 2);
 }
 
 /// Whether rows at that distance share few sets of a cache: a tile of them does not stay there while it is read again.
-template <class T> INLINE bool rows_collide(const Matrix<T>& x) {
-  return x.row_stride >= FAR && x.row_stride * int64_t(sizeof(T)) % 1024 == 0;
+template <class M> INLINE bool rows_collide(const M& x) {
+  return x.row_stride >= FAR && x.row_stride * int64_t(sizeof(typename M::Element)) % 1024 == 0;
 }
 
 /// Rows first, ..., first + count - 1 (up to a whole block of ROWS): in place when they are there and need neither
 /// conversion nor padding and can stay in a cache, else copied to `spare` with zeros around.
-template <int COLUMNS, class T, int PADDED>
-OUTLINE Rows tile_of(const Matrix<T>& x, int first, int count, Real (*spare)[PADDED]) {
+template <int COLUMNS, class M, int PADDED>
+OUTLINE Rows tile_of(const M& x, int first, int count, Real (*spare)[PADDED]) {
   const int wanted = round_up(count, ROWS);
   if (x.row_stride >= FAR) fetch_rows<COLUMNS>(x, first + count, count);
-  if constexpr (std::is_same_v<std::remove_const_t<T>, Real> && COLUMNS == PADDED)
-    if (x.column_stride == 1 && first + wanted <= x.rows && !rows_collide(x)) return {x.at(first, 0), x.row_stride};
+  if constexpr (std::is_same_v<std::remove_const_t<typename M::Element>, Real> && COLUMNS == PADDED)
+    if (x.column_stride == 1 && first + wanted <= x.rows && x.in_steps(first, wanted) && !rows_collide(x))
+      return {x.at(first, 0), x.row_stride};
   for (int row = 0; row < wanted; ++row) {
     const int columns = first + row < x.rows ? COLUMNS : 0;
     if (columns) read_row(spare[row], x, first + row, columns);
@@ -162,7 +168,7 @@ OUTLINE void unpack_lanes(const Matrix<T>& to, int first, int count, const Real 
 template <int COLUMNS, class T> INLINE void write_row(const Matrix<T>& to, int row, int column, Floats value) {
   UNROLL for (int p = 0; p < PARTS; ++p) {
     const int start = column + p * WIDTH;
-    if (to.column_stride == 1) store_vector(to.at(row, start), value.part[p], COLUMNS - start);
+    if (to.column_stride == 1) store_vector(to.at(row, start), value.part[p], COLUMNS % LANES ? COLUMNS - start : WIDTH);
     else for (int i = 0; i < WIDTH && start + i < COLUMNS; ++i) *to.at(row, start + i) = element_of<T>(value.part[p][i]);
   }
 }
@@ -199,6 +205,19 @@ INLINE void multiply_add(Floats (&sums)[ROWS], int depth, const Real* a, int64_t
     a += depth_stride, b += lanes_stride;
   }
   UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = registers[r];
+}
+
+/// The same with one register of lanes and as many rows as there are accumulators: for products of which a part is left out.
+INLINE void multiply_add(FloatVector (&sums)[ACCUMULATORS], int depth, const Real* a, int64_t row_stride,
+                         int64_t depth_stride, const Real* b, int64_t lanes_stride) {
+  FloatVector registers[ACCUMULATORS];
+  UNROLL for (int r = 0; r < ACCUMULATORS; ++r) registers[r] = sums[r];
+  for (int k = 0; k < depth; ++k) {
+    const FloatVector lanes = *(const FloatVector*)b;
+    UNROLL for (int r = 0; r < ACCUMULATORS; ++r) registers[r] = fma(a[r * row_stride], lanes, registers[r]);
+    a += depth_stride, b += lanes_stride;
+  }
+  UNROLL for (int r = 0; r < ACCUMULATORS; ++r) sums[r] = registers[r];
 }
 
 }  // namespace attention

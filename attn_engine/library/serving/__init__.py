@@ -1,0 +1,1 @@
+"""What serving asks for beside the attentions: caches that grow, masks by position, adapters."""

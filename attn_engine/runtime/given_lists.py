@@ -1,0 +1,86 @@
+"""Lists of the blocks that a call gives, for both loops: a few torch operations, none of them per sequence or head.
+
+A block of the lists holds one or several units (`runtime/block_sparse.py`) of each axis. Where some of its pairs of
+units are visible and others are not, a bit for each is kept beside its entry: bit
+`q_unit * kv_units + kv_unit` of the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attn_engine.codegen.lower.given_blocks import BITS
+from attn_engine.codegen.lower.listed import blocks_param, seen_param, starts_param
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTable:
+    """visible: bool (1 or batches, 1 or heads, units of queries, units of keys); batches, heads: of the lists."""
+
+    visible: Tensor
+    batches: int
+    heads: int
+
+    def cut(self, q_units: int, kv_units: int) -> CutTable:
+        """In blocks of so many units."""
+        if q_units == kv_units == 1:
+            return CutTable(self, self.visible, None, None)
+        b, h, rows, columns = self.visible.shape
+        more = (0, -columns % kv_units, 0, -rows % q_units)
+        shape = (b, h, -(-rows // q_units), q_units, -(-columns // kv_units), kv_units)
+        # What lies beyond the end is no reason to look at bits.
+        known = F.pad(self.visible, more, value=True).view(shape)
+        some = F.pad(self.visible, more).view(shape).any(5).any(3) if any(more) else known.any(5).any(3)
+        return CutTable(self, some, known.all(5).all(3), known)
+
+
+@dataclass(frozen=True, slots=True)
+class CutTable:
+    """Which blocks are visible in part or as a whole, and their units; None where every block is one unit."""
+
+    of: UnitTable
+    some: Tensor
+    every: Tensor | None
+    units: Tensor | None
+
+    def tensors(self) -> Tensors:
+        """The lists of both loops by the kernels' names."""
+        found: Tensors = {}
+        full = self.some if self.every is None else self.some & self.every
+        for loop, turned in (("kv", False), ("q", True)):
+            if self.units is not None:
+                partial = self.some & ~full
+                found |= self._lists(loop, "partial", partial, turned)
+                found[seen_param(loop)] = self._words(partial, turned)
+            found |= self._lists(loop, "full", full, turned)
+        return found
+
+    def _lists(self, loop: str, kind: str, visible: Tensor, turned: bool) -> Tensors:
+        """Where the list of each block begins, absolute, and the blocks of all lists; int32."""
+        visible = visible.transpose(2, 3) if turned else visible
+        entries = visible.nonzero()[:, 3].to(torch.int32)
+        counts = visible.sum(-1, dtype=torch.int32)
+        ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
+        starts = torch.cat((ends[..., :1] - counts[..., :1], ends), -1)
+        starts = starts.expand(self.of.batches, self.of.heads, starts.shape[2])
+        return {starts_param(loop, kind): starts, blocks_param(loop, kind): entries}
+
+    def _words(self, partial: Tensor, turned: bool) -> Tensor:
+        """The bits of every entry of the list of partial blocks, in words of 32: int32 (entries * words)."""
+        assert self.units is not None
+        units = self.units.transpose(3, 4)  # (..., blocks of q, blocks of kv, units of q, units of kv)
+        if turned:
+            units, partial = units.transpose(2, 3), partial.transpose(2, 3)
+        bits = units[partial].flatten(1)
+        bits = F.pad(bits, (0, -bits.shape[1] % BITS)).unflatten(1, (-1, BITS))
+        weights = torch.ones(BITS, dtype=torch.int64, device=bits.device) << torch.arange(
+            BITS, device=bits.device
+        )
+        words = (bits * weights).sum(2)
+        return torch.where(words >= 2 ** (BITS - 1), words - 2**BITS, words).to(torch.int32).flatten()
