@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from attn_engine.ir.passes.check_rule import MethodReport
+from attn_engine.runtime.block_sparse import NAMES as BLOCKS
+from attn_engine.runtime.block_sparse import WrongBlockSparse
 from attn_engine.runtime.call import Call
 from attn_engine.runtime.operator import apply
 from attn_engine.runtime.reference import reference
@@ -82,6 +84,15 @@ def compare(
     The gradients are those of sum(o * r) for a fixed random r, with respect to q, k, v and each floating tensor that
     score_mod reads, custom or captured. The caller's tensors and their .grad are left alone.
     """
+    for name in BLOCKS:
+        if name in named and name not in engine.custom_io:
+            what, instead = (
+                "an argument of engine.check",
+                "Compare engine(...) with engine.reference(...) instead.",
+            )
+            raise WrongBlockSparse(
+                argument=name, what=what, got="given", expected="left out", instead=instead
+            )
     traced, tensors, numbers, _ = engine._bind(q, k, v, custom_inputs, named)
     call, key = engine._call(traced, q.device.type)
     program = traced.program

@@ -28,3 +28,13 @@ def test_listed_blocks(direction: str, golden: Callable[[str, str], None]) -> No
         f"softmax_listed_blocks_{direction}.cpp",
         render_cpu(with_header(kernel, "cpu", "golden"), CpuTarget()),
     )
+
+
+def test_tokens_that_share_a_list(golden: Callable[[str, str], None]) -> None:
+    """Two tokens of eight heads, side by side, over blocks of which each sees its own."""
+    metas = [meta_tensor(None, None, None, 64, dtype=torch.float32)] * 3
+    listed = ListedBlocks(16, 64, tested=True, parts=(2, 1), part_rows=8, group=8)
+    traced = AttentionEngine(metas, mask_mod=causal, backend="torch")._present.with_lists(listed)
+    schedule = within_blocks(cpu_schedule(CpuTarget().lanes(traced.program.element)), listed)
+    kernel = lower(traced.program, schedule, "forward").kernel("forward")
+    golden("softmax_tokens_forward.cpp", render_cpu(with_header(kernel, "cpu", "golden"), CpuTarget()))

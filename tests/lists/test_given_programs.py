@@ -1,0 +1,182 @@
+"""Blocks that a call gives beside score functions, normalisers, learned tensors and sequences."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_engine import AttentionEngine, OnlineFunc, meta_tensor
+from attn_engine.errors import UnsupportedOnBackend
+from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid
+from attn_engine.runtime.block_sparse import Units
+from attn_engine.runtime.given_entries import ChosenUnits
+from attn_engine.runtime.given_lists import UnitTable
+from attn_engine.runtime.given_shapes import shape_of_blocks
+from tests.lists.given import causal, closeness, drawn, engine, gradients, rows_visible, softmax_rows
+
+METAS = [meta_tensor(None, None, None, 32, dtype=torch.float32)] * 3
+
+
+class Bias:
+    """A learned number for every head and distance."""
+
+    def __init__(self, heads: int, length: int) -> None:
+        self.of_head = torch.randn(heads).requires_grad_()
+        self.of_distance = torch.randn(heads, length).requires_grad_()
+
+    def by_head(self, score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score * 0.2 + self.of_head[h] * 0.3
+
+    def by_distance(self, score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score * 0.2 + self.of_distance[h, q_idx - kv_idx]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "backend"),
+    [
+        ("by_head", (32, 32), "torch"),
+        ("by_head", (1, 16), "cpu"),
+        ("by_distance", (1, 16), "torch"),
+        pytest.param("by_distance", (1, 16), "cpu", marks=pytest.mark.slow),
+        pytest.param("by_distance", (32, 32), "cpu", marks=pytest.mark.slow),
+    ],
+)
+def test_learned_bias(kind: str, sizes: tuple[int, int], backend: str) -> None:
+    x, bias = drawn((1, 4, 2), (70, 70)), Bias(4, 70)
+    learned = bias.of_head if kind == "by_head" else bias.of_distance
+    blocks = torch.rand(1, 2, -(-70 // sizes[0]), -(-70 // sizes[1])) < 0.5
+    run = AttentionEngine(METAS, getattr(bias, kind), mask_mod=causal, backend=backend)
+    found = run(*x.tensors, block_sparse_mask=blocks, block_size=sizes)
+    position = torch.arange(70)
+    distance = (position[:, None] - position).clamp(min=0)
+
+    def scored(scores: Tensor) -> Tensor:
+        more = learned.double()
+        more = more[:, None, None] * 0.3 if kind == "by_head" else more[:, distance]
+        return scores * 0.2 + more
+
+    o, _ = softmax_rows(*x.tensors, rows_visible(blocks, sizes, (70, 70), 4, causal), scored)
+    wanted = (*x.tensors, learned)
+    closeness(
+        (found, *gradients(found, x.weight, wanted)), (o, *gradients(o, x.weight, wanted)), torch.float32
+    )
+
+
+@pytest.mark.parametrize("rule", [OnlineSigmoid, OnlineRelu, OnlineRetention], ids=lambda r: r.__name__)
+@pytest.mark.parametrize("sizes", [(32, 32), (1, 16)], ids=str)
+def test_other_normalisers(rule: type[OnlineFunc], sizes: tuple[int, int]) -> None:
+    """Against the definition, where hidden pairs never reach the functions; lists have no part in it."""
+    x = drawn((1, 4, 2), (70, 70))
+    blocks = torch.rand(1, 2, -(-70 // sizes[0]), -(-70 // sizes[1])) < 0.5
+    run = AttentionEngine(METAS, online_func=rule(), mask_mod=causal, backend="torch")
+    given = {"block_sparse_mask": blocks, "block_size": sizes}
+    found, o = run(*x.tensors, **given), run.reference(*x.tensors, **given)
+    assert isinstance(o, Tensor)
+    closeness(
+        (found, *gradients(found, x.weight, x.tensors)), (o, *gradients(o, x.weight, x.tensors)), found.dtype
+    )
+
+
+LENGTHS = ([70, 0, 1, 15, 16, 17], [70, 5, 1, 33, 16, 17])
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (1, 16)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_packed_sequences(backend: str, sizes: tuple[int, int]) -> None:
+    """Each as a call of its own: positions and blocks restart, what is said past the end is ignored."""
+    lengths_q, lengths_kv = LENGTHS
+    cu_q, cu_kv = (torch.tensor([0, *n]).cumsum(0) for n in LENGTHS)
+    x = drawn((1, 4, 2), (sum(lengths_q), sum(lengths_kv)))
+    q, k, v = (t.detach()[0].requires_grad_() for t in x.tensors)
+    rows, columns = 70 // sizes[0] + 3, 70 // sizes[1] + 3
+    blocks = torch.rand(6, 2, rows, columns) < 0.5
+    given = {"block_sparse_mask": blocks, "block_size": sizes}
+    found, saved = engine(backend)(
+        q, k, v, cu_len_q=cu_q, cu_len_kv=cu_kv, return_final_rowscales=True, **given
+    )
+    outputs, sums = [], []
+    for i, (n, m) in enumerate(zip(lengths_q, lengths_kv, strict=True)):
+        parts = (
+            x[int(c[i]) : int(c[i]) + size][None]
+            for x, c, size in ((q, cu_q, n), (k, cu_kv, m), (v, cu_kv, m))
+        )
+        visible = rows_visible(blocks[i : i + 1], sizes, (n, m), 4, causal)
+        o, lse = softmax_rows(*parts, visible)
+        outputs.append(o[0])
+        sums.append(lse[0])
+    o, weight = torch.cat(outputs), x.weight[0]
+    closeness(
+        (found, *gradients(found, weight, (q, k, v))), (o, *gradients(o, weight, (q, k, v))), torch.float32
+    )
+    torch.testing.assert_close(saved["lse"].double(), torch.cat(sums, 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_decoding_with_lengths_of_a_cache(indices: bool) -> None:
+    lengths = torch.tensor([300, 1, 31, 64])
+    x = drawn((4, 8, 2), (1, 300))
+    blocks = torch.rand(4, 2, 1, 10) < 0.6
+    numbers = torch.where(blocks, torch.arange(10), -1).to(torch.int32)
+    given = {"block_sparse_indices": numbers} if indices else {"block_sparse_mask": blocks}
+    found = engine("cpu", mask=None)(*x.tensors, len_kv=lengths, block_size=32, **given)
+    visible = rows_visible(blocks, (1, 32), (1, 300), 8)
+    visible = visible & (torch.arange(300) < lengths[:, None])[:, None, None]
+    o, _ = softmax_rows(*x.tensors, visible)
+    closeness(
+        (found, *gradients(found, x.weight, x.tensors)),
+        (o, *gradients(o, x.weight, x.tensors)),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "group", "units"), [(1, 8, 2), (4, 8, 4), (16, 8, 16), (16, 1, 16), (1, 1, 16)]
+)
+def test_neighbours_that_share_their_blocks_share_a_list(run: int, group: int, units: int) -> None:
+    blocks = (torch.rand(1, 2, 512 // run, 64) < 0.1).repeat_interleave(run, 2)
+    shape = shape_of_blocks(UnitTable(blocks, 1, 2), Units(1, 64, 512, 64), 512, group)
+    assert (shape.q_units, shape.group) == (units, group)
+    cut = UnitTable(blocks, 1, 2).cut(shape.q_units, shape.kv_units)
+    partial = int(cut.tensors()["kv_partial_blocks"].numel())
+    assert (partial == 0) == (run >= units)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch looks at .grad where a compiled function goes on
+def test_copies_and_compiled_functions_take_blocks_too() -> None:
+    x, blocks = drawn((1, 4, 2), (64, 64)), torch.rand(1, 2, 64, 4) < 0.5
+    given = {"block_sparse_mask": blocks, "block_size": (1, 16)}
+    run = engine("cpu")
+    wanted = run(*x.tensors, **given)
+    assert torch.equal(copy.deepcopy(run)(*x.tensors, **given), wanted)
+    outside = torch.compiler.disable(run)
+    compiled = torch.compile(lambda q, k, v: outside(q, k, v, **given) * 2, backend="eager")
+    assert torch.equal(compiled(*x.tensors), wanted * 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it meets on the way to the error
+def test_compiled_graphs_refuse_blocks() -> None:
+    x, blocks = drawn((1, 4, 2), (64, 64)), torch.rand(1, 2, 64, 4) < 0.5
+    run = engine("torch")
+    compiled = torch.compile(
+        lambda q: run(q, x.k, x.v, block_sparse_mask=blocks, block_size=(1, 16)), backend="eager"
+    )
+    with pytest.raises(UnsupportedOnBackend, match="blocks given by a call"):
+        compiled(x.q)
+
+
+@pytest.mark.parametrize("units", [(1, 1), (2, 1), (16, 1), (4, 4), (16, 16)], ids=str)
+def test_lists_of_indices_are_those_of_the_mask(units: tuple[int, int]) -> None:
+    blocks = torch.rand(2, 3, 37, 21) < 0.2
+    blocks[0, 1, :16, :4] = True
+    blocks[1, 2] = False
+    numbers = torch.where(blocks, torch.arange(21), 21)[..., torch.randperm(21)]
+    of_mask, of_indices = UnitTable(blocks, 2, 3), ChosenUnits(numbers, 21, 2, 3)
+    assert of_mask.unions(units[0], 32) == of_indices.unions(units[0], 32)
+    wanted, found = of_mask.cut(*units).tensors(), of_indices.cut(*units).tensors()
+    assert list(wanted) == list(found)
+    for name, x in wanted.items():
+        assert torch.equal(x, found[name]) and x.dtype is found[name].dtype is torch.int32, name
