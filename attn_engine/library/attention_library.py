@@ -174,14 +174,15 @@ class _Place:
             nonlocal start
             start = value
 
-        def first(b: Any) -> Any:
-            return start[b] if of_each else start
-
         def moved_mask(mask: MaskMod) -> MaskMod:
-            return lambda b, h, q_idx, kv_idx: mask(b, h, q_idx + first(b), kv_idx)
+            if of_each:
+                return lambda b, h, q_idx, kv_idx: mask(b, h, q_idx + start[b], kv_idx)
+            return lambda b, h, q_idx, kv_idx: mask(b, h, q_idx + start, kv_idx)
 
         def moved_score(mod: ScoreMod) -> ScoreMod:
-            return lambda score, b, h, q_idx, kv_idx: mod(score, b, h, q_idx + first(b), kv_idx)
+            if of_each:
+                return lambda score, b, h, q_idx, kv_idx: mod(score, b, h, q_idx + start[b], kv_idx)
+            return lambda score, b, h, q_idx, kv_idx: mod(score, b, h, q_idx + start, kv_idx)
 
         self.offset, self._moved_mask, self._moved_score = offset, moved_mask, moved_score
 
@@ -209,7 +210,7 @@ def _offsets(q: torch.Tensor, k: torch.Tensor, length: int, named: Mapping[str, 
         return x.shape[length] - (0 if first is None else first)
 
     found = torch.as_tensor(lengths("kv", k), device=q.device) - lengths("q", q)
-    return found.to(torch.int64)
+    return torch.atleast_1d(found).to(torch.int64)
 
 
 def _entry(argument: str, entries: Mapping[str, Entry], name: object) -> Entry:
