@@ -79,10 +79,7 @@ class CutTable:
         """Where the list of each block begins, absolute, and the blocks of all lists; int32."""
         visible = visible.transpose(2, 3) if turned else visible
         entries = visible.nonzero()[:, 3].to(torch.int32)
-        counts = visible.sum(-1, dtype=torch.int32)
-        ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
-        starts = torch.cat((ends[..., :1] - counts[..., :1], ends), -1)
-        starts = starts.expand(self.of.batches, self.of.heads, starts.shape[2])
+        starts = starts_of(visible.sum(-1), self.of.batches, self.of.heads)
         return {starts_param(loop, kind): starts, blocks_param(loop, kind): entries}
 
     def _words(self, partial: Tensor, turned: bool) -> Tensor:
@@ -92,6 +89,14 @@ class CutTable:
         if turned:
             units, partial = units.transpose(2, 3), partial.transpose(2, 3)
         return words_of(units[partial].flatten(1))
+
+
+def starts_of(counts: Tensor, batches: int, heads: int) -> Tensor:
+    """Where each list begins and the last one ends, from their lengths (1 or batches, 1 or heads, lists)."""
+    b, h, lists = counts.shape
+    ends = counts.flatten().cumsum(0, dtype=torch.int32).view(b, h, lists)
+    first = ends[..., :1] - counts[..., :1] if lists else ends.new_zeros(b, h, 1)
+    return torch.cat((first, ends), -1).to(torch.int32).expand(batches, heads, lists + 1)
 
 
 def words_of(bits: Tensor) -> Tensor:
