@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attn_engine.codegen.lower.listed import blocks_param, seen_param, starts_param
-from attn_engine.runtime.given_lists import Tensors, words_of
+from attn_engine.runtime.given_lists import Tensors, starts_of, words_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class ChosenUnits:
         (_, _, row_blocks, columns), entries, sizes = cut.shape, cut.entries, [smallest]
         counts = [len(entries)]
         while 2 * sizes[-1] <= most and row_blocks > 1:
-            row, column = entries // columns, entries % columns
+            row, column = entries // max(columns, 1), entries % max(columns, 1)
             pairs = -(-row_blocks // 2)
             row = row // row_blocks * pairs + row % row_blocks // 2
             entries, row_blocks = torch.unique(row * columns + column), pairs
@@ -68,7 +67,8 @@ class CutEntries:
     def tensors(self) -> Tensors:
         """The lists of both loops by the kernels' names."""
         _, _, rows, columns = self.shape
-        row, column = self.entries // columns, self.entries % columns
+        row, column = self.entries // max(columns, 1), self.entries % max(columns, 1)
+        rows = max(rows, 1)
         other = (row // rows * columns + column) * rows + row % rows
         order = other.argsort()
         known = None if self.seen is None else self._known(row % rows, column)
@@ -97,8 +97,9 @@ class CutEntries:
     def _lists(self, loop: str, kind: str, keys: Tensor, across: int) -> Tensors:
         b, h, rows, columns = self.shape
         lists = rows if loop == "kv" else columns
-        ends = torch.bincount(keys // across, minlength=b * h * lists).cumsum(0).to(torch.int32)
-        before = F.pad(ends, (1, 0))[:-1].view(b, h, lists)
-        starts = torch.cat((before[..., :1], ends.view(b, h, lists)), -1)
-        starts = starts.expand(self.of.batches, self.of.heads, lists + 1)
-        return {starts_param(loop, kind): starts, blocks_param(loop, kind): (keys % across).to(torch.int32)}
+        counts = torch.bincount(keys // max(across, 1), minlength=b * h * lists)
+        starts = starts_of(counts.view(b, h, lists), self.of.batches, self.of.heads)
+        return {
+            starts_param(loop, kind): starts,
+            blocks_param(loop, kind): (keys % max(across, 1)).to(torch.int32),
+        }

@@ -79,10 +79,7 @@ class CutTable:
         """Where the list of each block begins, absolute, and the blocks of all lists; int32."""
         visible = visible.transpose(2, 3) if turned else visible
         entries = visible.nonzero()[:, 3].to(torch.int32)
-        counts = visible.sum(-1, dtype=torch.int32)
-        ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
-        starts = torch.cat((ends[..., :1] - counts[..., :1], ends), -1)
-        starts = starts.expand(self.of.batches, self.of.heads, starts.shape[2])
+        starts = starts_of(visible.sum(-1), self.of.batches, self.of.heads)
         return {starts_param(loop, kind): starts, blocks_param(loop, kind): entries}
 
     def _words(self, partial: Tensor, turned: bool) -> Tensor:
@@ -94,9 +91,20 @@ class CutTable:
         return words_of(units[partial].flatten(1))
 
 
+def starts_of(counts: Tensor, batches: int, heads: int) -> Tensor:
+    """Where each list begins and the last one ends, from their lengths (1 or batches, 1 or heads, lists)."""
+    b, h, lists = counts.shape
+    ends = counts.flatten().cumsum(0, dtype=torch.int32).view(b, h, lists)
+    first = ends[..., :1] - counts[..., :1] if lists else ends.new_zeros(b, h, 1)
+    return torch.cat((first, ends), -1).to(torch.int32).expand(batches, heads, lists + 1)
+
+
 def words_of(bits: Tensor) -> Tensor:
     """bool (entries, bits) in words of 32, from the lowest bit on: int32 (entries * words)."""
-    bits = F.pad(bits, (0, -bits.shape[1] % BITS)).unflatten(1, (-1, BITS))
-    weights = 2 ** torch.arange(BITS, device=bits.device)
-    words = (bits * weights).sum(2)
-    return torch.where(words >= 2 ** (BITS - 1), words - 2**BITS, words).to(torch.int32).flatten()
+    entries, count = bits.shape
+    words = torch.zeros(entries, -(-count // BITS), dtype=torch.int32, device=bits.device)
+    for i in range(count):
+        place = i % BITS
+        one = 1 << place if place < BITS - 1 else -(1 << place)  # the highest bit is the sign
+        words[:, i // BITS] += bits[:, i] * torch.tensor(one, dtype=torch.int32)
+    return words.flatten()

@@ -180,3 +180,15 @@ def test_lists_of_indices_are_those_of_the_mask(units: tuple[int, int]) -> None:
     assert list(wanted) == list(found)
     for name, x in wanted.items():
         assert torch.equal(x, found[name]) and x.dtype is found[name].dtype is torch.int32, name
+
+
+@pytest.mark.parametrize("lengths", [(0, 16), (16, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("batches", [0, 2])
+def test_empty_axes(batches: int, lengths: tuple[int, int]) -> None:
+    x = drawn((batches, 4, 2), lengths)
+    blocks = torch.ones(1, 2, lengths[0], lengths[1] // 16, dtype=torch.bool)
+    numbers = torch.full((1, 2, lengths[0], 2), -1)
+    for given in ({"block_sparse_mask": blocks}, {"block_sparse_indices": numbers}):
+        o = engine("torch")(*x.tensors, block_size=(1, 16), **given)
+        assert o.shape == (batches, lengths[0], 4, 32) and not o.any()
+        assert not any(g.any() for g in gradients(o, x.weight, x.tensors))
