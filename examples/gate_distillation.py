@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     mask = mask | (block_of_query == blocks_of_keys)
     past = block_of_query >= blocks_of_keys
-    outputs = [
+    outputs: list[Any] = [
         block_1d_gqa_sparse_attn_varlen_func(
             q, k, v, cu_seqlens, cu_seqlens, max(lengths), 1.0 / math.sqrt(DIM), blocks, block_size
         )
@@ -131,7 +132,7 @@ def chance(mask: Tensor, past: Tensor) -> Tensor:
 
 
 def report(
-    losses: list[float], mask: Tensor, past: Tensor, lengths: list[int], outputs: list[Tensor]
+    losses: list[float], mask: Tensor, past: Tensor, lengths: list[int], outputs: list[Any]
 ) -> dict[str, float]:
     """Print how much is visited and how far the outputs are from dense attention."""
     kept = sum(int(mask[b, :, :length].sum()) for b, length in enumerate(lengths))
