@@ -244,8 +244,8 @@ class LinearAttentionEngine(LinearText):
         initial_state: the states before the first tokens, of that shape. cu_seqlens: where packed sequences begin in a
         batch of 1, and the end. All but cu_seqlens may have gradients.
         """
-        watched = torch._C._len_torch_dispatch_stack() and self.backend != "reference"
-        if watched or torch.compiler.is_compiling():
+        dense = self.backend == "reference"
+        if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and not dense):
             rows = (q, k, v, decay, beta)
             o, states = in_graph(self, self._number, rows, custom, named, initial_state, cu_seqlens)
             return (o, states) if return_final_state else o
