@@ -40,7 +40,8 @@ the same tensors: (batch, length, heads, dim) for qk and hash as in the paper's 
 compiled flex_attention with a block mask (forward alone). Visible: pairs over those of a causal mask; 1/visible is the
 bound of the speed-up over dense. The share of it that is reached has the targets (✓ met, ✗ missed), against dense and
 against dense with heads first. Sorting, gathering and putting back are in the times. ~ marks cases during which other
-processes kept more than 0.3 of a core busy.
+processes kept more than 0.3 of a core busy. Freed memory is kept in the process (mallopt): with glibc's own thresholds
+a call may get its memory page by page from the system, which made hash-sparse backward passes 1.3 times as long.
 """
 
 

@@ -14,7 +14,7 @@ from attn_engine.engine import AttentionEngine
 from attn_engine.errors import MissingParameter, UnknownOption, UseNotSupported
 from attn_engine.explain import Explanation, Kernel
 from attn_engine.frontend import MaskMod, MetaTensor, ScoreMod, meta_tensor
-from attn_engine.library.catalogue import ATTENTIONS, MASKS, USE_TYPES, Entry, found
+from attn_engine.library.catalogue import ATTENTIONS, CALLED, MASKS, USE_TYPES, Entry, found
 from attn_engine.runtime.backends import NAMES
 
 
@@ -121,7 +121,7 @@ class AttentionLibrary:
     @staticmethod
     def list() -> Listing:
         """Everything there is, to print or to go through."""
-        return Listing((*ATTENTIONS.values(), *MASKS.values()))
+        return Listing((*ATTENTIONS.values(), *MASKS.values(), *CALLED.values()))
 
     def _shown(self, dim: int, dtype: torch.dtype) -> AttentionEngine:
         return self._own or self.engine(*(torch.empty(1, 1, 1, dim, dtype=dtype) for _ in range(3)))
@@ -144,7 +144,12 @@ class Listing(tuple[Entry, ...]):
 
     def __str__(self) -> str:
         lines: list[str] = []
-        for title, names in (("attn_type", ATTENTIONS), ("mask_type", MASKS)):
+        groups = {
+            "attn_type": ATTENTIONS,
+            "mask_type": MASKS,
+            "attn_engine.library, called themselves": CALLED,
+        }
+        for title, names in groups.items():
             lines += [title, *(line for e in self if names.get(e.name) is e for line in _described(e)), ""]
         return "\n".join([*lines, f"backends, for all of them: {', '.join(NAMES)}"])
 

@@ -7,13 +7,15 @@ bits. Neither compiles anything again for another length: kernels take group and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from attn_engine.codegen.schedule import Schedule
+from attn_engine.ir.passes.mask_tiles import TRUE, classify_tiles
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
-from attn_engine.ir.passes.pack_heads import Packing, packable
+from attn_engine.ir.passes.pack_heads import Packing, pack_heads, packable
 from attn_engine.ir.program import Attention
 from attn_engine.runtime.block_lists import listed_keys
 
@@ -35,7 +37,21 @@ def choose_packing(
         return Packing.NONE  # whoever made the lists has decided it
     if listed and (listed.heads != "kv_heads" or q_len > listed.q):
         return Packing.NONE  # rows of a tile share their lists
-    return Packing.ONE_QUERY if q_len == 1 else Packing.QUERIES
+    packing = Packing.ONE_QUERY if q_len == 1 else Packing.QUERIES
+    return Packing.NONE if _hides_tiles(program, packing) else packing
+
+
+@lru_cache(maxsize=256)
+def _hides_tiles(program: Attention, packing: Packing) -> bool:
+    """Whether tiles that one head's mask would skip could not be told any more: rows of several heads ask for more."""
+    if program.mask is None or program.listed is not None:
+        return False
+    alone = classify_tiles(program.mask.result, "kv")
+    if alone is None or alone.may_hold is TRUE:
+        return False
+    packed = pack_heads(program, packing).mask
+    together = None if packed is None else classify_tiles(packed.result, "kv")
+    return together is None or together.may_hold is TRUE
 
 
 def choose_splits(

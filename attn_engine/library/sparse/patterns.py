@@ -252,6 +252,9 @@ class LocalStrideSparseAttention(BlockPatternAttention):
         step, shift, alike = max(1, stride // self.num_heads), self.head_sliding_offset, self.homo_head
         some_dense = self.num_dense_heads > 0
 
+        def past(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
+            return kv_idx <= q_idx + custom.input_tensors["offset"][b]
+
         def past_blocks(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
             at = q_idx + custom.input_tensors["offset"][b]
             kv_head = 0 if alike else (h + first_head) // group
@@ -268,6 +271,8 @@ class LocalStrideSparseAttention(BlockPatternAttention):
             kept = kept | (kv_head >= first_dense) if some_dense else kept
             return kept & (at >= 0)
 
+        if causal and stride == 1:  # all of them
+            return past
         return past_blocks if causal else blocks_around
 
 
