@@ -17,9 +17,9 @@ def program_of(case: Case) -> Attention:
     named = options_of(case, tensors, given.q.device)
     if not named:
         return engine.program
-    inputs = [x[0] if case.lengths else x for x in (given.q, given.k, given.v)]
+    q, k, v = (x[0] if case.lengths else x for x in (given.q, given.k, given.v))
     blocks = blocks_given(engine, named, None)
-    traced, captured, _, _ = engine._bind(*inputs, (), named)  # pyright: ignore[reportPrivateUsage]
+    traced, captured, _, _ = engine._bind(q, k, v, (), named)  # pyright: ignore[reportPrivateUsage]
     if blocks is None:
         return traced.program
     extent = extent_of(traced.program, captured, given.q, given.k)
