@@ -18,6 +18,7 @@ from attn_engine.ir.program import Attention, ListedBlocks
 from attn_engine.runtime.block_sparse import BlockSparse, Extent, WrongBlockSparse, taken
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.compiled import sizes_of
+from attn_engine.runtime.given_entries import ChosenUnits
 from attn_engine.runtime.given_lists import UnitTable
 from attn_engine.runtime.given_shapes import shape_of_blocks
 from attn_engine.runtime.operator import apply
@@ -149,10 +150,12 @@ def lists_of_call(given: BlockSparse, extent: Extent, group: int, device: torch.
 @torch.no_grad()
 def _made(given: BlockSparse, extent: Extent, group: int, device: torch.device) -> GivenLists:
     units = given.units(extent, device)
-    visible = given.table(units, extent)
-    shared = visible.shape[1] in (1, extent.kv_heads)
+    shared = given.main.shape[1] in (1, extent.kv_heads)
     heads = extent.kv_heads if shared else extent.heads
-    table = UnitTable(visible, extent.batches, heads)
-    shape = shape_of_blocks(table, units, extent.q_len, group if shared else 1)
-    cut = table.cut(shape.q_units, shape.kv_units)
+    if given.mask is not None:
+        chosen = UnitTable(given.table(units, extent), extent.batches, heads)
+    else:
+        chosen = ChosenUnits(given.selected(units, extent), units.kv_units, extent.batches, heads)
+    shape = shape_of_blocks(chosen, units, extent.q_len, group if shared else 1)
+    cut = chosen.cut(shape.q_units, shape.kv_units)
     return GivenLists(shape.listed("kv_heads" if shared else "heads"), cut.tensors())

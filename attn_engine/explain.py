@@ -90,8 +90,11 @@ def _counted(compiled: CompiledAttention, about: Circumstances) -> dict[str, str
 def _plan_of(program: Attention, loop: str) -> str:
     """Lists say which tiles are visited where there are some, else the mask does."""
     mask, listed = program.mask.result if program.mask else None, program.listed
-    if listed is None:
-        return plan_text(plan_mask(mask, loop), classify_tiles(mask, loop))
+    if listed is None or listed.tested:
+        text = plan_text(plan_mask(mask, loop), classify_tiles(mask, loop))
+        return (
+            text if listed is None else f"{text}\nof them those in the given blocks of {listed.block(loop)}"
+        )
     partial = "by mask_mod" if mask is not None else "nowhere, for there is no mask_mod"
     return "\n".join(
         [

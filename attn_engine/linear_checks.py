@@ -21,6 +21,7 @@ from attn_engine.errors import (
     NotATensor,
     ShapeMismatch,
     UnsupportedDtype,
+    WrongArgument,
     WrongRank,
 )
 from attn_engine.ir.linear import Rank
@@ -28,6 +29,7 @@ from attn_engine.linear_errors import DecayRank, SequenceBounds, StateMismatch, 
 from attn_engine.runtime.bind import ELEMENTS, LAYOUTS
 from attn_engine.runtime.linear_inputs import Sequences
 from attn_engine.runtime.storage import STORAGES, compute_dtype
+from attn_engine.traced_linear import LinearDescription
 
 Sizes = tuple[int | None, int | None, int | None]
 
@@ -40,6 +42,24 @@ class LinearExpected:
     dtype: torch.dtype
     dims: tuple[int, int, int]
     sizes: tuple[Sizes, Sizes, Sizes]
+
+
+def check_parts(d: LinearDescription) -> None:
+    """Raise WrongArgument for mods that do not go together."""
+    if d.bonus_mod is not None and not d.exclusive:
+        raise WrongArgument(
+            argument="bonus_mod",
+            got="a function",
+            expected='None where phase is "inclusive"',
+            instead='Give phase="exclusive" with it, or add the term in the k_mod.',
+        )
+    if d.normalizer_mod is not None and d.delta:
+        raise WrongArgument(
+            argument="normalizer_mod",
+            got="a function",
+            expected="None with the delta rule",
+            instead="Leave one of them out: with the delta rule the weights have no sum to divide by.",
+        )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, expected: LinearExpected) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,6 @@ from attn_engine.errors import (
     UnknownLayout,
     UnknownOption,
     UnsupportedOnBackend,
-    WrongArgument,
 )
 from attn_engine.frontend import CustomIO, MetaTensor
 from attn_engine.frontend.linear import Mod
@@ -24,6 +23,7 @@ from attn_engine.linear_checks import (
     LinearExpected,
     check_captured,
     check_custom,
+    check_parts,
     check_qkv,
     checked_beta,
     checked_decay,
@@ -127,7 +127,7 @@ class LinearAttentionEngine(LinearText):
             dim_qk=q.dim,
             dim_v=v.dim,
         )
-        self._check_parts()
+        check_parts(self._description)
         sizes = tuple(fixed_sizes(m) for m in (q, k, v))
         self._expected = LinearExpected(self.layout, q.dtype, (q.dim, k.dim, v.dim), sizes)  # pyright: ignore[reportArgumentType]
         self._traced: dict[LinearKind, TracedLinear] = {}
@@ -137,7 +137,7 @@ class LinearAttentionEngine(LinearText):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearAttentionEngine:
         """A fresh engine of a copied description: modules whose methods are mods are copied, plain functions shared."""
-        built = LinearAttentionEngine.__new__(LinearAttentionEngine)
+        built = type(self).__new__(type(self))
         memo[id(self)] = built
         built._arguments = copy.deepcopy(self._arguments, memo)
         built._set_up({})  # not traced yet: the module around it may be half copied
@@ -145,7 +145,7 @@ class LinearAttentionEngine(LinearText):
 
     def __reduce__(self) -> Any:
         """Pickled by its description, where the mods can be; kernels are made anew from the cache."""
-        return _remade, (dict(self._arguments),)
+        return _remade, (type(self), dict(self._arguments))
 
     def _check_options(self, phase: str, decay_rank: str | None, unknown: dict[str, Any]) -> None:
         known = "beta_mod, erase_mod, bonus_mod, normalizer_mod, delta, phase, reverse, scale, decay_rank, layout, "
@@ -175,25 +175,6 @@ class LinearAttentionEngine(LinearText):
                 value=self.chunk,
                 where="LinearAttentionEngine",
                 known=", ".join(map(str, CHUNKS)),
-            )
-
-    def _check_parts(self) -> None:
-        d = self._description
-        if d.bonus_mod is not None and not d.exclusive:
-            instead = 'Give phase="exclusive" with it, or add the term in the k_mod.'
-            raise WrongArgument(
-                argument="bonus_mod",
-                got="a function",
-                expected='None where phase is "inclusive"',
-                instead=instead,
-            )
-        if d.normalizer_mod is not None and d.delta:
-            instead = "Leave one of them out: with the delta rule the weights have no sum to divide by."
-            raise WrongArgument(
-                argument="normalizer_mod",
-                got="a function",
-                expected="None with the delta rule",
-                instead=instead,
             )
 
     def _first_trace(self) -> TracedLinear:
@@ -263,7 +244,8 @@ class LinearAttentionEngine(LinearText):
         initial_state: the states before the first tokens, of that shape. cu_seqlens: where packed sequences begin in a
         batch of 1, and the end. All but cu_seqlens may have gradients.
         """
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        dense = self.backend == "reference"
+        if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and not dense):
             rows = (q, k, v, decay, beta)
             o, states = in_graph(self, self._number, rows, custom, named, initial_state, cu_seqlens)
             return (o, states) if return_final_state else o
@@ -394,5 +376,5 @@ class LinearAttentionEngine(LinearText):
         return TorchChunks(traced.program, self.chunk)
 
 
-def _remade(arguments: dict[str, Any]) -> LinearAttentionEngine:
-    return LinearAttentionEngine(**arguments)
+def _remade(kind: type[LinearAttentionEngine], arguments: dict[str, Any]) -> LinearAttentionEngine:
+    return kind(**arguments)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from attn_engine.frontend import OnlineFunc
 from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid
+from benchmarks import gpu_sparse
+from benchmarks.gpu_sparse import Sparse, sparse
 from benchmarks.patterns import causal, documents, soft_cap, visible_pairs
 
 PATTERNS = (
@@ -53,6 +55,8 @@ class GpuCase:
     def flops(self) -> float:
         """Arithmetic of the pairs that the mask lets through, in operations."""
         work = FLOPS_PER_PAIR[self.direction] * self.batches * self.heads * self.dim
+        if self.pattern in gpu_sparse.PATTERNS:
+            return work * gpu_sparse.pairs(self.pattern, self.length, self.heads, self.kv_heads)
         return work * pairs(self.pattern, self.length)
 
 
@@ -72,6 +76,8 @@ def table() -> Iterator[GpuCase]:
         batches = 1 if heads == 64 else max(1, min(4, 16384 // length))
         for direction in DIRECTIONS:
             yield GpuCase(name, direction, length, dim, heads, kv_heads, batches)
+    for name, direction in product(gpu_sparse.PATTERNS, DIRECTIONS):
+        yield GpuCase(name, direction, 8192)
 
 
 def _distance(shape: tuple[int, tuple[int, int], int]) -> tuple[int, int]:
@@ -83,24 +89,30 @@ def _distance(shape: tuple[int, tuple[int, int], int]) -> tuple[int, int]:
 
 def is_quick(case: GpuCase) -> bool:
     """Whether the case is in the small selection: the shape of the goals, and short rows of the commonest kind."""
-    at_the_goals = (case.length, case.dim, case.heads) == (8192, 128, 64)
+    at_the_goals = (case.length, case.dim, case.heads) == (8192, 128, 64) and case.pattern in PATTERNS
     return at_the_goals or ((case.length, case.dim, case.heads, case.pattern) == (2048, 128, 64, "causal"))
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """A pattern's functions, on the device. mask_mod None: every pair is visible."""
+    """A pattern's functions, on the device. mask_mod None: every pair is visible. sparse: how ours is called."""
 
     score_mod: Callable[..., Any] | None
     mask_mod: Callable[..., Any] | None
     normaliser: str
     slopes: Tensor
     document: Tensor
+    sparse: Sparse | None = None
 
 
 def attention(case: GpuCase, device: str) -> Attention:
     """The functions of a case, in a form that flex_attention takes as well."""
     document = documents(case.length).to(device)
+    if case.pattern in gpu_sparse.PATTERNS:
+        found = sparse(case.pattern, case.length, case.heads, case.kv_heads, device)
+        return Attention(
+            None, found.mask_mod, "softmax", torch.ones(case.heads, device=device), document, found
+        )
     slopes = (2.0 ** -torch.linspace(1.0, 8.0, case.heads)).to(device)
 
     def past_of_document(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:

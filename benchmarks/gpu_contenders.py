@@ -33,10 +33,17 @@ def ours(backend: str) -> Maker:
     def make(case: GpuCase, a: Attention, device: str) -> Function:
         metas = (meta_tensor(None, None, None, case.dim, dtype=getattr(torch, case.dtype)),) * 3
         rule = NORMALISERS[a.normaliser]() if a.normaliser != "softmax" else None
-        return AttentionEngine(
-            metas, a.score_mod, online_func=rule, mask_mod=a.mask_mod, layout="bhsd",
+        mask_mod = a.mask_mod if a.sparse is None or a.sparse.ours is None else a.sparse.ours
+        engine = AttentionEngine(
+            metas, a.score_mod, online_func=rule, mask_mod=mask_mod, layout="bhsd",
             backend=backend, scale=case.dim**-0.5,
         )  # fmt: skip
+        if a.sparse is None or not a.sparse.options:
+            return engine
+        options = a.sparse.options
+        if a.sparse.lengths:
+            return lambda q, k, v: engine(q[0], k[0], v[0], **options)[None]
+        return functools.partial(engine, **options)
 
     return make
 
@@ -44,6 +51,11 @@ def ours(backend: str) -> Maker:
 def _only_softmax(a: Attention) -> None:
     if a.normaliser != "softmax":
         raise Cannot("it knows softmax only")
+
+
+def _no_blocks(case: GpuCase, a: Attention) -> None:
+    if a.sparse is not None and not a.sparse.lengths:
+        raise Cannot("it takes no such mask")
 
 
 def sdpa(backend: SDPBackend) -> Maker:
@@ -84,7 +96,9 @@ def _bias(case: GpuCase, a: Attention, device: str) -> Tensor:
     assert a.mask_mod is not None
     mask: Tensor = a.mask_mod(b, h, q_idx, kv_idx)
     if a.score_mod is None:
-        return mask.expand(1, 1, case.length, case.length)
+        if mask.shape[1] * case.length**2 > MOST_BIASES:
+            raise Cannot("a mask of all pairs and heads would be too large")
+        return mask.expand(1, -1, case.length, case.length)
     if case.heads * case.length**2 > MOST_BIASES:
         raise Cannot("a bias of all pairs and heads would be too large")
     zero = torch.zeros(1, 1, case.length, case.length, device=device)
@@ -134,6 +148,7 @@ def flash(module: str) -> Maker:
     def make(case: GpuCase, a: Attention, device: str) -> Function:
         library = _module(module)
         _only_softmax(a)
+        _no_blocks(case, a)
         options: dict[str, Any] = {"causal": case.pattern != "full"}
         if case.pattern == "window 1024":
             options["window_size"] = (WINDOW - 1, 0)
@@ -143,7 +158,7 @@ def flash(module: str) -> Maker:
             if module == "flash_attn_interface":
                 raise Cannot("it has no slopes")
             options["alibi_slopes"] = a.slopes
-        if case.pattern == "causal documents":
+        if case.pattern in ("causal documents", "packed"):
             return _packed(library.flash_attn_varlen_func, case, a, device)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -157,6 +172,8 @@ def flash(module: str) -> Maker:
 
 def ends_of_documents(a: Attention) -> Tensor:
     """Where documents begin and the last one ends, int32."""
+    if a.sparse is not None:
+        return a.sparse.options["cu_len_q"]
     counts = torch.bincount(a.document)
     return F.pad(counts[counts > 0].cumsum(0), (1, 0)).int()
 
@@ -185,7 +202,7 @@ def flashinfer(case: GpuCase, a: Attention, device: str) -> Function:
     _only_softmax(a)
     if case.batches != 1:
         raise Cannot("one sequence at a time only")
-    if case.pattern in ("causal documents", "alibi"):
+    if case.pattern in ("causal documents", "alibi") or a.sparse is not None:
         raise Cannot("not with this pattern in one call")
     options: dict[str, Any] = {"causal": case.pattern != "full"}
     if case.pattern == "window 1024":

@@ -106,7 +106,8 @@ def _over_blocks(
     cu_len = torch.tensor([0, length], dtype=torch.int32)
 
     def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return function(q, k, v, cu_len, cu_len, length, DIM**-0.5, mask, BLOCK)
+        own = mask.view_as(mask)  # lists of a mask that was seen before would be remembered
+        return function(q, k, v, cu_len, cu_len, length, DIM**-0.5, own, BLOCK)
 
     share = kept_pairs(mask, length)
     for way, make, target in zip(("forward", "backward"), (_forward, _backward), targets, strict=True):

@@ -102,7 +102,8 @@ def is_bounded(program: Attention) -> bool:
 def tests_tiles(program: Attention) -> bool:
     """Whether loops ask of every tile what it holds."""
     listed, mask = program.listed, program.mask
-    return listed is None and mask is not None and classify_tiles(mask.result, "kv") is not None
+    by_lists = listed is not None and not listed.tested
+    return not by_lists and mask is not None and classify_tiles(mask.result, "kv") is not None
 
 
 @lru_cache(maxsize=512)

@@ -199,7 +199,8 @@ class Case:
 
     layout: how q, k, v and the gradient of the output lie, a name of `given.LAYOUTS`. listed: with the lists of a block
     mask. lengths: of sequences packed into one batch, which are as long as both axes together. blocks: given by the
-    call, a name of `sparse.BLOCKS`. gradients: backward too. sampled: of output and dQ only some rows are compared, where all would be too much.
+    call, a name of `sparse.BLOCKS`. gradients: backward too. sampled: of output and dQ only some rows are compared,
+    where all would be too much.
     """
 
     sizes: Sizes

@@ -144,9 +144,7 @@ def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x if dtype is None else x.to(dtype).to(x.dtype)
 
 
-def _pairs(
-    case: Case, tensors: Tensors, score: Tensor, rows: range
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def _pairs(case: Case, tensors: Tensors, score: Tensor, rows: range) -> tuple[tuple[Tensor, ...], Tensor]:
     """The indices of a mask_mod, and which pairs the call leaves: those of one sequence, in a visible block."""
     index = _indices(score, rows)
     there = torch.ones((), dtype=torch.bool, device=score.device)

@@ -23,7 +23,9 @@ def draw_blocks(
     return torch.rand(batches, kv_heads, -(-rows // of_q), -(-keys // of_kv), generator=generator) < DENSITY
 
 
-def visible_blocks(blocks: str, given: Tensor, heads: int, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+def visible_blocks(
+    blocks: str, given: Tensor, heads: int, b: Tensor, q_idx: Tensor, kv_idx: Tensor
+) -> Tensor:
     """Which pairs are in a visible block; indices as of a mask_mod."""
     of_q, of_kv = BLOCKS[blocks]
     h = torch.arange(heads, device=given.device).view(-1, 1, 1) // (heads // given.shape[1])
@@ -74,7 +76,9 @@ def local_stride(t: Mapping[str, Tensor]) -> Mask:
     return mask
 
 
-def sorted_rows(shape: tuple[int, int], lengths: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+def sorted_rows(
+    shape: tuple[int, int], lengths: tuple[int, int], generator: torch.Generator
+) -> dict[str, Tensor]:
     """Positions and buckets (batches, heads, rows) of rows sorted by bucket. lengths: of q and of k."""
     found: dict[str, Tensor] = {}
     for name, length in zip("qk", lengths, strict=True):
@@ -84,7 +88,9 @@ def sorted_rows(shape: tuple[int, int], lengths: tuple[int, int], generator: tor
     return found
 
 
-def kept_rows(shape: tuple[int, int], lengths: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+def kept_rows(
+    shape: tuple[int, int], lengths: tuple[int, int], generator: torch.Generator
+) -> dict[str, Tensor]:
     """Positions (batches, heads, rows) of kept rows, ascending; the last quarter is padding."""
     found: dict[str, Tensor] = {}
     for name, length, padding in zip("qk", lengths, (NO_QUERY, NO_KEY), strict=True):

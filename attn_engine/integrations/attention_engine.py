@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from attn_engine import linear_engine
-from attn_engine.frontend import CustomIO, MetaTensor, meta_tensor
-from attn_engine.frontend.linear import Mod
+import attn_engine
+from attn_engine import CustomIO, meta_tensor
+
+Mod = Callable[..., Any]
 
 __all__ = ["CustomIO", "LinearAttentionEngine", "meta_tensor"]
 
 
-class LinearAttentionEngine(linear_engine.LinearAttentionEngine):
+class LinearAttentionEngine(attn_engine.LinearAttentionEngine):
     """As those scripts call it: tensors are (batch, heads, length, dim), decay (batch, heads, length).
 
     tune, tune_filename, tune_bwd: taken and not used, for there is nothing to tune here. options: all others of the
@@ -21,7 +22,7 @@ class LinearAttentionEngine(linear_engine.LinearAttentionEngine):
 
     def __init__(
         self,
-        qkv_meta: Sequence[MetaTensor],
+        qkv_meta: Sequence[Any],
         q_mod: Mod | None = None,
         k_mod: Mod | None = None,
         v_mod: Mod | None = None,

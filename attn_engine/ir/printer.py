@@ -110,7 +110,9 @@ def format_program(program: Attention) -> str:
     parts += [] if program.mask is None else [f"mask_mod {format_function(program.mask, 'visible')}"]
     if (listed := program.listed) is not None:
         of = "head" if listed.heads == "heads" else "kv head"
-        parts.append(f"visible blocks of {listed.q or 'all'} queries x {listed.kv} keys from lists per {of}")
+        what = "given" if listed.tested else "visible"
+        parts.append(f"{what} blocks of {listed.q or 'all'} queries x {listed.kv} keys from lists per {of}")
+        parts += [f"{listed.group} query heads side by side"] if listed.group > 1 else []
     if program.sequences is not None:
         pages = f", keys in pages of {program.sequences.page} rows" if program.sequences.page else ""
         parts.append(

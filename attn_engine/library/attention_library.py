@@ -14,7 +14,7 @@ from attn_engine.engine import AttentionEngine
 from attn_engine.errors import MissingParameter, UnknownOption, UseNotSupported
 from attn_engine.explain import Explanation, Kernel
 from attn_engine.frontend import MaskMod, MetaTensor, ScoreMod, meta_tensor
-from attn_engine.library.catalogue import ATTENTIONS, MASKS, USE_TYPES, Entry, found
+from attn_engine.library.catalogue import ATTENTIONS, CALLED, MASKS, USE_TYPES, Entry, found
 from attn_engine.runtime.backends import NAMES
 
 
@@ -56,21 +56,30 @@ class AttentionLibrary:
         own, masks = _shares((self.attention, self.mask), parameters)
         arguments: dict[str, Any] = dict(self.attention.make(**own))
         self._scaled = arguments.pop("scaled", False)
-        self._place = _Place(self.use_type != "Train")
-        arguments["mask_mod"] = self._place.mask(self.mask.make(**masks))
-        if "score_mod" in arguments:
-            arguments["score_mod"] = self._place.score(arguments["score_mod"])
+        self._moves = self.use_type != "Train"
+        self._mods: tuple[MaskMod | None, ScoreMod | None] = (
+            self.mask.make(**masks),
+            arguments.pop("score_mod", None),
+        )
+        # Where the first query stands: the same for all of a batch, or with a number for each sequence.
+        self._places = {False: _Place(self._moves), True: _Place(self._moves, of_each=True)}
         self._arguments: dict[str, Any] = arguments | {"layout": layout, "backend": backend}
         self._scale = scale
         self._lock = threading.Lock()
         self._engines: dict[tuple[object, ...], AttentionEngine] = {}
+        self._metas = qkv_meta
         self._own = None if qkv_meta is None else self._engine_of(qkv_meta)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: Any, **named: Any) -> Any:
-        """The attention of q (B, S, H, D), k and v in the engine's layout; `more`: what the attention takes beyond."""
-        engine = self.engine(q, k, v)
+        """The attention of q (B, S, H, D), k and v in the engine's layout; `more`: what the attention takes beyond.
+
+        For "Prefill" and "Decode", lengths (len_q, len_kv, cu_len_q, cu_len_kv, with a block_table too) say of every
+        sequence where its queries stand: they are its last ones.
+        """
+        of_each = self._moves and any(named.get(name) is not None for name in _LENGTHS)
+        engine = self.engine(q, k, v, of_each=of_each)
         compose = self.attention.compose
-        if not self._place.moves:
+        if not self._moves:
             return (
                 engine(q, k, v, *more, **named)
                 if compose is None
@@ -78,21 +87,24 @@ class AttentionLibrary:
             )
         length = 1 if engine.layout == "bshd" else 2
         with self._lock:  # the offset belongs to this call
-            self._place.offset(k.shape[length] - q.shape[length])
+            place = self._places[of_each]
+            place.offset(_offsets(q, k, length, named) if of_each else k.shape[length] - q.shape[length])
             return (
                 engine(q, k, v, *more, **named)
                 if compose is None
                 else compose(engine, q, k, v, *more, **named)
             )
 
-    def engine(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionEngine:
-        """The engine that calls with such tensors use."""
-        if self._own is not None:
+    def engine(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, of_each: bool = False
+    ) -> AttentionEngine:
+        """The engine that calls with such tensors use; of_each: those that say how long every sequence is."""
+        if self._own is not None and not of_each:
             return self._own
-        key = (q.dtype, q.shape[-1], k.shape[-1], v.shape[-1])
+        key = (q.dtype, q.shape[-1], k.shape[-1], v.shape[-1], of_each)
         if key not in self._engines:
             metas = [meta_tensor(None, None, None, x.shape[-1], dtype=x.dtype) for x in (q, k, v)]
-            self._engines[key] = self._engine_of(metas)
+            self._engines[key] = self._engine_of(self._metas or metas, of_each)
         return self._engines[key]
 
     def source(self, dim: int = 64, dtype: torch.dtype = torch.float32, *, kernel: Kernel = "forward") -> str:
@@ -109,16 +121,20 @@ class AttentionLibrary:
     @staticmethod
     def list() -> Listing:
         """Everything there is, to print or to go through."""
-        return Listing((*ATTENTIONS.values(), *MASKS.values()))
+        return Listing((*ATTENTIONS.values(), *MASKS.values(), *CALLED.values()))
 
     def _shown(self, dim: int, dtype: torch.dtype) -> AttentionEngine:
         return self._own or self.engine(*(torch.empty(1, 1, 1, dim, dtype=dtype) for _ in range(3)))
 
-    def _engine_of(self, metas: Sequence[MetaTensor]) -> AttentionEngine:
+    def _engine_of(self, metas: Sequence[MetaTensor], of_each: bool = False) -> AttentionEngine:
         scale = self._scale
         if scale is None and self._scaled:
             scale = 1.0 / math.sqrt(metas[0].dim)
-        return AttentionEngine(metas, scale=scale, **self._arguments)
+        mask, score = self._mods
+        arguments: dict[str, Any] = self._arguments | {"mask_mod": self._places[of_each].mask(mask)}
+        if score is not None:
+            arguments["score_mod"] = self._places[of_each].score(score)
+        return AttentionEngine(metas, scale=scale, **arguments)
 
 
 class Listing(tuple[Entry, ...]):
@@ -128,7 +144,12 @@ class Listing(tuple[Entry, ...]):
 
     def __str__(self) -> str:
         lines: list[str] = []
-        for title, names in (("attn_type", ATTENTIONS), ("mask_type", MASKS)):
+        groups = {
+            "attn_type": ATTENTIONS,
+            "mask_type": MASKS,
+            "attn_engine.library, called themselves": CALLED,
+        }
+        for title, names in groups.items():
             lines += [title, *(line for e in self if names.get(e.name) is e for line in _described(e)), ""]
         return "\n".join([*lines, f"backends, for all of them: {', '.join(NAMES)}"])
 
@@ -145,18 +166,22 @@ def _described(entry: Entry) -> tuple[str, ...]:
 class _Place:
     """Where the first query stands: mods see positions counted from the first key."""
 
-    def __init__(self, moves: bool) -> None:
+    def __init__(self, moves: bool, of_each: bool = False) -> None:
         self.moves = moves
-        start = 0
+        start: Any = torch.zeros(1, dtype=torch.int64) if of_each else 0
 
-        def offset(value: int) -> None:
+        def offset(value: int | torch.Tensor) -> None:
             nonlocal start
             start = value
 
         def moved_mask(mask: MaskMod) -> MaskMod:
+            if of_each:
+                return lambda b, h, q_idx, kv_idx: mask(b, h, q_idx + start[b], kv_idx)
             return lambda b, h, q_idx, kv_idx: mask(b, h, q_idx + start, kv_idx)
 
         def moved_score(mod: ScoreMod) -> ScoreMod:
+            if of_each:
+                return lambda score, b, h, q_idx, kv_idx: mod(score, b, h, q_idx + start[b], kv_idx)
             return lambda score, b, h, q_idx, kv_idx: mod(score, b, h, q_idx + start, kv_idx)
 
         self.offset, self._moved_mask, self._moved_score = offset, moved_mask, moved_score
@@ -166,6 +191,26 @@ class _Place:
 
     def score(self, mod: ScoreMod) -> ScoreMod:
         return self._moved_score(mod) if self.moves else mod
+
+
+_LENGTHS = ("len_q", "len_kv", "cu_len_q", "cu_len_kv", "block_table")
+
+
+def _offsets(q: torch.Tensor, k: torch.Tensor, length: int, named: Mapping[str, Any]) -> torch.Tensor:
+    """Keys less queries of every sequence: int64 (sequences,)."""
+
+    def lengths(axis: str, x: torch.Tensor) -> torch.Tensor | int:
+        if (places := named.get(f"cu_len_{axis}")) is not None:
+            return places.diff()
+        if (given := named.get(f"len_{axis}")) is not None:
+            return given
+        if axis == "kv" and (places := named.get("cu_len_q")) is not None:
+            return places.diff()
+        first = named.get(f"start_{axis}")
+        return x.shape[length] - (0 if first is None else first)
+
+    found = torch.as_tensor(lengths("kv", k), device=q.device) - lengths("q", q)
+    return torch.atleast_1d(found).to(torch.int64)
 
 
 def _entry(argument: str, entries: Mapping[str, Entry], name: object) -> Entry:

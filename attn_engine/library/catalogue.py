@@ -37,6 +37,21 @@ from attn_engine.library.dense.streaming import streaming
 from attn_engine.library.dense.tree import tree
 from attn_engine.library.dense.vision_cross import vision_cross
 from attn_engine.library.differential import differential
+from attn_engine.library.sparse.dynamic import (
+    dynamic_sparse_attention,
+    hash_sparse_attention,
+    qk_sparse_attention,
+)
+from attn_engine.library.sparse.patterns import LocalStrideSparseAttention, SparseAttention
+from attn_engine.library.sparse.seer import (
+    block_1d_gqa_sparse_attn_varlen_func,
+    block_2d_sparse_attn_varlen_func,
+)
+from attn_engine.library.sparse.seer_decode import (
+    block_sparse_flash_decode_gqa_indice,
+    block_sparse_flash_decode_gqa_mask,
+)
+from attn_engine.library.sparse.seer_pooling import attn_pooling
 
 USE_TYPES = ("Train", "Prefill", "Decode")
 Arguments = dict[str, Any]  # of an AttentionEngine
@@ -44,11 +59,11 @@ Arguments = dict[str, Any]  # of an AttentionEngine
 
 @dataclass(frozen=True)
 class Entry:
-    """An attention or a mask of the library.
+    """An attention or a mask of the library, or a function that is called itself.
 
     make: of an attention, the engine's keyword arguments, and "scaled" where q k^T is scaled by 1/sqrt(D) before its
-    score_mod; of a mask, the mask_mod. source: where its mathematics is. compose: how calls use the engine, where they
-    do more than one (engine, q, k, v, ...). use_types: what it is for.
+    score_mod; of a mask, the mask_mod; of a function, itself. source: where its mathematics is. compose: how calls use
+    the engine, where they do more than one (engine, q, k, v, ...). use_types: what it is for.
     """
 
     name: str
@@ -138,6 +153,10 @@ def _document(document_ids: torch.Tensor, past: bool = True) -> MaskMod:
     return and_masks(causal(), own) if past else own
 
 
+def _called(source: Callable[..., Any], use_types: tuple[str, ...] = USE_TYPES) -> Entry:
+    return Entry(source.__name__, source, source, use_types=use_types)
+
+
 _ATTENTIONS = (
     Entry("SoftmaxAttention", dict, OnlineSoftmax),
     Entry("AlibiAttention", _alibi, alibi),
@@ -170,8 +189,23 @@ _MASKS = (
     Entry("VisionCross", vision_cross, vision_cross, use_types=("Train",)),
     Entry("Tree", tree, tree, use_types=("Train",)),
 )
+_DECODE = ("Decode",)
+# Functions and modules that are called themselves, with the names and arguments of their papers' code.
+_CALLED = (
+    _called(dynamic_sparse_attention, _SEQUENCES),
+    _called(qk_sparse_attention, _SEQUENCES),
+    _called(hash_sparse_attention, _SEQUENCES),
+    _called(SparseAttention),
+    _called(LocalStrideSparseAttention),
+    _called(block_1d_gqa_sparse_attn_varlen_func, _SEQUENCES),
+    _called(block_2d_sparse_attn_varlen_func, _SEQUENCES),
+    _called(attn_pooling, ("Train",)),
+    _called(block_sparse_flash_decode_gqa_mask, _DECODE),
+    _called(block_sparse_flash_decode_gqa_indice, _DECODE),
+)
 ATTENTIONS: Mapping[str, Entry] = {e.name: e for e in _ATTENTIONS}
 MASKS: Mapping[str, Entry] = {e.name: e for e in _MASKS}
+CALLED: Mapping[str, Entry] = {e.name: e for e in _CALLED}
 
 
 def plain_name(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,33 @@ from attn_engine.runtime.dense import evaluate_dense
 
 POSITIONS = (BATCH, HEAD, Q_IDX, KV_IDX)
 PLACES = {Route.ROW: Q_IDX, Route.COLUMN: KV_IDX, Route.DIAGONAL: DISTANCE}
+
+
+def captured_gradient(
+    name: str,
+    captures: Sequence[CaptureGradient],
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Number],
+    per_row: Sequence[tuple[CaptureGradient, Tensor]] = (),
+) -> Tensor:
+    """Everything that was collected for one captured tensor, summed in a fixed order, in its shape and dtype."""
+    tensor = tensors[name]
+    reads = [c for c in captures if c.load.tensor == name]
+    # Several reads by pairs share one buffer: count it once.
+    pairs = [tensors[buffer] for buffer in {c.buffer: None for c in reads if c.route is Route.PAIR}]
+    sums = [c for c in reads if c.route is not Route.PAIR]
+    once = [(c, x) for c, x in per_row if c.load.tensor == name]
+    if len(pairs) == 1 and not sums and not once:
+        return pairs[0].to(tensor.dtype)
+    total = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
+    for c in sums:
+        buffer = tensors[c.buffer]
+        scatter_sums(total, c, buffer.sum(0) if buffer.ndim == 4 else buffer, tensors, numbers)
+    for c, x in once:
+        scatter_sums(total, c, x, tensors, numbers)
+    for buffer in pairs:
+        total += buffer
+    return total.to(tensor.dtype)
 
 
 def scatter_sums(

@@ -38,13 +38,19 @@ from attn_engine.ir.passes.pooled_gradient import backward_program
 from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
 from attn_engine.ir.program import GROUP, Attention, OnlineRule
 from attn_engine.ir.tile import Kernel, Module, TileTable
-from attn_engine.runtime.capture_sums import scatter_sums
+from attn_engine.runtime.capture_sums import captured_gradient
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
 from attn_engine.runtime.parameter_sums import row_sums
 from attn_engine.runtime.pools import empty_pools, joined_pools
 from attn_engine.runtime.query_parts import ROOM, QueryParts
 from attn_engine.runtime.sequence_rows import with_padded_rows
-from attn_engine.runtime.sequences import OverSequences, SequenceTables, fill_other_rows, sequences_of_call
+from attn_engine.runtime.sequences import (
+    OverSequences,
+    SequenceTables,
+    fill_other_rows,
+    grouped,
+    sequences_of_call,
+)
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -145,16 +151,17 @@ class CompiledAttention:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in order, and pooled weights."""
         if self.schedule.folded and scalars["scale"] <= 0:
             return self.unfolded.forward(q, k, v, captured, scalars, out)
-        if (tables := sequences_of_call(self.program, captured)) is not None:
-            compiled = self.of_rows(Packing.NONE, tables.longest["q"])
-            return compiled._forward(q, k, v, captured, scalars, out, tables)
-        packing = choose_packing(self.program, self.schedule, q, k)
+        tables = sequences_of_call(self.program, captured)
+        rows = q.shape[2] if tables is None else tables.longest["q"]
+        packing = choose_packing(self.program, self.schedule, q, k, rows)
         if packing is Packing.NONE:
-            return self.of_rows(packing, q.shape[2])._forward(q, k, v, captured, scalars, out)
+            return self.of_rows(packing, rows)._forward(q, k, v, captured, scalars, out, tables)
         packed = PackedHeads(q, k, out)
-        compiled = self.of_rows(packing, packed.q.shape[2])
+        compiled = self.of_rows(packing, rows * packed.group)
         numbers = {**scalars, GROUP.name: packed.group}
-        return packed.finish(compiled._forward(packed.q, k, v, captured, numbers, packed.out))
+        if tables is not None:
+            captured, tables = grouped(captured, tables, packed.group)
+        return packed.finish(compiled._forward(packed.q, k, v, captured, numbers, packed.out, tables))
 
     @cached_property
     def unfolded(self) -> CompiledAttention:
@@ -297,7 +304,7 @@ class CompiledAttention:
             tensors = with_padded_rows(self.program.sequences, tables, direction.rule, tensors)
         per_row = row_sums(direction.rule, learned, tensors, numbers)
         return {
-            name: _captured_gradient(name, direction.captures, tensors, numbers, per_row) for name in learned
+            name: captured_gradient(name, direction.captures, tensors, numbers, per_row) for name in learned
         }
 
     @cached_property
@@ -358,33 +365,6 @@ class CompiledAttention:
             Route.PAIR: tuple(captured[c.load.tensor].shape),
         }[c.route]
         return torch.zeros(shape, dtype=self.compute, device=device)
-
-
-def _captured_gradient(
-    name: str,
-    captures: Sequence[CaptureGradient],
-    tensors: Tensors,
-    numbers: Scalars,
-    per_row: Sequence[tuple[CaptureGradient, Tensor]] = (),
-) -> Tensor:
-    """Everything that was collected for one captured tensor, summed in a fixed order, in its shape and dtype."""
-    tensor = tensors[name]
-    reads = [c for c in captures if c.load.tensor == name]
-    # Several reads by pairs share one buffer: count it once.
-    pairs = [tensors[buffer] for buffer in {c.buffer: None for c in reads if c.route is Route.PAIR}]
-    sums = [c for c in reads if c.route is not Route.PAIR]
-    once = [(c, x) for c, x in per_row if c.load.tensor == name]
-    if len(pairs) == 1 and not sums and not once:
-        return pairs[0].to(tensor.dtype)
-    total = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
-    for c in sums:
-        buffer = tensors[c.buffer]
-        scatter_sums(total, c, buffer.sum(0) if buffer.ndim == 4 else buffer, tensors, numbers)
-    for c, x in once:
-        scatter_sums(total, c, x, tensors, numbers)
-    for buffer in pairs:
-        total += buffer
-    return total.to(tensor.dtype)
 
 
 def sizes_of(q: Tensor, k: Tensor) -> dict[str, int]:

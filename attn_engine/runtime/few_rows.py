@@ -23,12 +23,17 @@ from attn_engine.runtime.block_lists import listed_keys
 LEAST_NUMBERS_PER_SPLIT = 2**19
 
 
-def choose_packing(program: Attention, schedule: Schedule, q: Tensor, k: Tensor) -> Packing:
-    """Pack the heads that share a kv head where one head's queries leave at least half of a tile's rows empty."""
-    group, q_len = q.shape[1] // max(k.shape[1], 1), q.shape[2]
+def choose_packing(
+    program: Attention, schedule: Schedule, q: Tensor, k: Tensor, rows: int | None = None
+) -> Packing:
+    """Pack the heads that share a kv head where one head's queries leave at least half of a tile's rows empty.
+
+    rows: of the longest sequence, where q holds several.
+    """
+    group, q_len = q.shape[1] // max(k.shape[1], 1), q.shape[2] if rows is None else rows
     if group <= 1 or 2 * q_len > schedule.block_q or not packable(program.rule):
         return Packing.NONE
-    if (listed := program.listed) and listed.tested:
+    if (listed := program.listed) and (listed.tested or program.sequences is not None):
         return Packing.NONE  # whoever made the lists has decided it
     if listed and (listed.heads != "kv_heads" or q_len > listed.q):
         return Packing.NONE  # rows of a tile share their lists

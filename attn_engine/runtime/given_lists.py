@@ -39,6 +39,20 @@ class UnitTable:
         some = F.pad(self.visible, more).view(shape).any(5).any(3) if any(more) else known.any(5).any(3)
         return CutTable(self, some, known.all(5).all(3), known)
 
+    def unions(self, smallest: int, most: int) -> tuple[list[int], list[int]]:
+        """How many units of queries share a list, twice as many each time, and how many entries lists then have."""
+        sizes, unions = [smallest], [self.cut(smallest, 1).some]
+        while 2 * sizes[-1] <= most and unions[-1].shape[2] > 1:
+            unions.append(_by_pairs(unions[-1]))
+            sizes.append(2 * sizes[-1])
+        return sizes, torch.stack([x.sum() for x in unions]).tolist()
+
+
+def _by_pairs(union: Tensor) -> Tensor:
+    """The unions of neighbouring rows of blocks."""
+    even = F.pad(union, (0, 0, 0, union.shape[2] % 2))
+    return even[:, :, ::2] | even[:, :, 1::2]
+
 
 @dataclass(frozen=True, slots=True)
 class CutTable:
@@ -65,10 +79,7 @@ class CutTable:
         """Where the list of each block begins, absolute, and the blocks of all lists; int32."""
         visible = visible.transpose(2, 3) if turned else visible
         entries = visible.nonzero()[:, 3].to(torch.int32)
-        counts = visible.sum(-1, dtype=torch.int32)
-        ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
-        starts = torch.cat((ends[..., :1] - counts[..., :1], ends), -1)
-        starts = starts.expand(self.of.batches, self.of.heads, starts.shape[2])
+        starts = starts_of(visible.sum(-1), self.of.batches, self.of.heads)
         return {starts_param(loop, kind): starts, blocks_param(loop, kind): entries}
 
     def _words(self, partial: Tensor, turned: bool) -> Tensor:
@@ -77,10 +88,23 @@ class CutTable:
         units = self.units.transpose(3, 4)  # (..., blocks of q, blocks of kv, units of q, units of kv)
         if turned:
             units, partial = units.transpose(2, 3), partial.transpose(2, 3)
-        bits = units[partial].flatten(1)
-        bits = F.pad(bits, (0, -bits.shape[1] % BITS)).unflatten(1, (-1, BITS))
-        weights = torch.ones(BITS, dtype=torch.int64, device=bits.device) << torch.arange(
-            BITS, device=bits.device
-        )
-        words = (bits * weights).sum(2)
-        return torch.where(words >= 2 ** (BITS - 1), words - 2**BITS, words).to(torch.int32).flatten()
+        return words_of(units[partial].flatten(1))
+
+
+def starts_of(counts: Tensor, batches: int, heads: int) -> Tensor:
+    """Where each list begins and the last one ends, from their lengths (1 or batches, 1 or heads, lists)."""
+    b, h, lists = counts.shape
+    ends = counts.flatten().cumsum(0, dtype=torch.int32).view(b, h, lists)
+    first = ends[..., :1] - counts[..., :1] if lists else ends.new_zeros(b, h, 1)
+    return torch.cat((first, ends), -1).to(torch.int32).expand(batches, heads, lists + 1)
+
+
+def words_of(bits: Tensor) -> Tensor:
+    """bool (entries, bits) in words of 32, from the lowest bit on: int32 (entries * words)."""
+    entries, count = bits.shape
+    words = torch.zeros(entries, -(-count // BITS), dtype=torch.int32, device=bits.device)
+    for i in range(count):
+        place = i % BITS
+        one = 1 << place if place < BITS - 1 else -(1 << place)  # the highest bit is the sign
+        words[:, i // BITS] += bits[:, i] * torch.tensor(one, dtype=torch.int32)
+    return words.flatten()

@@ -8,21 +8,23 @@ tiles and longer unions; which is less work is counted in the call's own units.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Protocol
 
 from attn_engine.codegen.schedule import SMALLEST_BLOCK
 from attn_engine.ir.program import ListedBlocks
 from attn_engine.runtime.block_sparse import Units
-from attn_engine.runtime.given_lists import UnitTable
 
 FEW = 16  # rows that one block holds together, whatever their units: they are one tile
 ENOUGH_ROWS = 32  # a unit of so many rows makes full tiles by itself
 MOST_UNITS = 32  # of queries in a block
 HALF_TILES = 1.05  # measured: rows in tiles of 16 against rows in tiles of 32
 AS_GOOD = 1.02  # larger blocks for so much more work: they have fewer entries
+
+
+class Unions(Protocol):
+    """Units that a call gives (`UnitTable`, `ChosenUnits`)."""
+
+    def unions(self, smallest: int, most: int) -> tuple[list[int], list[int]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +49,29 @@ class BlockShape:
         return ListedBlocks(q, kv, heads, tested=True, parts=parts, part_rows=rows, group=self.group)
 
 
-def shape_of_blocks(table: UnitTable, units: Units, q_len: int, group: int) -> BlockShape:
+def shape_of_blocks(given: Unions, units: Units, q_len: int, group: int) -> BlockShape:
     """The shape for these units; group: query heads that may lie side by side."""
     group = group if units.block_q < ENOUGH_ROWS else 1
     rows = units.block_q * group
     kv_units = max(1, SMALLEST_BLOCK // units.block_kv)
     if q_len * group <= FEW:
         return BlockShape(max(1, units.q_units), kv_units, rows, units.block_kv, group, every=True)
-    q_units = _units_of_least_work(table, rows) if rows < ENOUGH_ROWS else 1
+    q_units = _units_of_least_work(given, rows) if rows < ENOUGH_ROWS else 1
     return BlockShape(q_units, kv_units, rows, units.block_kv, group, every=False)
 
 
-def _units_of_least_work(table: UnitTable, rows: int) -> int:
+def _units_of_least_work(given: Unions, rows: int) -> int:
     """How many units of so many rows share a list; one look at the table's contents on the host."""
-    sizes = [1]
-    while rows * sizes[0] % SMALLEST_BLOCK:
-        sizes[0] *= 2
-    unions = [table.cut(sizes[0], 1).some]
-    while 2 * sizes[-1] <= MOST_UNITS and unions[-1].shape[2] > 1:
-        unions.append(_by_pairs(unions[-1]))
-        sizes.append(2 * sizes[-1])
-    entries = torch.stack([x.sum() for x in unions]).tolist()
+    smallest = 1
+    while rows * smallest % SMALLEST_BLOCK:
+        smallest *= 2
+    sizes, entries = given.unions(smallest, MOST_UNITS)
     best, least = sizes[0], _work(entries[0], sizes[0] * rows)
     for size, count in zip(sizes[1:], entries[1:], strict=True):
         work = _work(count, size * rows)
         if work <= AS_GOOD * least:
             best, least = size, min(least, work)
     return best
-
-
-def _by_pairs(union: Tensor) -> Tensor:
-    """The unions of neighbouring rows of blocks."""
-    even = F.pad(union, (0, 0, 0, union.shape[2] % 2))
-    return even[:, :, ::2] | even[:, :, 1::2]
 
 
 def _work(entries: int, rows: int) -> float:

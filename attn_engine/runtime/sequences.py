@@ -45,6 +45,9 @@ class SequenceTables:
     firsts: Mapping[str, Tensor]
     lengths: Mapping[str, Tensor]
     device: torch.device
+    _grouped: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(
+        default_factory=dict[tuple[int, int], tuple[Tensor, Tensor]]
+    )
     _lists: dict[tuple[str, int], dict[str, Tensor]] = field(
         default_factory=dict[tuple[str, int], dict[str, Tensor]]
     )
@@ -137,6 +140,19 @@ def fill_other_rows(
         if tables.rows[axis] < x.shape[0] * x.shape[2]:
             value = values.get(name, 0.0)
             x.fill_(-math.inf if math.isnan(value) else value)
+
+
+def grouped(
+    tensors: Mapping[str, Tensor], tables: SequenceTables, group: int
+) -> tuple[dict[str, Tensor], SequenceTables]:
+    """The tensors and the tables of a call where every query is `group` rows, one for each head that shares keys."""
+    q_spans, kv_spans = (tensors[name] for name in SPAN_NAMES)
+    key = (group, id(kv_spans))
+    if key not in tables._grouped:
+        tables._grouped.clear()
+        tables._grouped[key] = q_spans * group, kv_spans
+    made = {**tensors, **dict(zip(SPAN_NAMES, tables._grouped[key], strict=True))}
+    return made, tables_in(made)
 
 
 def sequences_of_call(program: Attention, tensors: Mapping[str, Tensor]) -> SequenceTables | None:

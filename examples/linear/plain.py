@@ -57,4 +57,5 @@ def compare(
 
 def relative(found: Tensor, wanted: Tensor) -> float:
     """The norm of the difference beside the norm."""
-    return float((found.detach().double() - wanted.double()).norm() / wanted.detach().double().norm())
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())

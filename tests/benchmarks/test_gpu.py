@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from benchmarks import gpu, gpu_measure, gpu_report
+from benchmarks import gpu, gpu_measure, gpu_report, gpu_sparse
 from benchmarks.gpu_cases import (
     DIRECTIONS,
     HEADS,
@@ -53,7 +53,11 @@ def maker(backend: str) -> Any:
 
 def test_every_case_is_there_once() -> None:
     cases = list(table())
-    assert len(cases) == len(set(cases)) == len(PATTERNS) * len(LENGTHS) * len(HEADS) * 2 * 2
+    assert (
+        len(cases)
+        == len(set(cases))
+        == (len(PATTERNS) * len(LENGTHS) * len(HEADS) * 2 + len(gpu_sparse.PATTERNS)) * 2
+    )
     assert {(c.length, c.heads, c.dim) for c in cases[:18]} == {(8192, 64, 128)}, "the goals come first"
     assert [c.direction for c in cases[:2]] == list(DIRECTIONS)
     assert sum(is_quick(c) for c in cases) == 20
@@ -66,6 +70,26 @@ def test_pairs_are_those_of_the_mask(name: str) -> None:
     q_idx, kv_idx = torch.arange(1100)[:, None], torch.arange(1100)[None, :]
     counted = 1100**2 if mask_mod is None else int(mask_mod(0, 0, q_idx, kv_idx).sum())
     assert pairs(name, 1100) == counted
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in ("packed", "hash 16") else pytest.mark.slow)
+        for n in gpu_sparse.PATTERNS
+    ],
+)
+def test_pairs_and_peers_of_sparse_patterns(name: str) -> None:
+    case = replace(TINY, pattern=name, length=1100, direction="backward")
+    mask_mod = attention(case, "cpu").mask_mod
+    assert mask_mod is not None
+    h, q_idx, kv_idx = torch.arange(4)[:, None, None], torch.arange(1100)[:, None], torch.arange(1100)
+    counted = float(mask_mod(0, h, q_idx, kv_idx).expand(4, 1100, 1100).sum()) / 4
+    assert gpu_sparse.pairs(name, 1100, 4, 2) == pytest.approx(counted, rel=1e-5)
+    assert case.flops == pytest.approx(10 * case.heads * case.dim * counted, rel=1e-5)
+    small = replace(case, length=200)
+    found = results({"SDPA": sdpa(SDPBackend.MATH), "ours": maker("torch")}, small)
+    assert set(found.seconds) == {"SDPA", "ours"}, found.left_out
 
 
 def test_operations() -> None:

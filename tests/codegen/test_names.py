@@ -86,13 +86,17 @@ def capturing_numbers(names: list[str]) -> Callable[..., Any]:
     return scope["make"](*(0.01 * i for i in range(len(names))))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch", "triton-interpreter"])
+@pytest.mark.parametrize(
+    "backend", ["cpu", "torch", "triton-interpreter", pytest.param("tilelang-cpu", marks=pytest.mark.slow)]
+)
 def test_captured_numbers_named_like_anything_in_a_kernel(backend: str) -> None:
     """Grouped heads and two batches, so that every index that a name could hide matters."""
+    if backend == "tilelang-cpu":
+        pytest.importorskip("tilelang")
     if backend == "cpu" and find_compiler() is None:
         pytest.skip("no C++ compiler")
     names = sorted(
-        KERNEL_WORDS | set(GRID) | {"kv_rows", "task", "sums", "Scratch", "step", "lane", "BLOCK_KV"}
+        KERNEL_WORDS | set(GRID) | {"kv_rows", "task", "sums", "Scratch", "step", "lane", "BLOCK_KV", "DIM_V"}
     )
     metas = [meta_tensor(None, None, None, DIM, dtype=torch.float32)] * 3
     engine = AttentionEngine(

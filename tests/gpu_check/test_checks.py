@@ -11,10 +11,21 @@ from torch import Tensor
 
 from attn_engine.gpu_check import checks
 from attn_engine.gpu_check.cases import Case, Sizes
-from attn_engine.gpu_check.catalogue import CHECKS, RAGGED, Check
-from attn_engine.gpu_check.checks import KINDS, Failed, Place, attend, engine_of, numbers, refused, repeated
+from attn_engine.gpu_check.catalogue import CHECKS, RAGGED, SPARSE, Check
+from attn_engine.gpu_check.checks import (
+    KINDS,
+    Failed,
+    Place,
+    attend,
+    engine_of,
+    numbers,
+    options_of,
+    refused,
+    repeated,
+)
 from attn_engine.gpu_check.dense import EXACT, dense, kept_rows, straightforward
 from attn_engine.gpu_check.given import LAYOUTS, Given, draw
+from attn_engine.gpu_check.programs import program_of
 from attn_engine.runtime import triton_launch
 
 INTERPRETER = Place("triton-interpreter", "cpu", small=True)
@@ -26,12 +37,49 @@ QUICK = (
     Case(RAGGED, dtype="float32", score="alibi", mask="causal", layout="odd"),
     Case(Sizes(1, 64, 8, 2**18 + 9, 24, 128, 128), sampled=True),
 )
+PACKED_BLOCKS = SPARSE[1]
 CAUSAL = Case(RAGGED, mask="causal")
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_kernels_pass(case: Case) -> None:
     assert "o " in numbers(case, INTERPRETER)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(c, marks=() if c is PACKED_BLOCKS else pytest.mark.slow) for c in SPARSE],
+    ids=lambda c: c.name,
+)
+def test_sequences_and_blocks_pass(check: Check) -> None:
+    assert "dk " in numbers(check.case, TILES)
+
+
+def test_programs_compiled_ahead_of_time_are_those_of_calls() -> None:
+    by_name = {(c.case.blocks, bool(c.case.lengths)): program_of(c.case.small()) for c in SPARSE[:4]}
+    assert by_name["", True].sequences is not None and by_name["", True].listed is None
+    both, blocks, tokens = by_name["2D", True], by_name["2D", False], by_name["per token", False]
+    assert both.sequences is not None and both.listed is not None and both.listed.tested
+    assert blocks.sequences is None and blocks.listed is not None and blocks.listed.parts == (0, 0)
+    assert tokens.listed is not None and tokens.listed.group > 1
+
+
+@pytest.mark.parametrize("change", ["a row of the next sequence", "a block that is not given"])
+def test_a_pair_too_many_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PACKED_BLOCKS.case
+
+    def other(case: Case, given: Given, backend: str) -> dict[str, Tensor]:
+        blocks = given.tensors["blocks"].clone()
+        lengths = case.lengths
+        if change == "a row of the next sequence":
+            lengths = (lengths[0] + 1, lengths[1] - 1, *lengths[2:])
+        else:
+            blocks[0, 0, 0, 0] = ~blocks[0, 0, 0, 0]
+        return attend(replace(case, lengths=lengths), replace(given, tensors={"blocks": blocks}), backend)
+
+    monkeypatch.setattr(checks, "attend", other)
+    with pytest.raises(Failed, match="mean error"):
+        numbers(case, TILES)
 
 
 @pytest.mark.slow
@@ -156,7 +204,11 @@ def test_formulas_are_those_of_the_reference(case: Case) -> None:
     case = replace(case, gradients=False, layout="contiguous", dtype="float64", sampled=False)
     given = draw(case, "cpu")
     engine = engine_of(case, given.tensors, "reference")
-    want = engine.reference(given.q, given.k, given.v)
+    options = options_of(case, given.tensors, given.q.device)
+    inputs = (x[0] if case.lengths else x for x in (given.q, given.k, given.v))
+    want = engine.reference(*inputs, **options)
+    assert isinstance(want, Tensor)
+    want = want[None] if case.lengths else want
     torch.testing.assert_close(dense(case, given, EXACT)["o"], want, rtol=1e-9, atol=1e-9)
 
 
@@ -202,8 +254,10 @@ def test_distant_layouts_need_more_than_32_bits() -> None:
 
 
 # Documents and lists are read on the host, which a tensor without data cannot serve.
-ON_NO_DEVICE = [
-    c.case.small() for c in CHECKS if c.kind == "numbers" and "doc" not in c.case.mask and not c.case.listed
+ON_NO_DEVICE = [  # the host looks at what documents, lists, blocks and places hold
+    c.case.small()
+    for c in CHECKS
+    if c.kind == "numbers" and "doc" not in c.case.mask and not c.case.listed and c not in SPARSE
 ]
 
 

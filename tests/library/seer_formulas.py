@@ -22,10 +22,10 @@ def packed(
     lengths: Sequence[int] = tuple(LENGTHS),
     dtype: torch.dtype = torch.float32,
     deviation: float = 1.0,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     shapes = ((heads, dims[0]), (kv_heads, dims[0]), (kv_heads, dims[1]))
-    made = [deviation * torch.randn(sum(lengths), h, d) for h, d in shapes]
-    return [x.to(dtype).requires_grad_() for x in made]
+    q, k, v = (deviation * torch.randn(sum(lengths), h, d) for h, d in shapes)
+    return q.to(dtype).requires_grad_(), k.to(dtype).requires_grad_(), v.to(dtype).requires_grad_()
 
 
 def kept(mask: Tensor, b: int, heads: int, length: int, block: int, rows: int) -> Tensor:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_engine import AttentionEngine, AttentionLibrary, errors, meta_tensor
+from attn_engine import AttentionEngine, AttentionLibrary, errors, library, meta_tensor
 from attn_engine.library import alibi_slopes, causal, t5_bias
-from attn_engine.library.catalogue import ATTENTIONS, MASKS, Entry
+from attn_engine.library.catalogue import ATTENTIONS, CALLED, MASKS, Entry
 from attn_engine.library.dense.relative_bias import t5_buckets
 from attn_engine.library.samples import sample
 
@@ -76,6 +76,13 @@ def test_every_entry_names_its_paper_and_has_samples(entry: Entry) -> None:
     assert set(sample(entry)) <= set(entry.parameters)
     text = str(AttentionLibrary.list())
     assert str(entry) in text and entry.paper in text
+
+
+@pytest.mark.parametrize("entry", CALLED.values(), ids=lambda e: e.name)
+def test_functions_that_are_called_themselves_are_listed(entry: Entry) -> None:
+    text = str(AttentionLibrary.list())
+    assert getattr(library, entry.name) is entry.source
+    assert entry.summary and "arXiv" in entry.paper and str(entry) in text
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])

@@ -104,6 +104,4 @@ def test_every_mask(name: str, backend: str, seed: int) -> None:
     pytest.importorskip(PACKAGES[backend])
     torch.manual_seed(seed)
     given = dense_entries.SMALL.get(name, {})
-    dense_entries.agrees(
-        AttentionLibrary(mask_type=name, backend=backend, **given), dense_entries.qkv(), []
-    )
+    dense_entries.agrees(AttentionLibrary(mask_type=name, backend=backend, **given), dense_entries.qkv(), [])

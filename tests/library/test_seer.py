@@ -18,7 +18,8 @@ from attn_engine.library import (
 )
 from tests.library.seer_formulas import BLOCK, LENGTHS, attention, cumulative, kept, packed, sparse
 
-ONE, TWO = block_1d_gqa_sparse_attn_varlen_func, block_2d_sparse_attn_varlen_func
+ONE: Any = block_1d_gqa_sparse_attn_varlen_func
+TWO: Any = block_2d_sparse_attn_varlen_func
 LONGEST, MAX = max(LENGTHS), max(LENGTHS) + 30  # more than the longest one
 CU = cumulative(LENGTHS)
 SCALE = 0.2
@@ -36,7 +37,7 @@ def draw(function: Any, heads: int, share: float = 0.5, longest: int = MAX, bloc
     return mask
 
 
-def agree(found: Any, want: Any, leaves: list[Tensor], atol: float = 2e-5) -> None:
+def agree(found: Any, want: Any, leaves: tuple[Tensor, ...], atol: float = 2e-5) -> None:
     """Output and lse, and the gradients of a loss of both."""
     (out, lse), (exact, exact_lse) = found, want
     torch.testing.assert_close(out, exact.to(out.dtype), atol=atol, rtol=atol)

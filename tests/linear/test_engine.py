@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_engine import CustomIO, LinearAttentionEngine, errors, meta_tensor
+from attn_engine.integrations import attention_engine as head_first
 from attn_engine.library.linear import gated_delta_net
 
 F32 = torch.float32
@@ -56,6 +57,16 @@ def test_copies():
         assert other is not first
         assert torch.equal(other(*given), first(*given))
         assert other.explain().sections == first.explain().sections
+
+
+def test_copies_with_the_calls_of_scripts():
+    first = head_first.LinearAttentionEngine(META, decay_mod=forget, custom_io=CustomIO({"rate": (1, "heads")}),
+                                             tune=True, backend="torch")  # fmt: skip
+    *rows, rate = (x.detach() for x in inputs())
+    given = [x.transpose(1, 2) for x in rows]
+    wanted = engine()(*rows, rate).transpose(1, 2)
+    for one in (first, copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert torch.equal(one(*given, rate), wanted)
 
 
 class Rate(torch.nn.Module):

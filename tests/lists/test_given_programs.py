@@ -13,6 +13,7 @@ from attn_engine import AttentionEngine, OnlineFunc, meta_tensor
 from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid
 from attn_engine.runtime.block_sparse import Units
+from attn_engine.runtime.given_entries import ChosenUnits
 from attn_engine.runtime.given_lists import UnitTable
 from attn_engine.runtime.given_shapes import shape_of_blocks
 from tests.lists.given import causal, closeness, drawn, engine, gradients, rows_visible, softmax_rows
@@ -165,3 +166,29 @@ def test_compiled_graphs_refuse_blocks() -> None:
     )
     with pytest.raises(UnsupportedOnBackend, match="blocks given by a call"):
         compiled(x.q)
+
+
+@pytest.mark.parametrize("units", [(1, 1), (2, 1), (16, 1), (4, 4), (16, 16)], ids=str)
+def test_lists_of_indices_are_those_of_the_mask(units: tuple[int, int]) -> None:
+    blocks = torch.rand(2, 3, 37, 21) < 0.2
+    blocks[0, 1, :16, :4] = True
+    blocks[1, 2] = False
+    numbers = torch.where(blocks, torch.arange(21), 21)[..., torch.randperm(21)]
+    of_mask, of_indices = UnitTable(blocks, 2, 3), ChosenUnits(numbers, 21, 2, 3)
+    assert of_mask.unions(units[0], 32) == of_indices.unions(units[0], 32)
+    wanted, found = of_mask.cut(*units).tensors(), of_indices.cut(*units).tensors()
+    assert list(wanted) == list(found)
+    for name, x in wanted.items():
+        assert torch.equal(x, found[name]) and x.dtype is found[name].dtype is torch.int32, name
+
+
+@pytest.mark.parametrize("lengths", [(0, 16), (16, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("batches", [0, 2])
+def test_empty_axes(batches: int, lengths: tuple[int, int]) -> None:
+    x = drawn((batches, 4, 2), lengths)
+    blocks = torch.ones(1, 2, lengths[0], lengths[1] // 16, dtype=torch.bool)
+    numbers = torch.full((1, 2, lengths[0], 2), -1)
+    for given in ({"block_sparse_mask": blocks}, {"block_sparse_indices": numbers}):
+        o = engine("torch")(*x.tensors, block_size=(1, 16), **given)
+        assert o.shape == (batches, lengths[0], 4, 32) and not o.any()
+        assert not any(g.any() for g in gradients(o, x.weight, x.tensors))

@@ -48,7 +48,8 @@ def filled(
             for x, cache in zip(rows, paged, strict=True):
                 part = x[b, j * page : min(length, (j + 1) * page)]
                 cache[table[b, j], : len(part)] = part
-    return Cache(*paged, table, torch.tensor(lengths, dtype=torch.int32), *rows)
+    (k, v), (k_rows, v_rows) = paged, rows
+    return Cache(k, v, table, torch.tensor(lengths, dtype=torch.int32), k_rows, v_rows)
 
 
 def attention(

@@ -184,12 +184,17 @@ class TileLangFile(Renderer):
     def stages(self) -> int:
         """Copies that run ahead. Only the first loop of a kernel is given warps that copy, and TileLang 0.1.15 lowers
         the others, whose lengths are run-time numbers, with one stage alone. Rows of sequences are read by the
-        threads themselves."""
-        one = self._loops() <= 1 and not self.firsts
+        threads themselves, and a loop that begins anew for every block of a list is over before it could run ahead."""
+        one = self._loops() <= 1 and not self.firsts and not self._begins_anew()
         return self.options.num_stages if one else min(self.options.num_stages, 1)
 
     def _loops(self) -> int:
         return sum(isinstance(s, Steps) and s.pipelined for s in walk_placed(self.placed.body))
+
+    def _begins_anew(self) -> bool:
+        """Whether the loop over tiles stands in another loop."""
+        loops = [s for s in walk_placed(self.placed.body) if isinstance(s, Steps) and not s.pipelined]
+        return any(isinstance(x, Steps) and x.pipelined for s in loops for x in walk_placed(s.body))
 
     def _registers(self) -> list[str]:
         """How registers are shared out: the 24 of copying warps, TileLang's choice, do not hold a window's bounds."""

@@ -35,8 +35,8 @@ def counted(s: Loop, blocks: dict[str, int], entry: frozenset[str] = frozenset()
     """The loop with trips counted, one by one, from the loop's own bounds. blocks: rows of a tile of each axis.
 
     A loop that masks its tiles runs one trip where it has none to do, in which everything is masked: what was copied
-    before the loop is waited for in its first trip. entry: names that an entry of a list gives. Where a loop ends before
-    the entry's block begins, its first tile lies in another block and may be visible: such loops may run no trip.
+    before the loop is waited for in its first trip. entry: names that an entry of a list gives. Where the mask's bounds
+    end before the entry's block begins, its first tile lies in another block and may be visible: no trip then.
     """
     if s.axis is not None:
         n, var = blocks[s.axis], f"{s.axis}_tile"

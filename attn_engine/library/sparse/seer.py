@@ -8,6 +8,7 @@ Names, arguments and their order are those of the paper's code.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,9 +104,8 @@ def _attention(
     )
     mask = mask_of_blocks(block_mask, len(lengths), q.shape[1], k.shape[1], sizes, meaning)
     engine = _engine(q.dtype, q.shape[-1], v.shape[-1], number("sm_scale", sm_scale))
-    out, rows = engine(
-        q, k, v, cu_len_q=of_q, block_sparse_mask=mask, block_size=block_size, return_final_rowscales=True
-    )
+    given: dict[str, Any] = {"cu_len_q": of_q, "block_sparse_mask": mask, "block_size": block_size}
+    out, rows = engine(q, k, v, return_final_rowscales=True, **given)
     return (out, rows["lse"]) if return_lse else out
 
 

@@ -145,16 +145,12 @@ def _decode(
     engine = _engine(q.dtype, q.shape[-1], v_cache.shape[-1], scale, n > 1)
     offset = [(cache_seqlens - n).int()] if n > 1 else []
     tile = 1 << (n - 1).bit_length()  # one row of blocks holds all new tokens
-    out, saved = engine(
-        rows,
-        k_cache,
-        v_cache,
-        *offset,
-        len_kv=cache_seqlens,
-        block_size=(tile, size),
-        block_sparse_mask=mask[:, :, None],
-        return_final_rowscales=True,
-    )
+    given: dict[str, Any] = {
+        "len_kv": cache_seqlens,
+        "block_sparse_mask": mask[:, :, None],
+        "block_size": (tile, size),
+    }
+    out, saved = engine(rows, k_cache, v_cache, *offset, return_final_rowscales=True, **given)
     if q.ndim == 3:
         out, saved = out[:, 0], {"lse": saved["lse"][:, :, 0]}
     return (out, saved["lse"]) if return_lse else out
