@@ -42,7 +42,11 @@ class Outcome:
     others: float | None = None
 
 
-def stretch(contender: Contender, repeats: int, clock: Clock = time.perf_counter) -> float:
+def wall_clock() -> float:
+    return time.perf_counter()
+
+
+def stretch(contender: Contender, repeats: int, clock: Clock = wall_clock) -> float:
     """Seconds per call."""
     if contender.prepare is not None:
         contender.prepare()
@@ -53,7 +57,7 @@ def stretch(contender: Contender, repeats: int, clock: Clock = time.perf_counter
     return (clock() - start) / repeats
 
 
-def warm_up(contender: Contender, clock: Clock = time.perf_counter) -> float:
+def warm_up(contender: Contender, clock: Clock = wall_clock) -> float:
     """Compile and warm up; how long a call takes, about."""
     first = stretch(contender, 1, clock)
     if first > SLOW_CALL:
@@ -65,7 +69,7 @@ def measure(
     contenders: Mapping[str, Contender],
     base: str = "ours",
     rounds: int = 7,
-    clock: Clock = time.perf_counter,
+    clock: Clock = wall_clock,
 ) -> Outcome:
     """Ratios of each contender to `base`. Slow contenders sit out some rounds, but never all but FEWEST_ROUNDS.
 
