@@ -11,17 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from attn_engine import AttentionEngine, LinearAttentionEngine, meta_tensor
-from attn_engine.codegen.backends.chunk_cpu import render_chunk_cpu
+from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.backends.cpu import CpuTarget, render_cpu
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
-from attn_engine.codegen.lower.chunked import lower_chunked_forward
-from attn_engine.codegen.lower.chunked_backward import lower_chunked_backward
 from attn_engine.codegen.pipeline import lower, with_header
 from attn_engine.codegen.schedule import Schedule, cpu_schedule, few_rows_schedule
 from attn_engine.ir.tile import Kernel
 from attn_engine.library import OnlineRetention
-from attn_engine.library.linear import gated_delta_net
 from tests.gpu_tiles import gpu_schedule
 
 
@@ -120,14 +116,3 @@ def test_showcase_of_pairs(direction: str, golden: Callable[[str, str], None]) -
     target = CpuTarget(bfloat16_dot=True)
     kernel = lower(program, cpu_schedule(target.lanes(program.element)), direction).kernel(direction)
     golden(f"softmax_causal_pairs_{direction}.cpp", render_cpu(with_header(kernel, "cpu", "golden"), target))
-
-
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_showcase_of_chunks(direction: str, golden: Callable[[str, str], None]) -> None:
-    metas = [meta_tensor(None, None, None, 64, dtype=torch.float32)] * 3
-    program = LinearAttentionEngine(metas, **gated_delta_net(64), backend="torch").program
-    wanted = ("q", "k", "v", "decay", "beta", *(c.name for c in program.captures))
-    forward = direction == "forward"
-    kernel = lower_chunked_forward(program) if forward else lower_chunked_backward(program, wanted)
-    text = render_chunk_cpu(kernel, CpuTarget(), 32, (f"gated delta net: {direction} | cpu | golden",))
-    golden(f"gated_delta_net_{direction}.cpp", text)
