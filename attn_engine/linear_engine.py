@@ -40,10 +40,11 @@ from attn_engine.runtime.linear_cpu import CpuChunks
 from attn_engine.runtime.linear_inputs import LinearInputs
 from attn_engine.runtime.linear_reference import token_recurrence
 from attn_engine.runtime.linear_torch import TorchChunks
+from attn_engine.runtime.linear_triton import TritonChunks
 from attn_engine.runtime.storage import STORAGES
 from attn_engine.traced_linear import LinearDescription, LinearKind, TracedLinear
 
-BACKENDS = ("auto", "cpu", "torch", "reference")
+BACKENDS = ("auto", "cpu", "torch", "triton", "triton-interpreter", "reference")
 CHUNKS = (16, 32, 64, 128)
 
 
@@ -136,8 +137,8 @@ class LinearAttentionEngine:
             raise UnknownOption(option=option, value=value, where="LinearAttentionEngine", known=known)
         if self.layout not in LAYOUTS:
             raise UnknownLayout(layout=self.layout)
-        if self.backend in ("triton", "triton-interpreter", "tilelang"):
-            instead = 'Use backend="cpu", or "torch", which takes tensors on a GPU too.'
+        if self.backend in ("tilelang", "tilelang-cpu"):
+            instead = 'Use backend="triton" for tensors on a GPU, or "cpu", or "torch" for either.'
             raise UnsupportedOnBackend(backend=self.backend, feature="linear attention", instead=instead)
         if self.backend not in BACKENDS:
             raise UnknownBackend(backend=self.backend, known=", ".join(map(repr, BACKENDS)))
@@ -351,7 +352,10 @@ class LinearAttentionEngine:
         return found
 
     def machine(self, traced: TracedLinear, device: torch.device) -> LinearMachine:
-        name = self.backend if self.backend != "auto" else "torch" if device.type != "cpu" else "cpu"
+        name = self.backend
+        if name == "auto":
+            on_gpu = device.type == "cuda" and traced.program.element is not Storage.FLOAT64
+            name = "triton" if on_gpu else "cpu" if device.type == "cpu" else "torch"
         found = traced.machines.get(name)
         if found is None:
             found = traced.machines[name] = self._made(traced, name)
@@ -360,6 +364,8 @@ class LinearAttentionEngine:
     def _made(self, traced: TracedLinear, name: str) -> LinearMachine:
         if name == "cpu" and find_compiler() is not None:
             return CpuChunks(traced.program, self.chunk)
+        if name in ("triton", "triton-interpreter"):
+            return TritonChunks(traced.program, self.chunk, name == "triton-interpreter")
         if name == "cpu":
             backend_named("cpu")  # warns, once
         return TorchChunks(traced.program, self.chunk)
