@@ -114,17 +114,17 @@ class ChunkStatements(ChunkRows):
         return f"{x}.to(COMPUTE)"
 
     def _vector_decays(self, s: Decays) -> list[str]:
-        assert s.steps is not None
-        lines = [f"{s.steps.name} = tl.exp({s.decay.name})"]
+        steps = s.steps.name if s.steps is not None else f"tl.exp({s.decay.name})"
+        lines = [] if s.steps is None else [f"{steps} = tl.exp({s.decay.name})"]
         ends = {s.writes.name, s.whole.name} & self.live
         own = s.reads if s.reads is not None else s.erases
         if own is not None or ends:
             exclusive = s.exclusive and s.reads is not None
             names = [own.name if own is not None else "_"]
             names += [t.name if t.name in self.live else "_" for t in (s.writes, s.whole)]
-            lines.append(f"{', '.join(names)} = factors_of({s.steps.name}, {exclusive})")
+            lines.append(f"{', '.join(names)} = factors_of({steps}, {exclusive})")
         if s.reads is not None and s.erases is not None:
-            lines.append(f"{s.erases.name}, _, _ = factors_of({s.steps.name}, False)")
+            lines.append(f"{s.erases.name}, _, _ = factors_of({steps}, False)")
         return lines
 
     def sums_before(self, within: Within) -> str:
