@@ -19,7 +19,7 @@ from attn_engine.codegen.backends.triton_chunk_statements import ChunkStatements
 from attn_engine.codegen.backends.triton_functions import HELPERS, helper_lines
 from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
 from attn_engine.codegen.backends.triton_types import TYPES
-from attn_engine.codegen.lower.chunk_phases import ChunkPhase
+from attn_engine.codegen.lower.chunk_phases import ChunkPhase, names_read
 from attn_engine.codegen.lower.columns import padded
 from attn_engine.ir.chunk import D_STATE, STATE, Decays, GramGradient, Gram, Tile, Within, tiles_of
 from attn_engine.ir.ops import Storage
@@ -206,17 +206,22 @@ class PhaseRenderer(ChunkStatements):
         return ["inside = row < length - chunk_start", f"token = {place}", "t = token.to(tl.int32) + step"]
 
     def _statements(self) -> list[str]:
-        return [line for s in self.phase.body for line in self.lines_of(s)]
+        """The phase's statements; a state that was written down is read just before it is needed."""
+        lines, waiting = list[str](), list(self.phase.given)
+        for s in self.phase.body:
+            for tile in [t for t in waiting if t.name in names_read(s)]:
+                waiting.remove(tile)
+                lines += self._kept(tile, "load", "chunk")
+            lines += self.lines_of(s)
+        return lines
 
     def _single(self) -> list[str]:
         statements = self._statements()
-        given = [line for t in self.phase.given for line in self._kept(t, "load", "chunk")]
         return [
             "about = chunks + chunk * 4",
             "batch, first = tl.load(about).to(tl.int64), tl.load(about + 1).to(tl.int64)",
             "length, chunk_start = tl.load(about + 2), tl.load(about + 3)",
             *self._tokens(),
-            *given,
             *statements,
         ]
 
@@ -226,13 +231,11 @@ class PhaseRenderer(ChunkStatements):
         turn = "turn" if forward else "chunk_count - 1 - turn"
         first, last = ("initial", "final") if forward else ("d_final", "d_initial")
         statements = self._statements()
-        given = [line for t in self.phase.given for line in self._kept(t, "load", "chunk")]
         inner = [
             f"place = {turn}",
             "chunk, chunk_start = first_chunk + place, place * CHUNK",
             *self._tokens(),
             *self._kept(state, "store", "chunk"),
-            *given,
             *statements,
             *(self._report() if self.phase.reports else []),
         ]
@@ -258,7 +261,7 @@ class PhaseRenderer(ChunkStatements):
         base = f"{name} + {dim} * {name}_{dim}_stride + head * {name}_head_stride"
         rows = f"{name}_base + d_idx * {name}_row_stride"
         place = f"{name}_base + (d_idx[:, None] * {name}_row_stride + dv_idx[None, :] * {name}_column_stride)"
-        mask, row_mask = self._text(self._inside(("d", "dv"))), self._text(self._inside(("d",)))
+        mask, row_mask = self.mask(("d", "dv")), self.mask(("d",))
         lines = [f"{name}_base = {base}"]
         last = self.has_last(state)
         if what == "load":
@@ -298,7 +301,7 @@ class PhaseRenderer(ChunkStatements):
         g = rows.name
         inside, each = ("inside[:, None]", "[:, None]") if self.vector else ("inside", "")
         if self.vector:
-            inside = self._text(self._inside(("q", "d"))) or inside
+            inside = self.mask(("q", "d"))
         return [
             "",
             "# -- decays that are none: twice the token's place, and 1 more for -inf",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from attn_engine.codegen.backends.triton import TritonRenderer
 from attn_engine.codegen.backends.triton_chunk_params import ChunkOptions, ChunkTensor, output_dims
+from attn_engine.codegen.backends.triton_types import TYPES
 from attn_engine.codegen.lower.chunk_phases import ChunkPhase
 from attn_engine.codegen.lower.emit import Names
 from attn_engine.ir.chunk import RowOutput, Rows, Tile
@@ -82,11 +83,17 @@ class ChunkRows(TritonRenderer):
         lines = [*self._inputs(roots), *self._shared(roots, known)]
         tiles = [(t, t.var.axes, t.name) for t, _ in s.values] + [(t, ("q",), t.last.name) for t, _ in s.last]
         for (_, axes, name), root in zip(tiles, roots, strict=False):
-            value = self._spread(self._of(root, known), axes)
-            lines += self.statement(Let(name, where(self._inside(axes), value, 0.0)))
+            value = where(self._inside(axes), self._spread(self._of(root, known), axes), 0.0)
+            lines += self._tile(name, value, rounded=len(axes) == 2 and name != "decays")
         for w, root in zip(s.writes, roots[len(tiles) :], strict=True):
             lines += self._write(w, self._of(root, known))
         return lines
+
+    def _tile(self, name: str, value: Expr, rounded: bool) -> list[str]:
+        """A tile from its rows. Those that products read are held as elements: half the registers of short ones."""
+        if not rounded or TYPES[self.element] == self.compute:
+            return self.statement(Let(name, value))
+        return self.fold(f"{name} = {self.expr(value)}.to(ELEMENT)")
 
     def _inputs(self, roots: list[Expr]) -> list[str]:
         """Loads of the token's own rows, zero beyond the chunk's tokens and the dimensions."""
@@ -96,7 +103,7 @@ class ChunkRows(TritonRenderer):
     def _load(self, var: Var) -> list[str]:
         tensor = self.tensors[_INPUTS[var.name]]
         base, lines = self._base(tensor)
-        place, mask = self._offsets(tensor, var.axes), self._text(self._inside(var.axes))
+        place, mask = self._offsets(tensor, var.axes), self.mask(var.axes)
         other = f", mask={mask}, other=0.0" if mask else ""
         text = f"{var.name} = tl.load({base}{place}{other}).to(tl.{self.compute})"
         return [*lines, *self.fold(text)]
@@ -134,9 +141,10 @@ class ChunkRows(TritonRenderer):
             found = found & condition if i else condition
         return found
 
-    def _text(self, condition: Expr) -> str:
-        """A condition for a mask of tiles that may have more axes; "" for always."""
-        return "" if isinstance(condition, Const) else self.expr(condition)
+    def mask(self, axes: tuple[str, ...]) -> str:
+        """The mask of a tile's loads and stores; "" for none."""
+        condition = self._inside(axes)
+        return "" if isinstance(condition, Const) else self.expr(condition, axes)
 
     def _rebuilt(self, node: Expr, known: Mapping[Expr, Expr]) -> Expr:
         """A node over what its operands have become: names as in the file, sums only of what is inside the dimensions."""
@@ -200,7 +208,7 @@ class ChunkRows(TritonRenderer):
         if "q" not in w.axes:
             every = ("q", *w.axes)
             value = Reduce("sum", where(self._inside(every), self._spread(value, every), 0.0), "q")
-        mask = self._text(self._inside(w.axes))
+        mask = self.mask(w.axes)
         place = f"{base}{self._offsets(tensor, w.axes)}"
         stored = f"tl.store({place}, {self.expr(value, w.axes)}{f', mask={mask}' if mask else ''})"
         return [*lines, *[*self._hoisted], *self.fold(stored)]

@@ -7,6 +7,7 @@ normaliser has its sums, as vectors of their own.
 from __future__ import annotations
 
 from attn_engine.codegen.backends.triton_chunk_rows import ChunkRows
+from attn_engine.codegen.backends.triton_types import TYPES
 from attn_engine.codegen.lower.chunked import OUT, VALUES
 from attn_engine.codegen.lower.chunked_backward import D_OUT
 from attn_engine.ir.chunk import (
@@ -73,7 +74,7 @@ class ChunkStatements(ChunkRows):
             case Gram():
                 return self._gram(s)
             case Diagonal(to, x, y):
-                own = f"tl.sum({x.name} * {y.name}, 1)[:, None]"
+                own = f"tl.sum({self._wide(x)} * {y.name}, 1)[:, None]"
                 return [f"{to.name} += tl.where(on_diagonal(), {own}, 0.0)"]
             case Product():
                 return self._product(s)
@@ -87,6 +88,10 @@ class ChunkStatements(ChunkRows):
     def has_last(self, tile: Tile) -> bool:
         """Whether a tile has numbers beyond the columns of v."""
         return self.program.divisor is not None and tile in _WITH_LAST
+
+    def _wide(self, x: Tile) -> str:
+        """A tile of elements in the compute type."""
+        return x.name if TYPES[self.element] == self.compute else f"{x.name}.to(COMPUTE)"
 
     # -- decays
 

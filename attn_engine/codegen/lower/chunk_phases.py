@@ -94,7 +94,7 @@ def columns_are_independent(program: LinearProgram) -> bool:
 
 
 def _reads_by_name(body: tuple[ChunkStmt, ...], tile: Tile) -> bool:
-    return any(tile.name in _reads(s) for s in body)
+    return any(tile.name in names_read(s) for s in body)
 
 
 def _needed(body: tuple[ChunkStmt, ...], results: set[str], *, writes: bool) -> tuple[ChunkStmt, ...]:
@@ -106,7 +106,7 @@ def _needed(body: tuple[ChunkStmt, ...], results: set[str], *, writes: bool) -> 
             continue
         kept.append(found)
         live -= _made(found)
-        live |= _reads(found)
+        live |= names_read(found)
     return tuple(_without_empty_sections(kept[::-1]))
 
 
@@ -169,11 +169,11 @@ def _changed(s: ChunkStmt) -> set[str]:
 
 def _made(s: ChunkStmt) -> set[str]:
     """Those whose value before the statement plays no part."""
-    reads = _reads(s)
+    reads = names_read(s)
     return {name for name in _changed(s) if name not in reads}
 
 
-def _reads(s: ChunkStmt) -> set[str]:
+def names_read(s: ChunkStmt) -> set[str]:
     """Names of the tiles that a statement reads; what it adds to is read."""
     match s:
         case Section():
