@@ -72,7 +72,8 @@ class LinearAttentionEngine:
     decay_rank: "none", "head" (H,), "token" (B, T, H) or "vector" (B, T, H, D): what a call's decay must be. None: any.
     layout: "bshd" (batch, length, heads, dim) or "bhsd", for q, k, v, o, decay and beta alike.
     chunk: tokens of a chunk, 16, 32, 64 or 128; None: chosen. Results differ by rounding alone.
-    backend: "auto", "cpu" (generated C++), "torch", or "reference" (token by token in float64: the definition).
+    backend: "auto" (by the tensors' device), "cpu" (generated C++), "triton" (on a GPU), "triton-interpreter" (the same
+        kernels on the CPU, slowly), "torch", or "reference" (token by token in float64: the definition).
 
     A decay is a natural logarithm, at most 0; a decay_mod may compute it from anything. Raises typed errors.
     """
@@ -370,10 +371,13 @@ class LinearAttentionEngine:
             backend_named("cpu")  # warns, once
         return TorchChunks(traced.program, self.chunk)
 
-    def source(self, kernel: str = "forward") -> str:
-        """The C++ of a generated kernel, "forward" or "backward" (with the gradients of all that can have one)."""
-        traced = self._present
-        chunks = CpuChunks(traced.program, self.chunk)
+    def source(self, kernel: str = "forward", backend: str | None = None) -> str:
+        """The C++, or the Triton of the backends "triton" and "triton-interpreter", of the kernels of "forward" or
+        "backward" (with the gradients of all that can have one). backend: None: the engine's own."""
+        traced, name = self._present, backend or self.backend
+        on_gpu = name.startswith("triton")
+        chunks = self._made(traced, name) if on_gpu else CpuChunks(traced.program, self.chunk)
+        assert isinstance(chunks, CpuChunks | TritonChunks)
         if kernel not in ("forward", "backward"):
             raise UnknownOption(option="kernel", value=kernel, where="source", known="'forward', 'backward'")
         floating = [c.name for c in traced.program.captures if c.storage.floating]

@@ -3,7 +3,7 @@ Triton's interpreter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -147,7 +147,11 @@ class TritonChunks:
         needed = "cpu" if self.interpret else "cuda"
         if device.type != needed:
             missing = missing_gpu(self.name) if needed == "cuda" else None
-            instead = "Move the tensors, or choose another backend." if needed == "cuda" else 'Use backend="triton".'
+            instead = (
+                "Move the tensors, or choose another backend."
+                if needed == "cuda"
+                else 'Use backend="triton".'
+            )
             raise missing or BackendDeviceMismatch(backend=self.name, device=device, instead=instead)
         if needed == "cuda":
             check_gpu(device)
@@ -188,7 +192,12 @@ class _Call:
     def empty_states(self, dtype: torch.dtype, last: int = 1) -> Tensor:
         """A state of every chunk, in rows that begin at multiples of 16 numbers."""
         columns = self.program.dim_v + (last if self.program.divisor is not None else 0)
-        shape = (self.tensors["chunks"].shape[0], self.inputs.heads, self.inputs.q.shape[3], -(-columns // 16) * 16)
+        shape = (
+            self.tensors["chunks"].shape[0],
+            self.inputs.heads,
+            self.inputs.q.shape[3],
+            -(-columns // 16) * 16,
+        )
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def add_states(self, dtype: torch.dtype) -> None:
@@ -259,6 +268,3 @@ def _report(faults: Tensor, inputs: LinearInputs, reverse: bool) -> None:
     token = s.first[sequence] + (s.length[sequence] - 1 - place if reverse else place)
     error = DecayInfinite if fault % 2 else DecayPositive
     raise error(batch=s.batch[sequence], head=head, token=token)
-
-
-__all__ = ["ChunkFile", "Mapping", "TritonChunks", "chunk_tables"]

@@ -21,14 +21,15 @@ from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
 from attn_engine.codegen.backends.triton_types import TYPES
 from attn_engine.codegen.lower.chunk_phases import ChunkPhase, names_read
 from attn_engine.codegen.lower.columns import padded
-from attn_engine.ir.chunk import D_STATE, STATE, Decays, GramGradient, Gram, Tile, Within, tiles_of
+from attn_engine.ir.chunk import D_STATE, STATE, Decays, Gram, GramGradient, Rows, Tile, Within, tiles_of
 from attn_engine.ir.ops import Storage
 
 _LIBRARY = Path(__file__).parent / "include" / "chunk.triton"
 _OWN = frozenset(
-    """tl triton float row step inside d_idx dv_idx part sequence head batch first length chunk turn chunk_start count token
-    t about query key value d_output beta decay chunks sequences faults fault bad place chunk_count on_token through reading
-    writing between q_group k_group CHUNK LEVELS ELEMENT PRODUCTS EXACT COMPUTE D BLOCK_D DV BLOCK_DV PARTS NO_FAULT
+    """tl triton float row step inside d_idx dv_idx part sequence head batch first length chunk turn
+    chunk_start count token t about query key value d_output beta decay chunks sequences faults
+    fault bad place chunk_count on_token through reading writing between q_group k_group CHUNK
+    LEVELS ELEMENT PRODUCTS EXACT SUMS COMPUTE D BLOCK_D DV BLOCK_DV PARTS NO_FAULT
     decay_sums_before decay_sums_end erased_inverse""".split()
 )
 
@@ -43,7 +44,10 @@ def render_chunk_triton(
     library = _functions(text)
     text = "\n".join([text, *library])
     used = {name for name in HELPERS if re.search(rf"\b{name}\(", text)}
-    launches = [f"launch {p.name} with num_warps={o.num_warps}, num_stages={o.num_stages}" for p, o in zip(phases, options, strict=True)]
+    launches = [
+        f"launch {p.name} with num_warps={o.num_warps}, num_stages={o.num_stages}"
+        for p, o in zip(phases, options, strict=True)
+    ]
     lines = [
         *(f"# {line}" for line in (*header, *launches)),
         "import triton",
@@ -74,6 +78,7 @@ def _constants(phase: ChunkPhase, options: Sequence[ChunkOptions], text: str) ->
         "COMPUTE": f"tl.{compute}",
         "PRODUCTS": '"tf32"' if short else '"ieee"',
         "EXACT": f'"{option.exact if short else "ieee"}"',
+        "SUMS": '"tf32"' if short and option.exact != "ieee" else '"ieee"',
         "NO_FAULT": 2**31 - 1,
     }
     return [f"{n} = tl.constexpr({x})" for n, x in values.items() if re.search(rf"\b{n}\b", text)]
@@ -133,7 +138,9 @@ class PhaseRenderer(ChunkStatements):
 
     def _names(self) -> set[str]:
         """Names that belong to the file."""
-        own = {n for t in self.tensors.values() if not t.captured for n in (t.name, f"{t.name}_rows", *t.strides)}
+        own = {
+            n for t in self.tensors.values() if not t.captured for n in (t.name, f"{t.name}_rows", *t.strides)
+        }
         return own | _OWN | set(HELPERS) | set(_library()) | written_by(self.phase.tiles())
 
     def _legal_names(self) -> dict[str, str]:
@@ -152,10 +159,8 @@ class PhaseRenderer(ChunkStatements):
 
     def kernel_lines(self) -> list[str]:
         body = self._loop() if self.phase.carried is not None else self._single()
-        text = "\n".join(body)
-        position = [*self._position(), *body]
-        position = [line for line in position if not _unread(line, "\n".join(position))]
-        self.groups = self._arguments("\n".join(position) + text)
+        position = _read([*self._position(), *body])
+        self.groups = self._grouped("\n".join(position))
         return [
             *self._decorator(),
             f"def {self.phase.name}(",
@@ -166,12 +171,14 @@ class PhaseRenderer(ChunkStatements):
 
     def _decorator(self) -> list[str]:
         """Strides of states and sizes change from call to call: no recompilation for their values."""
-        numbers = {n for t in self.tensors.values() for n in t.sizes} | set(self.spelled[v.name] for v in self.program.scalars)
+        numbers = {n for t in self.tensors.values() for n in t.sizes} | {
+            self.spelled[v.name] for v in self.program.scalars
+        }
         fixed = [n for group in self.groups for n in group if n in numbers]
         names = ", ".join(f'"{n}"' for n in fixed)
         return [f"@triton.jit(do_not_specialize=[{names}])" if fixed else "@triton.jit"]
 
-    def _arguments(self, text: str) -> list[list[str]]:
+    def _grouped(self, text: str) -> list[list[str]]:
         words = set(re.findall(r"\w+", text))
         tensors = [spelled for _, spelled in self.spelled_tensors()]
         groups = [
@@ -196,8 +203,13 @@ class PhaseRenderer(ChunkStatements):
             "head = tl.program_id(1).to(tl.int64)",
             "row = tl.arange(0, CHUNK)",
         ]
-        lines.append(f"step = {'-row  # tokens are taken from the last to the first' if self.program.reverse else 'row'}")
-        lines += ["d_idx = tl.arange(0, BLOCK_D)", "dv_idx = part.to(tl.int32) * BLOCK_DV + tl.arange(0, BLOCK_DV)"]
+        lines.append(
+            f"step = {'-row  # tokens are taken from the last to the first' if self.program.reverse else 'row'}"
+        )
+        lines += [
+            "d_idx = tl.arange(0, BLOCK_D)",
+            "dv_idx = part.to(tl.int32) * BLOCK_DV + tl.arange(0, BLOCK_DV)",
+        ]
         return lines
 
     def _tokens(self) -> list[str]:
@@ -239,8 +251,7 @@ class PhaseRenderer(ChunkStatements):
             *statements,
             *(self._report() if self.phase.reports else []),
         ]
-        text = "\n".join(inner)
-        inner = [line for line in inner if not _unread(line, text)]
+        inner = _read(inner)
         return [
             "about = sequences + sequence * 4",
             "batch, first = tl.load(about).to(tl.int64), tl.load(about + 1).to(tl.int64)",
@@ -279,7 +290,7 @@ class PhaseRenderer(ChunkStatements):
         return f".to(tl.{self.compute})"
 
     def _kept_last(self, state: Tile, what: str, tensor: str, rows: str, mask: str) -> list[str]:
-        """The column beyond those of v. Its gradient has one for each program; a gradient that a call brings is the first's."""
+        """The column beyond those of v. Its gradient has one for each program; a call's own is the first's."""
         name = tensor or {STATE: "states", D_STATE: "d_states"}[state]
         shared = state is STATE or tensor == "d_final"
         column = f"{self.program.dim_v}" if shared else f"({self.program.dim_v} + part)"
@@ -296,9 +307,7 @@ class PhaseRenderer(ChunkStatements):
     # -- decays that are none
 
     def _report(self) -> list[str]:
-        rows = next(s.fault for s in self.phase.body if _has_fault(s))
-        assert rows is not None
-        g = rows.name
+        (g,) = {s.fault.name for s in self.phase.body if isinstance(s, Rows) and s.fault is not None}
         inside, each = ("inside[:, None]", "[:, None]") if self.vector else ("inside", "")
         if self.vector:
             inside = self.mask(("q", "d"))
@@ -319,10 +328,6 @@ class PhaseRenderer(ChunkStatements):
         return wrapped(line, self._depth)
 
 
-def _has_fault(s: object) -> bool:
-    return getattr(s, "fault", None) is not None
-
-
 def _listed(names: Sequence[str]) -> list[str]:
     """Arguments on lines of the file's width."""
     lines, line = list[str](), ""
@@ -334,7 +339,16 @@ def _listed(names: Sequence[str]) -> list[str]:
     return [*lines, line.rstrip()]
 
 
+def _read(lines: list[str]) -> list[str]:
+    """The lines without those that name something which nobody reads."""
+    while True:
+        text = "\n".join(lines)
+        kept = [line for line in lines if not _unread(line, text)]
+        if len(kept) == len(lines):
+            return lines
+        lines = kept
+
+
 def _unread(line: str, text: str) -> bool:
-    """Whether a line names something that nobody reads."""
     found = re.match(r"\s*(t|step|d_idx|dv_idx|token|batch|part) = ", line)
     return found is not None and len(re.findall(rf"\b{found[1]}\b", text)) == 1

@@ -91,8 +91,8 @@ def phase_tensors(phase: ChunkPhase) -> tuple[ChunkTensor, ...]:
 
 
 def output_dims(w: RowOutput) -> tuple[str, ...]:
-    """A sum over the columns of v is written in parts, one for each program that has some of them; a sum over tokens, chunk
-    by chunk."""
+    """A sum over the columns of v is written in parts, one for each program that has some of them; a sum over tokens is
+    written chunk by chunk."""
     part = () if "dv" in w.axes else ("part",)
     rows = ("batch", "head", "token") if "q" in w.axes else ("chunk", "head")
     return (*part, *rows, *(("column",) if set(w.axes) & {"d", "dv"} else ()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from attn_engine.codegen.backends.triton import TritonRenderer
-from attn_engine.codegen.backends.triton_chunk_params import ChunkOptions, ChunkTensor, output_dims
+from attn_engine.codegen.backends.triton_chunk_params import ChunkOptions, ChunkTensor
 from attn_engine.codegen.backends.triton_types import TYPES
 from attn_engine.codegen.lower.chunk_phases import ChunkPhase
 from attn_engine.codegen.lower.emit import Names
@@ -29,7 +29,14 @@ from attn_engine.ir.tile import Kernel, Let, Param
 
 INSIDE = Var("inside", DType.BOOL, ("q",))
 COLUMN_AXES = ("d", "dv")
-_INPUTS = {"query": "Q", "key": "K", "value": "V", "d_output": "dO", "beta": "beta_given", "decay": "decay_given"}
+_INPUTS = {
+    "query": "Q",
+    "key": "K",
+    "value": "V",
+    "d_output": "dO",
+    "beta": "beta_given",
+    "decay": "decay_given",
+}
 
 
 class ChunkRows(TritonRenderer):
@@ -84,12 +91,12 @@ class ChunkRows(TritonRenderer):
         tiles = [(t, t.var.axes, t.name) for t, _ in s.values] + [(t, ("q",), t.last.name) for t, _ in s.last]
         for (_, axes, name), root in zip(tiles, roots, strict=False):
             value = where(self._inside(axes), self._spread(self._of(root, known), axes), 0.0)
-            lines += self._tile(name, value, rounded=len(axes) == 2 and name != "decays")
+            lines += self._held(name, value, rounded=len(axes) == 2 and name != "decays")
         for w, root in zip(s.writes, roots[len(tiles) :], strict=True):
             lines += self._write(w, self._of(root, known))
         return lines
 
-    def _tile(self, name: str, value: Expr, rounded: bool) -> list[str]:
+    def _held(self, name: str, value: Expr, rounded: bool) -> list[str]:
         """A tile from its rows. Those that products read are held as elements: half the registers of short ones."""
         if not rounded or TYPES[self.element] == self.compute:
             return self.statement(Let(name, value))
@@ -147,7 +154,7 @@ class ChunkRows(TritonRenderer):
         return "" if isinstance(condition, Const) else self.expr(condition, axes)
 
     def _rebuilt(self, node: Expr, known: Mapping[Expr, Expr]) -> Expr:
-        """A node over what its operands have become: names as in the file, sums only of what is inside the dimensions."""
+        """A node over what its operands have become: names as in the file, sums of what is inside the dimensions."""
         match node:
             case Load(tensor, kind, indices):
                 return Load(self.spelled.get(tensor, tensor), kind, tuple(known[i] for i in indices))
@@ -166,7 +173,9 @@ class ChunkRows(TritonRenderer):
             uses[node] = uses.get(node, 0) + 1
         names, lines = self.program.names, list[str]()
         for node in nodes:
-            named = isinstance(node, Call) and (node in names or (uses[node] > 1 and node.dtype is not DType.BOOL))
+            named = isinstance(node, Call) and (
+                node in names or (uses[node] > 1 and node.dtype is not DType.BOOL)
+            )
             if named or isinstance(node, Load | Reduce):
                 name = self._taken.fresh(names.get(node) or self._wish(node))
                 for operand in node.operands:
@@ -225,6 +234,3 @@ class ChunkRows(TritonRenderer):
 def written_by(tiles: Iterable[Tile]) -> set[str]:
     """The names that tiles have in a file."""
     return {name for t in tiles for name in (t.name, t.last.name)}
-
-
-__all__ = ["COLUMN_AXES", "ChunkRows", "output_dims", "written_by"]

@@ -1,7 +1,7 @@
 """Triton of the statements of a chunk program: products of tiles, and calls of include/chunk.triton.
 
-A matrix of tokens is held [i][j]: a row for each token that reads. Tiles of v keep the numbers beyond its columns, where a
-normaliser has its sums, as vectors of their own.
+A matrix of tokens is held [i][j]: a row for each token that reads. What tiles of v have beyond its columns, where a
+normaliser has its sums, are vectors of their own.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ class ChunkStatements(ChunkRows):
                 f"{d} = through[None, :] + rows_before_token({keys.name} * {d_keys.name})",
             ]
             return lines + [
-                f"{d} += rows_from_token_on({x.name} * {d_x.name}, {exclusive})" for x, d_x, exclusive in s.reads
+                f"{d} += rows_from_token_on({x.name} * {d_x.name}, {exclusive})"
+                for x, d_x, exclusive in s.reads
             ]
         through = f"tl.sum({s.state.name} * {s.d_state.name})"
         through = f"({through} + tl.sum({last}))" if last else through
@@ -243,5 +244,6 @@ class ChunkStatements(ChunkRows):
             f"{d} = through + before_token(tl.sum({keys.name} * {d_keys.name}, 1))",
         ]
         return lines + [
-            f"{d} += from_token_on(tl.sum({x.name} * {d_x.name}, 1), {exclusive})" for x, d_x, exclusive in s.reads
+            f"{d} += from_token_on(tl.sum({x.name} * {d_x.name}, 1), {exclusive})"
+            for x, d_x, exclusive in s.reads
         ]

@@ -39,7 +39,8 @@ class ChunkPhase:
     """What one program instance does, for one head.
 
     carried: STATE for all chunks of a sequence in order, D_STATE for all from the last to the first: it is written down
-    before each chunk and at the end. None: for one chunk, with the states written down for it. given: those that are read.
+    before each chunk and at the end. None: for one chunk, with the states written down for it.
+    given: the states that it reads.
     reports: tokens whose decay is none are looked for.
     """
 
@@ -88,9 +89,7 @@ def gradients_phase(kernel: ChunkKernel) -> ChunkPhase:
 
 def columns_are_independent(program: LinearProgram) -> bool:
     """Whether programs may share the columns of the state: no function reads a whole row of v at once."""
-    return not any(
-        isinstance(e, Reduce) and e.axis == "dv" for f in program.functions for e in postorder(f)
-    )
+    return not any(isinstance(e, Reduce) and e.axis == "dv" for f in program.functions for e in postorder(f))
 
 
 def _reads_by_name(body: tuple[ChunkStmt, ...], tile: Tile) -> bool:
@@ -178,13 +177,13 @@ def names_read(s: ChunkStmt) -> set[str]:
     match s:
         case Section():
             return set()
-        case Rows(values, outputs, last):
-            functions: list[Expr] = [e for _, e in (*values, *last)] + [w.value for w in outputs]
+        case Rows():
+            functions: list[Expr] = [e for _, e in (*s.values, *s.last)] + [w.value for w in s.writes]
             return {v.name for f in functions for v in variables(f)}
         case Decays(decay):
             return {decay.name}
         case Product(to, a, b):
-            return {a.name, b.name} | ({to.name} if s.add else set()) | _lasts(a, b)
+            return {t.name for t in ((a, b, to) if s.add else (a, b))} | _lasts(a, b)
         case Scale(_, x, by):
             return {x.name, by.name}
         case Gram(to):
@@ -204,7 +203,9 @@ def _lasts(*tiles: Tile) -> set[str]:
 
 def _without_empty_sections(body: list[ChunkStmt]) -> list[ChunkStmt]:
     following = [*body[1:], Section("")]
-    return [s for s, after in zip(body, following, strict=True) if not isinstance(s, Section) or _is_work(after)]
+    return [
+        s for s, after in zip(body, following, strict=True) if not isinstance(s, Section) or _is_work(after)
+    ]
 
 
 def _is_work(s: ChunkStmt) -> bool:
