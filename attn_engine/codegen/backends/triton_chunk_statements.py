@@ -119,17 +119,16 @@ class ChunkStatements(ChunkRows):
         return f"{x}.to(COMPUTE)"
 
     def _vector_decays(self, s: Decays) -> list[str]:
-        steps = s.steps.name if s.steps is not None else f"tl.exp({s.decay.name})"
-        lines = [] if s.steps is None else [f"{steps} = tl.exp({s.decay.name})"]
-        ends = {s.writes.name, s.whole.name} & self.live
+        g, lines = s.decay.name, list[str]()
+        writes = s.writes.name if s.writes.name in self.live else "_"
         own = s.reads if s.reads is not None else s.erases
-        if own is not None or ends:
+        if own is not None or writes != "_":
             exclusive = s.exclusive and s.reads is not None
-            names = [own.name if own is not None else "_"]
-            names += [t.name if t.name in self.live else "_" for t in (s.writes, s.whole)]
-            lines.append(f"{', '.join(names)} = factors_of({steps}, {exclusive})")
+            lines.append(f"{own.name if own is not None else '_'}, {writes} = factors_of({g}, {exclusive})")
         if s.reads is not None and s.erases is not None:
-            lines.append(f"{s.erases.name}, _, _ = factors_of({steps}, False)")
+            lines.append(f"{s.erases.name}, _ = factors_of({g}, False)")
+        if s.whole.name in self.live:
+            lines.append(f"{s.whole.name} = tl.exp(tl.sum({g}, 0))")
         return lines
 
     def sums_before(self, within: Within) -> str:
@@ -144,8 +143,7 @@ class ChunkStatements(ChunkRows):
     def _gram(self, s: Gram) -> list[str]:
         name, sign = s.to.name, "-" if s.negative else ""
         if s.within is not None and s.within.vector:
-            assert s.within.steps is not None
-            rows = f"{s.x.name}, {s.y.name}, {s.within.steps.name}"
+            rows = f"{s.x.name}, {s.y.name}, {s.within.decay.name}"
             return [f"{name} = {sign}vector_gram({rows}, {s.strict}, {s.within.exclusive})"]
         found = f"product({s.x.name}, tl.trans({s.y.name}))"
         if self.has_last(s.x):
@@ -159,9 +157,8 @@ class ChunkStatements(ChunkRows):
     def _gram_gradient(self, s: GramGradient) -> list[str]:
         d, x, y = s.d_matrix.name, s.x.name, s.y.name
         if s.within is not None and s.within.vector:
-            assert s.within.steps is not None
             assert s.d_decay is not None
-            rows = f"{d}, {x}, {y}, {s.within.steps.name}, {s.strict}, {s.within.exclusive}"
+            rows = f"{d}, {x}, {y}, {s.within.decay.name}, {s.strict}, {s.within.exclusive}"
             return [
                 f"reading, writing, between = vector_gram_gradient({rows})",
                 f"{s.d_x.name} += reading",
