@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from attn_engine.codegen.backends.triton_chunk_params import ChunkOptions
 from attn_engine.codegen.targets import Target
-from attn_engine.ir.linear import LinearProgram
+from attn_engine.ir.linear import LinearProgram, Rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,19 @@ class ChunkSchedule:
 
 
 def chunk_schedule(program: LinearProgram, target: Target, chunk: int | None) -> ChunkSchedule:
-    """The default for a target; chunk: tokens, where the user says how many."""
+    """The default for a target; chunk: tokens, where the user says how many.
+
+    The largest chunks whose kernels the compilers keep in registers: fewer chunks are fewer states to write and read.
+    What every pair of tokens needs (a vector decay, an inverse) takes more of them than the products themselves.
+    """
     exact = "ieee" if target.amd else "tf32x3"
-    forward = ChunkOptions(chunk or 64, 64, 4, 2, exact)
-    backward = ChunkOptions(chunk or 64, 64, 4, 1, exact)
-    heavy = replace(backward, num_warps=8)
-    return ChunkSchedule((forward, forward), (backward, backward, heavy))
+    wide = program.dim_qk > 64
+    pairs = program.corrected or program.rank is Rank.VECTOR
+    tokens = chunk or (32 if pairs else 64)
+    forward = ChunkOptions(tokens, 64, 8 if pairs or wide else 4, 1, exact)
+    tokens = chunk or (16 if pairs else 64 if program.rank is Rank.NONE else 32)
+    backward = ChunkOptions(tokens, 64, 8 if pairs or wide else 4, 1, exact)
+    return ChunkSchedule((forward, forward), (backward, backward, replace(backward, num_warps=8)))
 
 
 def interpreter_schedule(schedule: ChunkSchedule) -> ChunkSchedule:
