@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_linear --only 'gla.*8192'
     python -m benchmarks.gpu_linear --list
 
-Peers that are not installed, or do not take a case, are left out and say why. Goals: at least 1.1 times as fast as fla's
-chunk_simple_gla, chunk_retention and chunk_gla at B=1, T=8192, H=96, D=128, forward and backward.
+Peers that are not installed, or do not take a case, are left out and say why. Goals: at least 1.1 times as fast as
+fla's chunk_simple_gla, chunk_retention and chunk_gla at B=1, T=8192, H=96, D=128, forward and backward.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ def measure(case: LinearCase, device: str) -> tuple[dict[str, list[float]], dict
         except Exception as error:
             left_out[name] = reason(error)
             continue
-        wanted = result if wanted is None else wanted
+        wanted = wanted if wanted is not None else result
+        assert wanted is not None
         if (off := difference(result, wanted)) > MOST_DIFFERENCE:
             left_out[name] = f"its result differs from that of {next(iter(runs))} by {off:.2f} of its size"
             continue

@@ -106,7 +106,7 @@ class LinearCheck:
         found = _results(engine_of(self.kind, dim, dtype, self.place.backend), given)
         reference = engine_of(self.kind, dim, torch.float64, "reference")
 
-        def chunks(*rows: Tensor, **more: Tensor) -> Any:
+        def chunks(*rows: Any, **more: Any) -> Any:
             return reference.reference(*rows, form="chunk", **more)
 
         wanted = _results(chunks, exact)
