@@ -198,6 +198,7 @@ class PhaseRenderer(ChunkStatements):
     def _position(self) -> list[str]:
         """What a program instance works on."""
         lines = [
+            f"# -- a {'sequence' if self.phase.carried else 'chunk'}, a head, and a part of the columns of v",
             "part = (tl.program_id(0) % PARTS).to(tl.int64)",
             f"{'sequence' if self.phase.carried else 'chunk'} = (tl.program_id(0) // PARTS).to(tl.int64)",
             "head = tl.program_id(1).to(tl.int64)",
@@ -240,11 +241,11 @@ class PhaseRenderer(ChunkStatements):
     def _loop(self) -> list[str]:
         assert self.phase.carried is not None
         state, forward = self.phase.carried, self.phase.carried is STATE
-        turn = "turn" if forward else "chunk_count - 1 - turn"
+        counter = "place" if forward else "turn"
         first, last = ("initial", "final") if forward else ("d_final", "d_initial")
         statements = self._statements()
         inner = [
-            f"place = {turn}",
+            *([] if forward else ["place = chunk_count - 1 - turn"]),
             "chunk, chunk_start = first_chunk + place, place * CHUNK",
             *self._tokens(),
             *self._kept(state, "store", "chunk"),
@@ -259,7 +260,7 @@ class PhaseRenderer(ChunkStatements):
             *self._kept(state, "load", "sequence", first),
             *(["fault = NO_FAULT"] if self.phase.reports else []),
             "chunk_count = tl.cdiv(length, CHUNK)",
-            "for turn in tl.range(0, chunk_count):",
+            f"for {counter} in tl.range(0, chunk_count):",
             *(f"    {line}" if line else "" for line in inner),
             "",
             *self._kept(state, "store", "sequence", last),
