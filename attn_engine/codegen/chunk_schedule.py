@@ -27,12 +27,13 @@ def chunk_schedule(program: LinearProgram, target: Target, chunk: int | None) ->
     What every pair of tokens needs (a vector decay, an inverse) takes more of them than the products themselves.
     """
     exact = "ieee" if target.amd else "tf32x3"
-    wide = program.dim_qk > 64
-    pairs = program.corrected or program.rank is Rank.VECTOR
-    tokens = chunk or (32 if pairs else 64)
-    forward = ChunkOptions(tokens, 64, 8 if pairs or wide else 4, 1, exact)
+    wide, vector = program.dim_qk > 64, program.rank is Rank.VECTOR
+    pairs = program.corrected or vector
+    warps = 8 if pairs or wide else 4
+    tokens = chunk or (16 if program.corrected else 32 if vector else 64)
+    forward = ChunkOptions(tokens, 64, warps, 1, exact)
     tokens = chunk or (16 if pairs else 64 if program.rank is Rank.NONE else 32)
-    backward = ChunkOptions(tokens, 64, 8 if pairs or wide else 4, 1, exact)
+    backward = ChunkOptions(tokens, 32 if pairs and wide else 64, warps, 1, exact)
     return ChunkSchedule((forward, forward), (backward, backward, replace(backward, num_warps=8)))
 
 

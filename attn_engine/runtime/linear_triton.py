@@ -21,7 +21,7 @@ from attn_engine.codegen.lower.chunk_phases import (
     states_phase,
 )
 from attn_engine.codegen.lower.chunked_backward import lower_chunked_backward
-from attn_engine.errors import BackendDeviceMismatch, UnsupportedOnBackend
+from attn_engine.errors import BackendDeviceMismatch, UnknownOption, UnsupportedOnBackend
 from attn_engine.ir.chunk import RowOutput
 from attn_engine.ir.linear import LinearProgram
 from attn_engine.ir.ops import Storage
@@ -77,6 +77,9 @@ class TritonChunks:
         """The phases of "forward" or "backward", and how they are spelled and launched."""
         if direction == "forward":
             return (states_phase(self.program, True), output_phase(self.program)), self.chosen().forward
+        if direction != "backward":
+            known = "'forward', 'backward'"
+            raise UnknownOption(option="kernel", value=direction, where="source", known=known)
         kernel = lower_chunked_backward(self.program, wanted)
         found = states_phase(self.program, False), state_gradients_phase(kernel), gradients_phase(kernel)
         return found, self.chosen().backward

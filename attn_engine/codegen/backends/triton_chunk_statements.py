@@ -120,13 +120,12 @@ class ChunkStatements(ChunkRows):
 
     def _vector_decays(self, s: Decays) -> list[str]:
         g, lines = s.decay.name, list[str]()
-        writes = s.writes.name if s.writes.name in self.live else "_"
-        own = s.reads if s.reads is not None else s.erases
-        if own is not None or writes != "_":
-            exclusive = s.exclusive and s.reads is not None
-            lines.append(f"{own.name if own is not None else '_'}, {writes} = factors_of({g}, {exclusive})")
-        if s.reads is not None and s.erases is not None:
-            lines.append(f"{s.erases.name}, _ = factors_of({g}, False)")
+        if s.reads is not None:
+            lines.append(f"{s.reads.name} = left_at_token({g}, {s.exclusive})")
+        if s.erases is not None:
+            lines.append(f"{s.erases.name} = left_at_token({g}, False)")
+        if s.writes.name in self.live:
+            lines.append(f"{s.writes.name} = left_at_end({g})")
         if s.whole.name in self.live:
             lines.append(f"{s.whole.name} = tl.exp(tl.sum({g}, 0))")
         return lines
