@@ -33,7 +33,7 @@ def chunk_schedule(program: LinearProgram, target: Target, chunk: int | None) ->
     tokens = chunk or (16 if program.corrected else 32 if vector else 64)
     forward = ChunkOptions(tokens, 64, warps, 1, exact)
     tokens = chunk or (16 if pairs else 64 if program.rank is Rank.NONE else 32)
-    backward = ChunkOptions(tokens, 32 if pairs and wide else 64, warps, 1, exact)
+    backward = ChunkOptions(tokens, 32 if program.corrected and wide else 64, warps, 1, exact)
     return ChunkSchedule((forward, forward), (backward, backward, replace(backward, num_warps=8)))
 
 

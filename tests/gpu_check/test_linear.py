@@ -24,18 +24,15 @@ def test_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch):
     assert check.run().verdict == "failed"
 
 
-def compiled(
-    kind: str, dim: int, target: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, dict]:
-    """Facts of every kernel by name; the default schedule fits the target and nothing spills."""
+def kernels_of(kind: str, dim: int, target: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     outcome = linear.LinearAhead(kind, dim, target).run()
-    assert outcome.verdict == "passed", outcome.detail
-    return outcome.numbers["kernels"]
+    return outcome, outcome.numbers["kernels"]
 
 
 def test_kernels_compiled_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    kernels = compiled("no decay", 64, "sm_90", tmp_path, monkeypatch)
+    outcome, kernels = kernels_of("no decay", 64, "sm_90", tmp_path, monkeypatch)
+    assert outcome.verdict == "passed", outcome.detail
     assert set(kernels) == {
         "forward: linear_states", "forward: linear_output",
         "backward: linear_states", "backward: linear_state_gradients", "backward: linear_gradients",
@@ -45,8 +42,11 @@ def test_kernels_compiled_ahead_of_time(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", linear.ahead_jobs(), ids=lambda j: f"{j.kind} {j.dim} {j.target}")
-def test_every_kernel_fits_every_target(
-    job: linear.LinearAhead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kind", ["no decay", "a decay for each head", "a decay for each token"])
+def test_default_schedules_keep_kernels_in_registers(
+    kind: str, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    compiled(job.kind, job.dim, job.target, tmp_path, monkeypatch)
+    """Of an H100. Kernels of vector decays and of the delta rule: see the page of gpu_check."""
+    outcome, _ = kernels_of(kind, dim, "sm_90", tmp_path, monkeypatch)
+    assert outcome.verdict == "passed", outcome.detail
