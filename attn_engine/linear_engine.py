@@ -44,10 +44,11 @@ from attn_engine.runtime.linear_indices import check_linear_indices
 from attn_engine.runtime.linear_inputs import LinearInputs
 from attn_engine.runtime.linear_reference import token_recurrence
 from attn_engine.runtime.linear_torch import TorchChunks
+from attn_engine.runtime.linear_triton import TritonChunks
 from attn_engine.runtime.storage import STORAGES
 from attn_engine.traced_linear import LinearDescription, LinearKind, TracedLinear
 
-BACKENDS = ("auto", "cpu", "torch", "reference")
+BACKENDS = ("auto", "cpu", "torch", "triton", "triton-interpreter", "reference")
 CHUNKS = (16, 32, 64, 128)
 
 
@@ -75,7 +76,8 @@ class LinearAttentionEngine(LinearText):
     decay_rank: "none", "head" (H,), "token" (B, T, H) or "vector" (B, T, H, D): what a call's decay must be. None: any.
     layout: "bshd" (batch, length, heads, dim) or "bhsd", for q, k, v, o, decay and beta alike.
     chunk: tokens of a chunk, 16, 32, 64 or 128; None: chosen. Results differ by rounding alone.
-    backend: "auto", "cpu" (generated C++), "torch", or "reference" (token by token in float64: the definition).
+    backend: "auto" (by the tensors' device), "cpu" (generated C++), "triton" (on a GPU), "triton-interpreter" (the same
+        kernels on the CPU, slowly), "torch", or "reference" (token by token in float64: the definition).
 
     A decay is a natural logarithm, at most 0; a decay_mod may compute it from anything. Raises typed errors.
     """
@@ -154,8 +156,8 @@ class LinearAttentionEngine(LinearText):
             raise UnknownOption(option=option, value=value, where="LinearAttentionEngine", known=known)
         if self.layout not in LAYOUTS:
             raise UnknownLayout(layout=self.layout)
-        if self.backend in ("triton", "triton-interpreter", "tilelang"):
-            instead = 'Use backend="cpu", or "torch", which takes tensors on a GPU too.'
+        if self.backend in ("tilelang", "tilelang-cpu"):
+            instead = 'Use backend="triton" for tensors on a GPU, or "cpu", or "torch" for either.'
             raise UnsupportedOnBackend(backend=self.backend, feature="linear attention", instead=instead)
         if self.backend not in BACKENDS:
             raise UnknownBackend(backend=self.backend, known=", ".join(map(repr, BACKENDS)))
@@ -362,7 +364,10 @@ class LinearAttentionEngine(LinearText):
         return found
 
     def machine(self, traced: TracedLinear, device: torch.device) -> LinearMachine:
-        name = self.backend if self.backend != "auto" else "torch" if device.type != "cpu" else "cpu"
+        name = self.backend
+        if name == "auto":
+            on_gpu = device.type == "cuda" and traced.program.element is not Storage.FLOAT64
+            name = "triton" if on_gpu else "cpu" if device.type == "cpu" else "torch"
         found = traced.machines.get(name)
         if found is None:
             found = traced.machines[name] = self._made(traced, name)
@@ -371,6 +376,8 @@ class LinearAttentionEngine(LinearText):
     def _made(self, traced: TracedLinear, name: str) -> LinearMachine:
         if name == "cpu" and find_compiler() is not None:
             return CpuChunks(traced.program, self.chunk)
+        if name in ("triton", "triton-interpreter"):
+            return TritonChunks(traced.program, self.chunk, name == "triton-interpreter")
         if name == "cpu":
             backend_named("cpu")  # warns, once
         return TorchChunks(traced.program, self.chunk)

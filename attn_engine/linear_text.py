@@ -13,6 +13,7 @@ from attn_engine.ir.linear import LinearProgram, Rank
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.printer import format_expr
 from attn_engine.runtime.linear_cpu import CpuChunks
+from attn_engine.runtime.linear_triton import TritonChunks
 from attn_engine.traced_linear import TracedLinear
 
 KERNELS = ("forward", "backward", "step")
@@ -35,16 +36,25 @@ class LinearText:
         """The program of the last call; before the first, with a decay of each token."""
         return self.shown.program
 
-    def source(self, kernel: str = "forward") -> str:
-        """The C++ of a kernel: "forward", "backward" (with the gradients of all that can have one) or "step"."""
-        traced = self.shown
-        if kernel not in KERNELS:
-            known = ", ".join(map(repr, KERNELS))
+    def source(self, kernel: str = "forward", backend: str | None = None) -> str:
+        """The text of "forward", "backward" (with the gradients of all that can have one) or "step".
+
+        C++, or the Triton of the backends "triton" and "triton-interpreter", which have no "step". backend: None: the
+        engine's own. Raises UnknownOption.
+        """
+        traced, name = self.shown, backend or self.backend
+        on_gpu = name.startswith("triton")
+        kernels = KERNELS[:2] if on_gpu else KERNELS
+        if kernel not in kernels:
+            known = ", ".join(map(repr, kernels))
             raise UnknownOption(option="kernel", value=kernel, where="source", known=known)
         floating = [c.name for c in traced.program.captures if c.storage.floating]
         given = ["q", "k", "v"]
         given += ["decay"] if traced.kind.decay is not Rank.NONE else []
         given += ["beta"] if traced.kind.beta is not None else []
+        if on_gpu:
+            chunks = TritonChunks(traced.program, self.chunk, name == "triton-interpreter")
+            return chunks.source(kernel, (*given, *floating))
         return CpuChunks(traced.program, self.chunk).source(kernel, (*given, *floating))
 
     def explain(self) -> Explanation:

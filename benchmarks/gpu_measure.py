@@ -80,7 +80,7 @@ def measure(case: GpuCase, makers: Mapping[str, Maker], functions: Functions, ti
             left_out[name] = f"its result differs from that of {next(iter(runs))} by {off:.2f} of its size"
             continue
         runs[name] = run
-    return GpuOutcome(_in_turns(runs, timer), left_out)
+    return GpuOutcome(in_turns(runs, timer), left_out)
 
 
 def reason(error: Exception) -> str:
@@ -117,7 +117,7 @@ def difference(x: Tensor, wanted: Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def _in_turns(runs: Mapping[str, Run], timer: Timer) -> dict[str, list[float]]:
+def in_turns(runs: Mapping[str, Run], timer: Timer) -> dict[str, list[float]]:
     about = {name: min(timer(run) for _ in range(2)) for name, run in runs.items()}
     rounds = int(SECONDS_PER_CASE / max(1e-9, sum(about.values())))
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -17,13 +17,13 @@ from attn_engine.runtime.aot_report import TARGETS as TARGETS
 from attn_engine.runtime.sass import registers_of
 from attn_engine.runtime.source_module import load_source
 
-_POINTERS = {
+POINTERS = {
     Storage.FLOAT64: "*fp64", Storage.FLOAT32: "*fp32", Storage.FLOAT16: "*fp16", Storage.BFLOAT16: "*bf16",
     Storage.INT64: "*i64", Storage.INT32: "*i32", Storage.INT16: "*i16", Storage.INT8: "*i8", Storage.UINT8: "*u8",
     Storage.BOOL: "*i1",
 }  # fmt: skip
-_PRODUCTS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
-_ALIGNED = [["tt.divisibility", 16]]
+PRODUCTS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
+ALIGNED = [["tt.divisibility", 16]]
 
 
 def compile_ahead(
@@ -54,10 +54,9 @@ def compile_ahead(
         options={"num_warps": options.num_warps, "num_stages": options.num_stages},
     )
     seconds = time.perf_counter() - begin
-    read = _amd_registers if gpu.backend == "hip" else _nvidia_registers
-    registers, spilled = read(compiled.asm)
+    registers, spilled = registers_and_spills(compiled.asm, gpu.backend)
     text = str(compiled.asm["amdgcn" if gpu.backend == "hip" else "ptx"])
-    found = re.findall(_PRODUCTS, text)
+    found = re.findall(PRODUCTS, text)
     return AotReport(
         kernel.name, target, registers, spilled, int(compiled.metadata.shared), limit,
         tuple((name, found.count(name)) for name in dict.fromkeys(found)), seconds,
@@ -74,21 +73,26 @@ def _signature(kernel: Kernel, descriptors: bool) -> dict[str, Any]:
     facts: dict[tuple[int, ...], list[list[Any]]] = {}
     described = tile_descriptors(kernel) if descriptors else ()
     for d in described:
-        element = _POINTERS[kernel.param(d.tensor).storage].removeprefix("*")
+        element = POINTERS[kernel.param(d.tensor).storage].removeprefix("*")
         types[d.name] = f"tensordesc<{element}{list(d.shape)}>"
     for p in kernel.params:
         if any(d.tensor == p.name for d in described):
             continue
-        types[p.name] = _POINTERS[p.storage]
-        facts[(names.index(p.name),)] = _ALIGNED
+        types[p.name] = POINTERS[p.storage]
+        facts[(names.index(p.name),)] = ALIGNED
         strides = [n for n in stride_names(p) if n in names]
         for name in strides[:-1]:
             if len(p.shape) == 4 or captured(p):
-                facts[(names.index(name),)] = _ALIGNED
+                facts[(names.index(name),)] = ALIGNED
         if strides:
             types[strides[-1]] = "constexpr"
             constants[(names.index(strides[-1]),)] = 1
     return {"signature": {n: types[n] for n in names}, "constexprs": constants, "attrs": facts}
+
+
+def registers_and_spills(asm: Any, backend: str) -> tuple[int, int]:
+    """Registers of a thread and bytes that it spills, from what triton's "cuda" or "hip" backend made."""
+    return _amd_registers(asm) if backend == "hip" else _nvidia_registers(asm)
 
 
 def _nvidia_registers(asm: Any) -> tuple[int, int]:

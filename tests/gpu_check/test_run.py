@@ -14,7 +14,7 @@ import pytest
 
 from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.gpu_check import __main__ as command
-from attn_engine.gpu_check import ahead, run
+from attn_engine.gpu_check import ahead, linear, run
 from attn_engine.gpu_check.ahead import SHOWCASE, AheadJob, faults_of
 from attn_engine.gpu_check.catalogue import CHECKS
 from attn_engine.gpu_check.checks import Failed
@@ -99,6 +99,13 @@ def test_errors_of_the_machine_are_no_failures() -> None:
 
 
 # -- the command
+
+
+@pytest.fixture(autouse=True)
+def without_linear_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in test_linear.py."""
+    monkeypatch.setattr(linear, "ahead_jobs", lambda targets: [])
+    monkeypatch.setattr(linear, "checks", lambda backend, device, small: [])
 
 
 @pytest.fixture
