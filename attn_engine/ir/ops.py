@@ -103,6 +103,7 @@ class Signature(Enum):
     ARITHMETIC = "numbers -> the wider of them"
     DIVISION = "numbers -> float"
     INTEGER = "ints -> int"
+    BIT = "ints -> bool"
     COMPARISON = "two values -> bool"
     LOGICAL = "bools -> bool"
     SELECT = "bool, two values -> the wider of them"
@@ -202,7 +203,7 @@ INFO: dict[Op, OpInfo] = {
     Op.LT: _binary(_S.COMPARISON, lambda a, b: a < b),
     Op.EQ: _binary(_S.COMPARISON, lambda a, b: a == b),
     Op.NE: _binary(_S.COMPARISON, lambda a, b: a != b),
-    Op.BIT: _binary(_S.COMPARISON, _bit_of),  # places from 0 to 31
+    Op.BIT: _binary(_S.BIT, _bit_of),  # places from 0 to 31
     Op.AND: _binary(_S.LOGICAL, lambda a, b: a and b),
     Op.OR: _binary(_S.LOGICAL, lambda a, b: a or b),
     Op.NOT: _unary(_S.LOGICAL, lambda a: not a),
@@ -237,6 +238,9 @@ def result_dtype(op: Op, operands: tuple[DType, ...]) -> DType:
         case Signature.INTEGER:
             _require(op, operands, all(d is DType.INT for d in operands), "ints")
             return DType.INT
+        case Signature.BIT:
+            _require(op, operands, all(d is DType.INT for d in operands), "ints")
+            return DType.BOOL
         case Signature.LOGICAL:
             _require(op, operands, all(d is DType.BOOL for d in operands), "bools")
             return DType.BOOL

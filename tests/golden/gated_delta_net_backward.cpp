@@ -133,8 +133,8 @@ static void gradient_task(const Arguments& arguments, Scratch& scratch, int sequ
     // -- the chunk's rows
     for (int row = 0; row < count; ++row) {
       const int token = first + chunk_start + row;
-      prefetch_row<D>(K_rows, token + AHEAD);
-      prefetch_row<DV>(V_rows, token + AHEAD);
+      prefetch_row<D>(K_rows, token + TOKENS_AHEAD);
+      prefetch_row<DV>(V_rows, token + TOKENS_AHEAD);
       const Real decay = decay_given(batch, head, token);
       const Real beta = beta_given(batch, head, token);
       const auto x_1 = decay + dt_bias(0, head);
@@ -189,9 +189,9 @@ static void gradient_task(const Arguments& arguments, Scratch& scratch, int sequ
     // -- the chunk's rows
     for (int row = 0; row < count; ++row) {
       const int token = first + chunk_start + row;
-      prefetch_row<D>(Q_rows, token + AHEAD);
-      prefetch_row<D>(K_rows, token + AHEAD);
-      prefetch_row<DV>(V_rows, token + AHEAD);
+      prefetch_row<D>(Q_rows, token + TOKENS_AHEAD);
+      prefetch_row<D>(K_rows, token + TOKENS_AHEAD);
+      prefetch_row<DV>(V_rows, token + TOKENS_AHEAD);
       const Real decay = decay_given(batch, head, token);
       const Real beta = beta_given(batch, head, token);
       Floats x_7_lanes = fill(Real(0));
@@ -251,7 +251,7 @@ static void gradient_task(const Arguments& arguments, Scratch& scratch, int sequ
     // -- the gradient of the output
     for (int row = 0; row < count; ++row) {
       const int token = first + chunk_start + row;
-      prefetch_row<DV>(dO_rows, token + AHEAD);
+      prefetch_row<DV>(dO_rows, token + TOKENS_AHEAD);
       for (int column = 0; column < DV; column += LANES) {
         const Floats d_output = row_lanes<DV>(dO_rows, token, column);
         store(d_out[row] + column, d_output);
@@ -291,11 +291,11 @@ static void gradient_task(const Arguments& arguments, Scratch& scratch, int sequ
     // -- back through the mods
     for (int row = 0; row < count; ++row) {
       const int token = first + chunk_start + row;
-      prefetch_row<D>(Q_rows, token + AHEAD);
-      prefetch_row<D>(K_rows, token + AHEAD);
-      prefetch_row<D>(d_q_rows, token + AHEAD);
-      prefetch_row<D>(d_k_rows, token + AHEAD);
-      prefetch_row<DV>(d_v_rows, token + AHEAD);
+      prefetch_row<D>(Q_rows, token + TOKENS_AHEAD);
+      prefetch_row<D>(K_rows, token + TOKENS_AHEAD);
+      prefetch_row<D>(d_q_rows, token + TOKENS_AHEAD);
+      prefetch_row<D>(d_k_rows, token + TOKENS_AHEAD);
+      prefetch_row<DV>(d_v_rows, token + TOKENS_AHEAD);
       const Real beta = beta_given(batch, head, token);
       const Real decay = decay_given(batch, head, token);
       const Real d_decays_row = d_decays[row];

@@ -90,9 +90,9 @@ static void attention_task(const Arguments& arguments, Scratch& scratch, int seq
     // -- the chunk's rows
     for (int row = 0; row < count; ++row) {
       const int token = first + chunk_start + row;
-      prefetch_row<D>(Q_rows, token + AHEAD);
-      prefetch_row<D>(K_rows, token + AHEAD);
-      prefetch_row<DV>(V_rows, token + AHEAD);
+      prefetch_row<D>(Q_rows, token + TOKENS_AHEAD);
+      prefetch_row<D>(K_rows, token + TOKENS_AHEAD);
+      prefetch_row<DV>(V_rows, token + TOKENS_AHEAD);
       const Real decay = decay_given(batch, head, token);
       const Real beta = beta_given(batch, head, token);
       Floats x_1_lanes = fill(Real(0));
@@ -151,7 +151,7 @@ static void attention_task(const Arguments& arguments, Scratch& scratch, int seq
     product<Set::ADD, Depth::UP_TO_ROW>(out, rows, rows, weights[0], 1, T_COLUMNS, values);
     for (int row = 0; row < count; ++row) {
       const int token = first + chunk_start + row;
-      prefetch_row<DV>(O_rows, token + AHEAD);
+      prefetch_row<DV>(O_rows, token + TOKENS_AHEAD);
       for (int column = 0; column < DV; column += LANES) {
         const Floats out_row = load(out[row] + column);
         write_row<DV>(O_rows, token, column, out_row);

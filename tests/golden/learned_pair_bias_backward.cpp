@@ -131,7 +131,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
               const int row = block + r;
               const int q_idx = q_start + row;
               const Floats score = sums[r];
-              // test_golden.py:67: return score + bias[h, q_idx, kv_idx]
+              // test_golden.py:63: return score + bias[h, q_idx, kv_idx]
               const auto logit = score + bias(head, q_idx, kv_idx);
               // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
               const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
@@ -200,7 +200,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
               const int row = block + r;
               const int q_idx = q_start + row;
               const Floats score = sums[r];
-              // test_golden.py:67: return score + bias[h, q_idx, kv_idx]
+              // test_golden.py:63: return score + bias[h, q_idx, kv_idx]
               const auto logit = score + bias(head, q_idx, kv_idx);
               // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
               const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);

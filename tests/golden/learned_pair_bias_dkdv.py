@@ -92,7 +92,7 @@ def dkdv(
             )
             delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
             score = tl.dot(key, query.T) * scale
-            # test_golden.py:67: return score + bias[h, q_idx, kv_idx]
+            # test_golden.py:63: return score + bias[h, q_idx, kv_idx]
             bias_base = (
                 bias
                 + tl.minimum(head, bias_size_0 - 1) * bias_stride_0

@@ -85,7 +85,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         const int row = block + r;
         const int kv_idx = kv_start + row;
         const Floats score = sums[r];
-        // test_golden.py:67: return score + bias[h, q_idx, kv_idx]
+        // test_golden.py:63: return score + bias[h, q_idx, kv_idx]
         const auto logit = score + load(bias_tile_packed[row]);
         store(logit_tile[row], logit);
         tile_max = max(tile_max, logit);
@@ -132,7 +132,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         const int row = block + r;
         const int kv_idx = kv_start + row;
         const Floats score = sums[r];
-        // test_golden.py:67: return score + bias[h, q_idx, kv_idx]
+        // test_golden.py:63: return score + bias[h, q_idx, kv_idx]
         const auto logit = score + load(bias_tile_packed[row]);
         const auto visible = kv_idx < kv_len;
         const auto masked_logit = where(visible, logit, -INFINITY);

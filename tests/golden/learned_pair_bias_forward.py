@@ -70,7 +70,7 @@ def forward(
         key = load_tile(K, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_D)
         value = load_tile(V, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_DV)
         score = tl.dot(query, key.T) * scale
-        # test_golden.py:67: return score + bias[h, q_idx, kv_idx]
+        # test_golden.py:63: return score + bias[h, q_idx, kv_idx]
         bias_base = (
             bias
             + tl.minimum(head, bias_size_0 - 1) * bias_stride_0

@@ -180,7 +180,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const int row = block + r;
             const int q_idx = q_start + row;
             const Floats score = sums[r];
-            // test_golden.py:57: same_document = documents[q_idx] == documents[kv_idx]
+            // test_golden.py:53: same_document = documents[q_idx] == documents[kv_idx]
             const auto same_document = documents(q_idx) == documents_row;
             const auto visible = same_document & (kv_idx <= q_idx) & ((q_idx < q_len) & (kv_idx < kv_len));
             const auto probs = where(visible, score / where(abs_sum_tile[row] < 1.0f, 1.0f, abs_sum_tile[row]), 0.0f);

@@ -118,7 +118,7 @@ def dkdv(
                     Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0
                 )
                 score = tl.dot(key, query.T) * scale
-                # test_golden.py:57: same_document = documents[q_idx] == documents[kv_idx]
+                # test_golden.py:53: same_document = documents[q_idx] == documents[kv_idx]
                 documents_value = tl.load(
                     documents + q_idx * documents_stride_0, mask=q_idx < documents_size_0, other=0
                 )

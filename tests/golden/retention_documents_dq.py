@@ -107,7 +107,7 @@ def dq(
             key = load_tile(K, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_D)
             value = load_tile(V, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_DV)
             score = tl.dot(query, key.T) * scale
-            # test_golden.py:57: same_document = documents[q_idx] == documents[kv_idx]
+            # test_golden.py:53: same_document = documents[q_idx] == documents[kv_idx]
             documents_value = tl.load(
                 documents + kv_idx * documents_stride_0, mask=kv_idx < documents_size_0, other=0
             )

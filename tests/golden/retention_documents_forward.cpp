@@ -111,7 +111,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         const int row = block + r;
         const int kv_idx = kv_start + row;
         const Floats score = sums[r];
-        // test_golden.py:57: same_document = documents[q_idx] == documents[kv_idx]
+        // test_golden.py:53: same_document = documents[q_idx] == documents[kv_idx]
         const auto same_document = documents_row == documents(kv_idx);
         const auto visible = same_document & (kv_idx <= q_idx) & (kv_idx < kv_len);
         const auto probs = where(visible, score, 0.0f);

@@ -135,17 +135,17 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const int row = block + r;
             const int q_idx = q_start + row;
             const Floats score = sums[r];
-            // test_golden.py:41: squashed = cap * torch.tanh(score / cap)
+            // test_golden.py:37: squashed = cap * torch.tanh(score / cap)
             const auto squashed = cap * tanh(score / cap);
-            // test_golden.py:42: distance = q_idx - kv_idx
+            // test_golden.py:38: distance = q_idx - kv_idx
             const auto distance = q_idx - kv_idx;
-            // test_golden.py:43: return squashed - slopes[h] * distance
+            // test_golden.py:39: return squashed - slopes[h] * distance
             const auto logit = squashed - slopes_value * distance;
             // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);
-            // test_golden.py:46: in_past = kv_idx <= q_idx
+            // test_golden.py:42: in_past = kv_idx <= q_idx
             const auto in_past = kv_idx <= q_idx;
-            // test_golden.py:47: in_window = q_idx - kv_idx < window
+            // test_golden.py:43: in_window = q_idx - kv_idx < window
             const auto in_window = q_idx - kv_idx < window;
             const auto visible = in_past & in_window & ((q_idx < q_len) & (kv_idx < kv_len));
             const auto probs = where(visible, exp(below_max) * inverse_sum_tile[row], 0.0f);
@@ -215,11 +215,11 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
             const int row = block + r;
             const int q_idx = q_start + row;
             const Floats score = sums[r];
-            // test_golden.py:41: squashed = cap * torch.tanh(score / cap)
+            // test_golden.py:37: squashed = cap * torch.tanh(score / cap)
             const auto squashed = cap * tanh(score / cap);
-            // test_golden.py:42: distance = q_idx - kv_idx
+            // test_golden.py:38: distance = q_idx - kv_idx
             const auto distance = q_idx - kv_idx;
-            // test_golden.py:43: return squashed - slopes[h] * distance
+            // test_golden.py:39: return squashed - slopes[h] * distance
             const auto logit = squashed - slopes_value * distance;
             // softmax.py:43: below_max = (scores - final_rowscales["row_max"]).min(0.0)
             const auto below_max = min(logit - safe_row_max_tile[row], 0.0f);

@@ -118,11 +118,11 @@ def dkdv(
             )
             delta = tl.load(Delta_base + q_tile * Delta_row_stride, mask=q_idx < q_len, other=0.0)
             score = tl.dot(key, query.T) * scale
-            # test_golden.py:41: squashed = cap * torch.tanh(score / cap)
+            # test_golden.py:37: squashed = cap * torch.tanh(score / cap)
             squashed = cap * tanh(score / cap)
-            # test_golden.py:42: distance = q_idx - kv_idx
+            # test_golden.py:38: distance = q_idx - kv_idx
             distance = q_idx[None, :] - kv_idx[:, None]
-            # test_golden.py:43: return squashed - slopes[h] * distance
+            # test_golden.py:39: return squashed - slopes[h] * distance
             logit = squashed - slopes_value * distance
             log2_sum = safe_lse * 1.4426950408889634
             probs = tl.exp2(logit * 1.4426950408889634 - log2_sum[None, :])
@@ -131,9 +131,9 @@ def dkdv(
             d_score = d_logit * cap * (1.0 - tanh(score / cap) * tanh(score / cap)) / cap
             d_slopes_columns_tile = -d_logit * distance
             if (q_start < q_full_begin) | (q_full_end <= q_start):
-                # test_golden.py:46: in_past = kv_idx <= q_idx
+                # test_golden.py:42: in_past = kv_idx <= q_idx
                 in_past = kv_idx[:, None] <= q_idx[None, :]
-                # test_golden.py:47: in_window = q_idx - kv_idx < window
+                # test_golden.py:43: in_window = q_idx - kv_idx < window
                 in_window = q_idx[None, :] - kv_idx[:, None] < window
                 visible = in_past & in_window & (q_idx[None, :] < q_len)
                 probs = tl.where(visible, probs, 0.0)

@@ -98,15 +98,15 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       Floats tile_max = fill(-INFINITY);
       for (int column = 0; column < kv_rows; column += LANES) {
         const Positions kv_idx = positions(kv_start + column);
-        // test_golden.py:41: squashed = cap * torch.tanh(score / cap)
+        // test_golden.py:37: squashed = cap * torch.tanh(score / cap)
         const auto squashed = cap * tanh(load(score_tile[row] + column) / cap);
-        // test_golden.py:42: distance = q_idx - kv_idx
+        // test_golden.py:38: distance = q_idx - kv_idx
         const auto distance = q_idx - kv_idx;
-        // test_golden.py:43: return squashed - slopes[h] * distance
+        // test_golden.py:39: return squashed - slopes[h] * distance
         const auto logit = squashed - slopes_value * distance;
-        // test_golden.py:46: in_past = kv_idx <= q_idx
+        // test_golden.py:42: in_past = kv_idx <= q_idx
         const auto in_past = kv_idx <= q_idx;
-        // test_golden.py:47: in_window = q_idx - kv_idx < window
+        // test_golden.py:43: in_window = q_idx - kv_idx < window
         const auto in_window = q_idx - kv_idx < window;
         const auto visible = in_past & in_window & (kv_idx < kv_len);
         const auto masked_logit = where(visible, logit, -INFINITY);
@@ -155,11 +155,11 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       Floats tile_max = fill(-INFINITY);
       for (int column = 0; column < kv_rows; column += LANES) {
         const Positions kv_idx = positions(kv_start + column);
-        // test_golden.py:41: squashed = cap * torch.tanh(score / cap)
+        // test_golden.py:37: squashed = cap * torch.tanh(score / cap)
         const auto squashed = cap * tanh(load(score_tile[row] + column) / cap);
-        // test_golden.py:42: distance = q_idx - kv_idx
+        // test_golden.py:38: distance = q_idx - kv_idx
         const auto distance = q_idx - kv_idx;
-        // test_golden.py:43: return squashed - slopes[h] * distance
+        // test_golden.py:39: return squashed - slopes[h] * distance
         const auto logit = squashed - slopes_value * distance;
         store(logit_tile[row] + column, logit);
         tile_max = max(tile_max, logit);

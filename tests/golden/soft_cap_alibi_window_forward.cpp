@@ -89,15 +89,15 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         const int row = block + r;
         const int kv_idx = kv_start + row;
         const Floats score = sums[r];
-        // test_golden.py:41: squashed = cap * torch.tanh(score / cap)
+        // test_golden.py:37: squashed = cap * torch.tanh(score / cap)
         const auto squashed = cap * tanh(score / cap);
-        // test_golden.py:42: distance = q_idx - kv_idx
+        // test_golden.py:38: distance = q_idx - kv_idx
         const auto distance = q_idx - kv_idx;
-        // test_golden.py:43: return squashed - slopes[h] * distance
+        // test_golden.py:39: return squashed - slopes[h] * distance
         const auto logit = squashed - slopes_value * distance;
-        // test_golden.py:46: in_past = kv_idx <= q_idx
+        // test_golden.py:42: in_past = kv_idx <= q_idx
         const auto in_past = kv_idx <= q_idx;
-        // test_golden.py:47: in_window = q_idx - kv_idx < window
+        // test_golden.py:43: in_window = q_idx - kv_idx < window
         const auto in_window = q_idx - kv_idx < window;
         const auto visible = in_past & in_window & (kv_idx < kv_len);
         const auto masked_logit = where(visible, logit, -INFINITY);
@@ -145,11 +145,11 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         const int row = block + r;
         const int kv_idx = kv_start + row;
         const Floats score = sums[r];
-        // test_golden.py:41: squashed = cap * torch.tanh(score / cap)
+        // test_golden.py:37: squashed = cap * torch.tanh(score / cap)
         const auto squashed = cap * tanh(score / cap);
-        // test_golden.py:42: distance = q_idx - kv_idx
+        // test_golden.py:38: distance = q_idx - kv_idx
         const auto distance = q_idx - kv_idx;
-        // test_golden.py:43: return squashed - slopes[h] * distance
+        // test_golden.py:39: return squashed - slopes[h] * distance
         const auto logit = squashed - slopes_value * distance;
         store(logit_tile[row], logit);
         tile_max = max(tile_max, logit);

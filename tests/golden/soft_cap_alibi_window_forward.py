@@ -89,16 +89,16 @@ def forward(
         key = load_tile(K, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_D)
         value = load_tile(V, batch, kv_head, kv_start, 0, BLOCK_KV, BLOCK_DV)
         score = tl.dot(query, key.T) * scale
-        # test_golden.py:41: squashed = cap * torch.tanh(score / cap)
+        # test_golden.py:37: squashed = cap * torch.tanh(score / cap)
         squashed = cap * tanh(score / cap)
-        # test_golden.py:42: distance = q_idx - kv_idx
+        # test_golden.py:38: distance = q_idx - kv_idx
         distance = q_idx[:, None] - kv_idx[None, :]
-        # test_golden.py:43: return squashed - slopes[h] * distance
+        # test_golden.py:39: return squashed - slopes[h] * distance
         logit = squashed - slopes_value * distance
         if (kv_start < kv_full_begin) | (kv_full_end <= kv_start):
-            # test_golden.py:46: in_past = kv_idx <= q_idx
+            # test_golden.py:42: in_past = kv_idx <= q_idx
             in_past = kv_idx[None, :] <= q_idx[:, None]
-            # test_golden.py:47: in_window = q_idx - kv_idx < window
+            # test_golden.py:43: in_window = q_idx - kv_idx < window
             in_window = q_idx[:, None] - kv_idx[None, :] < window
             visible = in_past & in_window & (kv_idx[None, :] < kv_len)
             logit = tl.where(visible, logit, float("-inf"))

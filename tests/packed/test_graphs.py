@@ -62,7 +62,7 @@ def test_the_operator_is_as_its_fake_says(seed: int) -> None:
     places = SequencePlaces({"cu_len_q": bounds([10, 20])})
     views = [x.transpose(0, 1)[None] for x in (q, k)]
     spans = [*places.spans(*views).values()]
-    key = key_of(built._number, "cpu", (), None, True)
+    key = key_of(built._number, "cpu", (), None, (True, 0))
     torch.library.opcheck(torch.ops.attn_engine.forward, (q, k, v, spans, [built.scale], key))
 
 

@@ -119,10 +119,10 @@ class StatementRenderer:
         return found
 
     def _ahead(self, words: set[str]) -> list[str]:
-        """The rows of tensors that come AHEAD tokens later, asked for now."""
+        """The rows of tensors that come TOKENS_AHEAD tokens later, asked for now."""
         if self.kernel.name == "linear_step":
             return []
-        later = f"token {'-' if self.program.reverse else '+'} AHEAD"
+        later = f"token {'-' if self.program.reverse else '+'} TOKENS_AHEAD"
         sizes = {"Q_rows": "D", "K_rows": "D", "V_rows": "DV", "decay_given_rows": "D", "dO_rows": "DV"}
         sizes |= {
             f"{w.tensor}_rows": "D" if "d" in w.axes else "DV"

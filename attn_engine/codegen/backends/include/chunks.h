@@ -61,7 +61,7 @@ template <int N> INLINE void clear_rows(Real (*x)[N], int first, int last) {
   for (int row = first; row < last; ++row) __builtin_memset(x[row], 0, sizeof x[row]);
 }
 
-constexpr int AHEAD = 16;  // tokens between asking for a row of a tensor and using it
+constexpr int TOKENS_AHEAD = 16;  // tokens between asking for a row of a tensor and using it
 
 /// Asks for a row of a tensor. Heads lie between each other, so tokens may be pages apart, which the processor does not
 /// foresee. A row that is not there is no harm.
