@@ -97,7 +97,8 @@ def test_every_operation_has_a_spelling() -> None:
     operands = {DType.FLOAT: pair, DType.INT: (Q_IDX, Q_IDX - 7), DType.BOOL: flags}
     for op in Op:
         arity, signature = INFO[op].arity, INFO[op].signature
-        kind = {Signature.INTEGER: DType.INT, Signature.LOGICAL: DType.BOOL}.get(signature, DType.FLOAT)
+        ints = signature in (Signature.INTEGER, Signature.BIT)
+        kind = DType.INT if ints else DType.BOOL if signature is Signature.LOGICAL else DType.FLOAT
         args = (flags[0], *pair) if signature is Signature.SELECT else operands[kind][:arity]
         ast.parse(stored(call(Op.TO_FLOAT, call(op, *args))))
 
