@@ -135,7 +135,7 @@ def flex(mode: str | None) -> Maker:
     return make
 
 
-def _module(name: str) -> Any:
+def module_named(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a library that is there and does not load is as good as missing
@@ -146,7 +146,7 @@ def flash(module: str) -> Maker:
     """flash-attn (FA2), or FA3's flash_attn_interface; documents are packed one after the other."""
 
     def make(case: GpuCase, a: Attention, device: str) -> Function:
-        library = _module(module)
+        library = module_named(module)
         _only_softmax(a)
         _no_blocks(case, a)
         options: dict[str, Any] = {"causal": case.pattern != "full"}
@@ -198,7 +198,7 @@ def _packed(attend: Any, case: GpuCase, a: Attention, device: str) -> Function:
 
 
 def flashinfer(case: GpuCase, a: Attention, device: str) -> Function:
-    library = _module("flashinfer")
+    library = module_named("flashinfer")
     _only_softmax(a)
     if case.batches != 1:
         raise Cannot("one sequence at a time only")
@@ -221,7 +221,7 @@ def flashinfer(case: GpuCase, a: Attention, device: str) -> Function:
 
 def fla(case: GpuCase, a: Attention, device: str) -> Function:
     """flash-linear-attention's softmax attention; its retention has another normaliser."""
-    library = _module("fla.ops.attn.parallel")
+    library = module_named("fla.ops.attn.parallel")
     _only_softmax(a)
     if case.pattern not in ("causal", "causal documents") or case.batches != 1:
         raise Cannot("causal attention of one sequence only")

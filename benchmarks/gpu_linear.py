@@ -11,7 +11,6 @@ fla's chunk_simple_gla, chunk_retention and chunk_gla at B=1, T=8192, H=96, D=12
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import sys
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from attn_engine import LinearAttentionEngine, meta_tensor
 from attn_engine.gpu_check.machine import machine
-from benchmarks.gpu_contenders import Cannot
+from benchmarks.gpu_contenders import Cannot, module_named
 from benchmarks.gpu_measure import Timer, difference, in_turns, reason
 from benchmarks.results import FOLDER
 
@@ -106,13 +105,6 @@ def ours(backend: str) -> Callable[[LinearCase], Function]:
     return make
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # a library that is there and does not load is as good as missing
-        raise Cannot(f"{name} is not installed ({type(error).__name__})") from error
-
-
 def fla(case: LinearCase) -> Function:
     """flash-linear-attention's chunked kernel of the same attention."""
     module, name, gate = {
@@ -124,7 +116,7 @@ def fla(case: LinearCase) -> Function:
         "gated delta rule": ("gated_delta_rule", "chunk_gated_delta_rule", "g"),
         "kda": ("kda", "chunk_kda", "g"),
     }[case.kind]
-    function = getattr(_module(f"fla.ops.{module}"), name)
+    function = getattr(module_named(f"fla.ops.{module}"), name)
     options: dict[str, Any] = {"normalize": False} if case.kind == "linear" else {}
 
     def run(
@@ -144,7 +136,7 @@ def mamba(case: LinearCase) -> Function:
     """mamba_ssm's scan over chunks: C, B, x are our q, k, v, and dt is 1 with A_h dt our decay; one for each head."""
     if case.kind != "retention":
         raise Cannot("a decay of each head alone, where dt is 1")
-    scan = _module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    scan = module_named("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, beta: Tensor | None = None

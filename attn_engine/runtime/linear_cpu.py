@@ -139,7 +139,7 @@ class CpuChunks:
         compute = compute_dtype(self.program.element)
         shape = inputs.state_shape(self.program.state_columns)
         segments = int(about[-1, 3]) if keep else 0
-        tensors = _given(inputs) | {
+        tensors = inputs.for_kernels() | {
             "initial": inputs.start(self.program.state_columns, compute),
             "final": torch.empty(shape, dtype=compute),
             "kept": torch.empty((segments, *shape[1:]), dtype=compute),
@@ -169,7 +169,7 @@ class CpuChunks:
             rows = (inputs.v.shape[0], inputs.heads) if "q" in w.axes else shape[:2]
             made = torch.empty if "q" in w.axes else torch.zeros
             outputs[w.tensor] = made((*rows, *(sizes[axis] for axis in w.axes)), dtype=dtype)
-        tensors = _given(inputs) | {
+        tensors = inputs.for_kernels() | {
             "dO": d_out,
             "d_final": d_states.to(compute),
             "kept": kept,
@@ -194,7 +194,7 @@ class CpuChunks:
             "kept": torch.empty((0, 0, 0, 0), dtype=inputs.initial_state.dtype),
         }
         out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype)  # o of a step has no gaps, whatever v has
-        tensors = _given(inputs) | kept | {"final": inputs.initial_state, "O": out}
+        tensors = inputs.for_kernels() | kept | {"final": inputs.initial_state, "O": out}
         heads = inputs.heads
         sizes = (shape[0], heads, inputs.q.shape[1], inputs.k.shape[1], 0, 0)
         return Step(self.program, library.prepare(tensors, sizes, inputs.scalars), kept, inputs)
@@ -230,16 +230,6 @@ class Step:
                 found = faults.clone()
                 faults.zero_()
                 _report(found, self.inputs, False)
-
-
-def _given(inputs: LinearInputs) -> dict[str, Tensor]:
-    """A call's tensors by the kernels' names."""
-    found = {"Q": inputs.q, "K": inputs.k, "V": inputs.v, **inputs.captured}
-    if inputs.decay is not None:
-        found["decay_given"] = inputs.decay
-    if inputs.beta is not None:
-        found["beta_given"] = inputs.beta
-    return {name: x.detach() for name, x in found.items()}
 
 
 def _empty_like(v: Tensor) -> Tensor:

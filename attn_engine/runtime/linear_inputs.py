@@ -78,6 +78,15 @@ class LinearInputs:
             return self.initial_state.to(dtype)
         return torch.zeros(self.state_shape(columns), dtype=dtype, device=self.q.device)
 
+    def for_kernels(self) -> dict[str, Tensor]:
+        """The tensors by the names that kernels give them, without gradients."""
+        found = {"Q": self.q, "K": self.k, "V": self.v, **self.captured}
+        if self.decay is not None:
+            found["decay_given"] = self.decay
+        if self.beta is not None:
+            found["beta_given"] = self.beta
+        return {name: x.detach() for name, x in found.items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """Those that may have gradients, by name; captured ones by their kernel names."""
         named = {"q": self.q, "k": self.k, "v": self.v, "decay": self.decay, "beta": self.beta}

@@ -170,7 +170,7 @@ class _Call:
         self.element, self.compute = inputs.v.dtype, compute_dtype(self.program.element)
         self.device = inputs.q.device
         sequences, chunks = chunk_tables(inputs.sequences, self.options.chunk, self.device)
-        self.tensors: dict[str, Tensor] = _given(inputs) | {
+        self.tensors: dict[str, Tensor] = inputs.for_kernels() | {
             "sequences": sequences,
             "chunks": chunks,
             "initial": inputs.start(self.program.state_columns, self.compute),
@@ -235,16 +235,6 @@ class _Call:
         if self.inputs.sequences.packed or not x.shape[0]:
             return x.sum(0, keepdim=True).expand(batches, *x.shape[1:])
         return x.unflatten(0, (batches, -1)).sum(1)
-
-
-def _given(inputs: LinearInputs) -> dict[str, Tensor]:
-    """A call's tensors by the kernels' names."""
-    found = {"Q": inputs.q, "K": inputs.k, "V": inputs.v, **inputs.captured}
-    if inputs.decay is not None:
-        found["decay_given"] = inputs.decay
-    if inputs.beta is not None:
-        found["beta_given"] = inputs.beta
-    return {name: x.detach() for name, x in found.items()}
 
 
 @lru_cache(maxsize=64)
