@@ -42,6 +42,7 @@ from attn_engine.library.sparse.dynamic import (
     qk_sparse_attention_kernel,
     sort_bucketed_attention,
 )
+from attn_engine.library.sparse.indexer import indexer_scores, lightning_indexer
 from attn_engine.library.sparse.patterns import (
     LocalStrideSparseAttention,
     SparseAttention,
@@ -83,10 +84,10 @@ __all__ = [
     "dynamic_sparse_attention", "flash_mla_with_kvcache", "from_nz", "full", "get_mla_metadata",
     "get_sparse_attn_mask_from_nz_ratio", "get_sparse_attn_mask_from_threshold",
     "get_sparse_attn_mask_from_threshold_grouped", "get_sparse_attn_mask_from_token_budget", "global_window",
-    "hadamard", "hash_sparse_attention", "hash_sparse_attention_kernel", "indexer_prolog", "mla_prolog",
-    "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias", "prefix", "qk_sparse_attention",
-    "qk_sparse_attention_kernel", "relative_bias", "repeat_kv", "repeat_kv_varlen", "retention_decay",
-    "retention_decays", "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window", "soft_cap",
-    "softmax_plus_one", "sort_bucketed_attention", "streaming", "t5_bias", "to_fp8", "to_int8", "to_nz",
-    "tree", "vision_cross", "write_to_slots",
+    "hadamard", "hash_sparse_attention", "hash_sparse_attention_kernel", "indexer_prolog", "indexer_scores",
+    "lightning_indexer", "mla_prolog", "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias",
+    "prefix", "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "repeat_kv",
+    "repeat_kv_varlen", "retention_decay", "retention_decays", "shared_prefix", "sink_softmax",
+    "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one", "sort_bucketed_attention", "streaming",
+    "t5_bias", "to_fp8", "to_int8", "to_nz", "tree", "vision_cross", "write_to_slots",
 ]  # fmt: skip
