@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.dense_tokens import dense_tokens
 from attn_engine.runtime.strides import of_logical
 from attn_engine.runtime.token_attention import Keys, TokenAttention, TokenCall
-from attn_engine.runtime.token_checks import BLOCK_TABLE, COUNTS, LEN_KV, LISTS, checked_lists, refuse
+from attn_engine.runtime.token_checks import BLOCK_TABLE, COUNTS, LEN_KV, LISTS, NO_NAMES, checked_lists
+from attn_engine.runtime.token_errors import refuse
 from attn_engine.runtime.token_lists import TokenLists
 
 if TYPE_CHECKING:
@@ -31,14 +32,18 @@ _OTHER_WAYS = (
 )  # fmt: skip
 
 
-def tokens_given(named: dict[str, Any], custom: Collection[str], block_mask: Any = None) -> GivenTokens | None:
+def tokens_given(
+    named: dict[str, Any], custom: Collection[str], block_mask: Any = None
+) -> GivenTokens | None:
     """Takes the arguments that give lists of tokens out of a call's; None where there are none."""
     given = {n: named.pop(n) for n in (*LISTS, COUNTS) if n in named and n not in custom}
     given = {n: x for n, x in given.items() if x is not None}
     lists = [n for n in LISTS if n in given]
     if not lists:
         if given:
-            raise refuse(COUNTS, "it", "given", "left out where there is neither token_indices nor token_slots")
+            raise refuse(
+                COUNTS, "it", "given", "left out where there is neither token_indices nor token_slots"
+            )
         return None
     if len(lists) == 2:
         raise refuse(LISTS[1], "an argument beside token_indices", "given", "left out")
@@ -67,10 +72,12 @@ class GivenTokens:
         dtype: torch.dtype | None = None,
         *,
         shared: bool = False,
+        called: Mapping[str, str] = NO_NAMES,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values; dtype: of the dense definition, None: with the engine's kernels.
 
-        shared: v is the first columns of k, which gets the gradients of both.
+        shared: v is the first columns of k, which gets the gradients of both. called: names of arguments, where the
+        caller has others.
         """
         if torch.compiler.is_compiling():
             raise UnsupportedOnBackend(
@@ -83,7 +90,7 @@ class GivenTokens:
         in_cache = table is not None or self.name == LISTS[1]
         bound = self._bound(engine, inputs, custom, named, in_cache, table)
         q, k, v = (engine._logical(x) for x in inputs)
-        lists = checked_lists(self.name, self.indices, self.counts, q, k, table, length)
+        lists = checked_lists(self.name, self.indices, self.counts, q, k, table, length, called)
         keys = Keys((k,), (), v.shape[3]) if shared or _is_prefix(v, k) else Keys((k,), (v,))
         o, rows = attend_over(engine, bound, lists, q, keys, dtype)
         return of_logical(o, engine.layout, False), rows

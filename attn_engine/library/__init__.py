@@ -68,6 +68,8 @@ from attn_engine.library.sparse.seer_pooling import (
     attn_pooling_qkv_varlen,
     attn_with_pooling,
 )
+from attn_engine.library.tokens.sparse_attention import sparse_attention
+from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 __all__ = [
     "AttentionLibrary", "LocalStrideSparseAttention", "OnlineRelu", "OnlineRetention", "OnlineSigmoid",
@@ -83,6 +85,6 @@ __all__ = [
     "hash_sparse_attention_kernel", "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias", "prefix",
     "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "repeat_kv", "repeat_kv_varlen",
     "retention_decay", "retention_decays", "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window",
-    "soft_cap", "softmax_plus_one", "sort_bucketed_attention", "streaming", "t5_bias", "tree", "vision_cross",
+    "soft_cap", "softmax_plus_one", "sort_bucketed_attention", "sparse_attention", "sparse_flash_attention", "streaming", "t5_bias", "tree", "vision_cross",
     "write_to_slots",
 ]  # fmt: skip

@@ -123,7 +123,9 @@ class TokenAttention(torch.autograd.Function):
         saved = [empty_rows(q, dtype=first.compute) for _ in first.saved_names]
         for piece, extra in _pieces(call, gathered.numbers_of_row):
             given = {**captured, **extra}
-            found = run_forward(call.call(piece), Rows(q).of(piece), *gathered.read(piece), given, call.numbers)
+            found = run_forward(
+                call.call(piece), Rows(q).of(piece), *gathered.read(piece), given, call.numbers
+            )
             for whole, x in zip((out, *saved), found, strict=True):
                 Rows(whole).put(piece, x)
         ctx.call, ctx.count, ctx.rows = call, count, len(saved)
@@ -167,7 +169,11 @@ def _gradients(
     of_captured = {n: torch.zeros_like(captured[n], dtype=compute) for n in learned}
     for piece, extra in _pieces(call, gathered.numbers_of_row):
         d_out, *d_rows = (None if x is None else Rows(x).of(piece) for x in arriving)
-        tensors = (Rows(q).of(piece), *gathered.read(piece), *(Rows(x).of(piece).contiguous() for x in results))
+        tensors = (
+            Rows(q).of(piece),
+            *gathered.read(piece),
+            *(Rows(x).of(piece).contiguous() for x in results),
+        )
         given = {**captured, **extra}
         d_query, d_key, d_value, *more = run_backward(
             call.call(piece), d_out, tensors, given, call.numbers, learned, d_rows

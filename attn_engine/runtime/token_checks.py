@@ -13,10 +13,14 @@ from attn_engine.runtime.token_lists import TokenLists
 
 LISTS = ("token_indices", "token_slots")
 COUNTS, BLOCK_TABLE, LEN_KV = "token_counts", "block_table", "len_kv"
-_NO_NAMES: Mapping[str, str] = {}
-_COUNTS = "It is int32 or int64: how many of the first entries of each list count; the others may be anything."
+NO_NAMES: Mapping[str, str] = {}
+_COUNTS = (
+    "It is int32 or int64: how many of the first entries of each list count; the others may be anything."
+)
 _SLOTS = "Slots are places in the cache already; counts say how many of a list are taken."
-_TABLES = "Entry [b, j] is the page of the cache that holds tokens j * page to j * page + page - 1 of sequence b."
+_TABLES = (
+    "Entry [b, j] is the page of the cache that holds tokens j * page to j * page + page - 1 of sequence b."
+)
 
 
 def checked_lists(
@@ -27,7 +31,7 @@ def checked_lists(
     k: Tensor,
     given_table: object = None,
     length: object = None,
-    called: Mapping[str, str] = _NO_NAMES,
+    called: Mapping[str, str] = NO_NAMES,
 ) -> TokenLists:
     """The lists of a call; q is (B, H, rows, D), k is (B, Hkv, rows, D) or a cache (pages, Hkv, rows of a page, D).
 
@@ -46,7 +50,9 @@ def checked_lists(
         counts = integers(names[COUNTS], given_counts, q)
         counts = counts.unsqueeze(2) if counts.ndim == 2 else counts
         if counts.ndim != 3 or counts.shape[:2] != (batches, rows) or counts.shape[2] not in (1, kv_heads):
-            _refuse_shape(names[COUNTS], given_counts, f"({batches}, {rows}, or that and {kv_heads})", _COUNTS)
+            _refuse_shape(
+                names[COUNTS], given_counts, f"({batches}, {rows}, or that and {kv_heads})", _COUNTS
+            )
     table, slots = None, name == LISTS[1]
     capacity = of_batch * (k.shape[0] if slots else 1)
     for other, x in ((BLOCK_TABLE, given_table), (LEN_KV, length)):
@@ -87,7 +93,9 @@ def lengths_of(name: str, length: object, q: Tensor, capacity: int) -> Tensor:
     wrong = (found < 0) | (found > capacity)
     if bool(wrong.any()):
         b = int(wrong.to(torch.uint8).argmax())
-        raise refuse(name, f"element {b}", int(found[b]), f"0 to {capacity}, the keys that there can be", about)
+        raise refuse(
+            name, f"element {b}", int(found[b]), f"0 to {capacity}, the keys that there can be", about
+        )
     return found.to(torch.int64)
 
 

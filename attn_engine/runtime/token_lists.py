@@ -139,7 +139,9 @@ class TokenLists:
                 n = int(twice.any(1).to(torch.uint8).argmax())
                 b, s = divmod(piece.tokens.start + n, self.indices.shape[1])
                 head = piece.kv_heads.start if self.indices.shape[2] > 1 else 0
-                instead = "Each token counts as often as it is named; leave check_duplicates out to allow that."
+                instead = (
+                    "Each token counts as often as it is named; leave check_duplicates out to allow that."
+                )
                 raise refuse(
                     self.name, f"list [{b}, {s}, {head}]", "one that names a token twice", "a set", instead
                 )
@@ -164,7 +166,9 @@ class GatheredRows:
         buffer = self._buffer[:numbers].view(n * longest, kv_heads, self.columns)
         column = 0
         for x in self._parts:
-            self._read_part(x[:, piece.kv_heads], piece.rows.flatten(), buffer[..., column : column + x.shape[3]])
+            self._read_part(
+                x[:, piece.kv_heads], piece.rows.flatten(), buffer[..., column : column + x.shape[3]]
+            )
             column += x.shape[3]
         return buffer.view(n, longest, kv_heads, self.columns).transpose(1, 2)
 

@@ -18,7 +18,9 @@ from attn_engine.ir.program import BATCH, HEAD, KV_IDX, Q_IDX, Attention, Captur
 
 QUERY_PLACES = Captured("query_places", Storage.INT32, 2)  # (queries, 3): batch, position, first kv head
 TOKEN_LISTS = Captured("token_lists", Storage.INT32, 2)  # (queries, longest list): positions of keys
-HEADS_OF_LIST = Var("heads_of_list", DType.INT)  # query heads per kv head: a number of the program, where it is read
+HEADS_OF_LIST = Var(
+    "heads_of_list", DType.INT
+)  # query heads per kv head: a number of the program, where it is read
 
 _PLACE = {n: Load(QUERY_PLACES.name, DType.INT, (BATCH, Const(n))) for n in range(3)}
 _MEANINGS: dict[Expr, Expr] = {
