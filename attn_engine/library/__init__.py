@@ -31,6 +31,7 @@ from attn_engine.library.serving.masks import causal_with_offset
 from attn_engine.library.serving.mla import flash_mla_with_kvcache, get_mla_metadata
 from attn_engine.library.serving.prologs import indexer_prolog, mla_prolog
 from attn_engine.library.serving.quantisation import dequantise, hadamard, to_fp8, to_int8
+from attn_engine.library.serving.sparse_attention_pto import npu_sparse_attention_pto, sparse_attention_pto
 from attn_engine.library.serving.weights import from_nz, to_nz
 from attn_engine.library.sparse.dynamic import (
     compact,
@@ -72,6 +73,8 @@ from attn_engine.library.sparse.seer_pooling import (
     attn_pooling_qkv_varlen,
     attn_with_pooling,
 )
+from attn_engine.library.tokens.sparse_attention import sparse_attention
+from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 __all__ = [
     "AttentionLibrary", "LocalStrideSparseAttention", "OnlineRelu", "OnlineRetention", "OnlineSigmoid",
@@ -85,9 +88,10 @@ __all__ = [
     "get_sparse_attn_mask_from_nz_ratio", "get_sparse_attn_mask_from_threshold",
     "get_sparse_attn_mask_from_threshold_grouped", "get_sparse_attn_mask_from_token_budget", "global_window",
     "hadamard", "hash_sparse_attention", "hash_sparse_attention_kernel", "indexer_prolog", "indexer_scores",
-    "lightning_indexer", "mla_prolog", "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias",
-    "prefix", "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "repeat_kv",
-    "repeat_kv_varlen", "retention_decay", "retention_decays", "shared_prefix", "sink_softmax",
-    "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one", "sort_bucketed_attention", "streaming",
-    "t5_bias", "to_fp8", "to_int8", "to_nz", "tree", "vision_cross", "write_to_slots",
+    "lightning_indexer", "mla_prolog", "neighbourhood", "not_mask", "npu_sparse_attention_pto", "or_masks",
+    "pad_index", "pair_bias", "prefix", "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias",
+    "repeat_kv", "repeat_kv_varlen", "retention_decay", "retention_decays", "shared_prefix", "sink_softmax",
+    "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one", "sort_bucketed_attention",
+    "sparse_attention", "sparse_attention_pto", "sparse_flash_attention", "streaming", "t5_bias", "to_fp8",
+    "to_int8", "to_nz", "tree", "vision_cross", "write_to_slots",
 ]  # fmt: skip
