@@ -128,14 +128,23 @@ class Golden:
 
 
 def prologs(
-    given: Operands, eps: float = 1e-5, kind: str = "first_interleaved", ln_eps: float = 1e-6
+    given: Operands,
+    eps: float = 1e-5,
+    kind: str = "first_interleaved",
+    ln_eps: float = 1e-6,
+    stored: torch.dtype = F64,
 ) -> Golden:
+    """stored: what the values that the golden code keeps are rounded to."""
+
+    def kept(x: Tensor) -> Tensor:
+        return x.to(stored).double()
+
     t = {n: x.double() for n, x in given.tensors.items()}
     z = given.sizes
-    c_q = rms(t["x"] @ t["w_dq"], t["gamma_cq"], eps)
-    q = (c_q @ t["w_uq_qr"]).reshape(*c_q.shape[:2], z.n1, z.nope + z.rope)
+    c_q = kept(rms(kept(t["x"] @ t["w_dq"]), t["gamma_cq"], eps))
+    q = kept(c_q @ t["w_uq_qr"]).reshape(*c_q.shape[:2], z.n1, z.nope + z.rope)
     q_latent = torch.einsum("bshd,hdc->bshc", q[..., : z.nope], t["w_uk"])
-    both = t["x"] @ t["w_dkv_kr"]
+    both = kept(t["x"] @ t["w_dkv_kr"])
     k = t["x"] @ t["w_idx_k"]
     k = (k - k.mean(-1, keepdim=True)) / torch.sqrt(k.var(-1, keepdim=True, correction=0) + ln_eps)
     k = k * t["in_gamma_k"] + t["in_beta_k"]
@@ -143,13 +152,13 @@ def prologs(
     sin, cos = t["sin"], t["cos"]
     return Golden(
         c_q,
-        q_latent,
-        rope(q[..., z.nope :], sin[:, :, None], cos[:, :, None]),
-        rms(both[..., : z.kv_rank], t["gamma_ckv"], eps),
-        rope(both[..., z.kv_rank :], sin, cos),
-        rope_of_indexer(index_q, sin[:, :, None], cos[:, :, None], kind),
-        rope_of_indexer(k, sin, cos, kind),
-        t["x"] @ t["w_idx_proj"],
+        kept(q_latent),
+        kept(rope(q[..., z.nope :], sin[:, :, None], cos[:, :, None])),
+        kept(rms(both[..., : z.kv_rank], t["gamma_ckv"], eps)),
+        kept(rope(both[..., z.kv_rank :], sin, cos)),
+        kept(rope_of_indexer(index_q, sin[:, :, None], cos[:, :, None], kind)),
+        kept(rope_of_indexer(k, sin, cos, kind)),
+        kept(t["x"] @ t["w_idx_proj"]),
     )
 
 

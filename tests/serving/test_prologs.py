@@ -72,13 +72,18 @@ def test_what_is_stored_is_rounded(seed: int) -> None:
     assert {x.dtype for x in (*of_mla, *of_indexer)} == {torch.bfloat16}
     exact_mla, exact_indexer = both(given, rounding=False)
     assert {x.dtype for x in (*exact_mla, *exact_indexer)} == {torch.float32}
-    g = prologs(given)
-    wanted = (g.c_q, g.q_latent, g.q_rope, g.latent, g.k_rope, g.index_q, g.index_k, g.weights)
-    for x, exact, want in zip((*of_mla, *of_indexer), (*exact_mla, *exact_indexer), wanted, strict=True):
-        torch.testing.assert_close(exact.double(), want, rtol=3e-6, atol=3e-6)
-        torch.testing.assert_close(x.double(), want, rtol=0.05, atol=0.05)
-    # Weights of heads have one step: the product, rounded once.
-    assert torch.equal(of_indexer[2], g.weights.float().bfloat16())
+    for found, stored, most in (
+        (exact_mla + exact_indexer, torch.float64, 3e-6),
+        (of_mla + of_indexer, torch.bfloat16, 2**-6),
+    ):
+        g = prologs(given, stored=stored)
+        wanted = (g.c_q, g.q_latent, g.q_rope, g.latent, g.k_rope, g.index_q, g.index_k, g.weights)
+        for x, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(x.double(), want, rtol=most, atol=most)
+            if (
+                stored is torch.bfloat16
+            ):  # a sum next to the middle of two numbers may be rounded to the other
+                assert float((x.double() == want).double().mean()) > 0.95
 
 
 def test_gradients_flow() -> None:
