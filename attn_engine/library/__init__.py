@@ -73,6 +73,7 @@ from attn_engine.library.sparse.seer_pooling import (
     attn_pooling_qkv_varlen,
     attn_with_pooling,
 )
+from attn_engine.library.tokens.indexer_loss import indexer_loss
 from attn_engine.library.tokens.sparse_attention import sparse_attention
 from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
@@ -87,11 +88,12 @@ __all__ = [
     "dynamic_sparse_attention", "flash_mla_with_kvcache", "from_nz", "full", "get_mla_metadata",
     "get_sparse_attn_mask_from_nz_ratio", "get_sparse_attn_mask_from_threshold",
     "get_sparse_attn_mask_from_threshold_grouped", "get_sparse_attn_mask_from_token_budget", "global_window",
-    "hadamard", "hash_sparse_attention", "hash_sparse_attention_kernel", "indexer_prolog", "indexer_scores",
-    "lightning_indexer", "mla_prolog", "neighbourhood", "not_mask", "npu_sparse_attention_pto", "or_masks",
-    "pad_index", "pair_bias", "prefix", "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias",
-    "repeat_kv", "repeat_kv_varlen", "retention_decay", "retention_decays", "shared_prefix", "sink_softmax",
-    "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one", "sort_bucketed_attention",
-    "sparse_attention", "sparse_attention_pto", "sparse_flash_attention", "streaming", "t5_bias", "to_fp8",
-    "to_int8", "to_nz", "tree", "vision_cross", "write_to_slots",
+    "hadamard", "hash_sparse_attention", "hash_sparse_attention_kernel", "indexer_loss", "indexer_prolog",
+    "indexer_scores", "lightning_indexer", "mla_prolog", "neighbourhood", "not_mask",
+    "npu_sparse_attention_pto", "or_masks", "pad_index", "pair_bias", "prefix", "qk_sparse_attention",
+    "qk_sparse_attention_kernel", "relative_bias", "repeat_kv", "repeat_kv_varlen", "retention_decay",
+    "retention_decays", "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window", "soft_cap",
+    "softmax_plus_one", "sort_bucketed_attention", "sparse_attention", "sparse_attention_pto",
+    "sparse_flash_attention", "streaming", "t5_bias", "to_fp8", "to_int8", "to_nz", "tree", "vision_cross",
+    "write_to_slots",
 ]  # fmt: skip

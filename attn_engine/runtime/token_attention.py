@@ -205,6 +205,11 @@ class SummedRows:
         else:
             to.index_add_(0, rows, x)
 
+    def add_range(self, batch: int, x: Tensor) -> None:
+        """x (rows, dim) to the first rows of the only head of a batch."""
+        first = batch * self._like.shape[2]
+        self._sum[first : first + len(x), 0] += x
+
     def result(self) -> Tensor:
         batches, heads, rows, dim = self._like.shape
         return self._sum.view(batches, rows, heads, dim).transpose(1, 2).to(self._like.dtype)
