@@ -129,9 +129,17 @@ def _renamed(body: tuple[Stmt, ...], new: dict[str, str], change: Change) -> tup
                 done.append(
                     Accumulate(new.get(tensor, tensor), tuple(change(i) for i in indices), change(value))
                 )
-            case Narrow(tensor, axis, first, length, page):
+            case Narrow(tensor, _, first, length, page):
                 page = page if page is None else change(page)
-                done.append(Narrow(new.get(tensor, tensor), axis, change(first), change(length), page))
+                done.append(
+                    replace(
+                        s,
+                        tensor=new.get(tensor, tensor),
+                        first=change(first),
+                        length=change(length),
+                        page=page,
+                    )
+                )
             case Section():
                 done.append(s)
     return tuple(done)
