@@ -68,6 +68,9 @@ from attn_engine.library.sparse.seer_pooling import (
     attn_pooling_qkv_varlen,
     attn_with_pooling,
 )
+from attn_engine.library.tokens.indexer_loss import indexer_loss
+from attn_engine.library.tokens.sparse_attention import sparse_attention
+from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 __all__ = [
     "AttentionLibrary", "LocalStrideSparseAttention", "OnlineRelu", "OnlineRetention", "OnlineSigmoid",
@@ -80,9 +83,10 @@ __all__ = [
     "flash_mla_with_kvcache", "full", "get_mla_metadata", "get_sparse_attn_mask_from_nz_ratio",
     "get_sparse_attn_mask_from_threshold", "get_sparse_attn_mask_from_threshold_grouped",
     "get_sparse_attn_mask_from_token_budget", "global_window", "hash_sparse_attention",
-    "hash_sparse_attention_kernel", "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias", "prefix",
+    "hash_sparse_attention_kernel", "indexer_loss", "neighbourhood", "not_mask", "or_masks", "pad_index",
+    "pair_bias", "prefix",
     "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "repeat_kv", "repeat_kv_varlen",
     "retention_decay", "retention_decays", "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window",
-    "soft_cap", "softmax_plus_one", "sort_bucketed_attention", "streaming", "t5_bias", "tree", "vision_cross",
-    "write_to_slots",
+    "soft_cap", "softmax_plus_one", "sort_bucketed_attention", "sparse_attention", "sparse_flash_attention",
+    "streaming", "t5_bias", "tree", "vision_cross", "write_to_slots",
 ]  # fmt: skip
