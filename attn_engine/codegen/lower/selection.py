@@ -114,7 +114,7 @@ class _Selection:
     def settle(self) -> Kernel:
         own = self.tokens_of_program()
         body = (*own, Section("the best of each token in all shares of the keys"), *self.settled(SPLITS))
-        params = self.outputs(body)
+        params = (_queries(self.program), *self.outputs(body))  # Q says what is computed in
         kernel = self.kernel("settle", params, (TOPK, *self.counts()), body)
         return without_unread(replace(kernel, grid=kernel.grid[1:]))
 
