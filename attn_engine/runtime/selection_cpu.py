@@ -117,12 +117,11 @@ def plan_launches(program: Selection, sizes: dict[str, int], topk: int, lanes: i
     tokens, group = sizes["q_len"], sizes["heads"] // sizes["kv_heads"]
     rows = sizes["batches"] * sizes["kv_heads"]
     wanted = TASKS_OF_THREAD * torch.get_num_threads()
-    tile = min(MOST_TOKENS, max(1, TILE_ROWS // group))
-    tile = max(1, min(tile, tokens * rows // wanted))
+    tile = min(tokens, MOST_TOKENS, max(1, TILE_ROWS // group))
+    shares = 1 if program.pool is not None else max(1, sizes["kv_len"] // LEAST_SHARE)
+    tile = max(1, min(tile, tokens * rows * shares // wanted))
     tiles = -(-tokens // tile)
-    splits = 1
-    if program.pool is None and tiles * rows < wanted:
-        splits = max(1, min(-(-wanted // (tiles * rows)), sizes["kv_len"] // LEAST_SHARE))
+    splits = min(shares, max(1, -(-wanted // (tiles * rows))))
     words = state_words(program, topk, lanes)
     launched = max(1, min(tiles, STATE_WORDS // (words * splits * rows * tile)))
     shape = (splits, sizes["batches"], sizes["kv_heads"], launched * tile, words)

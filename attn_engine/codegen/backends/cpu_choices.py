@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_tiles import TileRenderer
-from attn_engine.ir.tile import Choice, Choose
+from attn_engine.codegen.lower.steps import Pack
+from attn_engine.ir.tile import Choice, Choose, walk
 
 
 class ChoiceRenderer(TileRenderer):
@@ -23,3 +25,10 @@ class ChoiceRenderer(TileRenderer):
             Choice.OFFER: f"offer({state}, kv_start, {value});",
             Choice.FORCE: f"force({state}, kv_start, {value});",
         }[s.choice]
+
+    def fetched(self, s: Pack) -> list[str]:
+        """Asks for the rows of the next tile, where keys stream past few tokens."""
+        if not any(isinstance(x, Choose) for x in walk(self.kernel.body)):
+            return []
+        columns, matrix = BLOCKS[s.load.axes[-1]], self.matrix(s.load.tensor, s.load.indices)
+        return [f"fetch_rows<{columns}>({matrix}, {self.axis}_start + LANES, LANES);"]

@@ -341,7 +341,7 @@ class NestRenderer(ChoiceRenderer):
             case View(name, load, padding, form):
                 return self.view(name, load, padding, form)
             case Pack():
-                return [self.pack(s)]
+                return [self.pack(s), *self.fetched(s)]
             case Unpack(tensor, indices, name):
                 columns, matrix = BLOCKS[indices[-1].axes[0]], self.matrix(tensor, indices)
                 place = f"{self.axis}_start, {TRIPS[self.axis]}"
