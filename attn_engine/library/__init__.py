@@ -39,6 +39,7 @@ from attn_engine.library.sparse.dynamic import (
     qk_sparse_attention_kernel,
     sort_bucketed_attention,
 )
+from attn_engine.library.sparse.indexer import indexer_scores, lightning_indexer
 from attn_engine.library.sparse.patterns import (
     LocalStrideSparseAttention,
     SparseAttention,
@@ -74,19 +75,20 @@ from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 __all__ = [
     "AttentionLibrary", "LocalStrideSparseAttention", "OnlineRelu", "OnlineRetention", "OnlineSigmoid",
-    "OnlineSoftmax", "SparseAttention", "alibi", "alibi_slopes", "and_masks", "append_to_cache", "attn_pooling",
-    "attn_pooling_2d", "attn_pooling_qk_varlen", "attn_pooling_qkv_varlen", "attn_with_pooling",
-    "block_1d_gqa_sparse_attn_varlen_func", "block_1d_gqa_sparse_attn_varlen_sim_func",
-    "block_2d_sparse_attn_varlen_func", "block_diffusion", "block_sparse_flash_decode_gqa_indice",
-    "block_sparse_flash_decode_gqa_mask", "causal", "causal_with_offset", "chunked", "combine_attn_partitions",
-    "compact", "differential", "dilated_window", "document", "dynamic_sparse_attention",
-    "flash_mla_with_kvcache", "full", "get_mla_metadata", "get_sparse_attn_mask_from_nz_ratio",
-    "get_sparse_attn_mask_from_threshold", "get_sparse_attn_mask_from_threshold_grouped",
-    "get_sparse_attn_mask_from_token_budget", "global_window", "hash_sparse_attention",
-    "hash_sparse_attention_kernel", "indexer_loss", "neighbourhood", "not_mask", "or_masks", "pad_index",
-    "pair_bias", "prefix",
-    "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "repeat_kv", "repeat_kv_varlen",
-    "retention_decay", "retention_decays", "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window",
-    "soft_cap", "softmax_plus_one", "sort_bucketed_attention", "sparse_attention", "sparse_flash_attention",
-    "streaming", "t5_bias", "tree", "vision_cross", "write_to_slots",
+    "OnlineSoftmax", "SparseAttention", "alibi", "alibi_slopes", "and_masks", "append_to_cache",
+    "attn_pooling", "attn_pooling_2d", "attn_pooling_qk_varlen", "attn_pooling_qkv_varlen",
+    "attn_with_pooling", "block_1d_gqa_sparse_attn_varlen_func",
+    "block_1d_gqa_sparse_attn_varlen_sim_func", "block_2d_sparse_attn_varlen_func", "block_diffusion",
+    "block_sparse_flash_decode_gqa_indice", "block_sparse_flash_decode_gqa_mask", "causal",
+    "causal_with_offset", "chunked", "combine_attn_partitions", "compact", "differential",
+    "dilated_window", "document", "dynamic_sparse_attention", "flash_mla_with_kvcache", "full",
+    "get_mla_metadata", "get_sparse_attn_mask_from_nz_ratio", "get_sparse_attn_mask_from_threshold",
+    "get_sparse_attn_mask_from_threshold_grouped", "get_sparse_attn_mask_from_token_budget",
+    "global_window", "hash_sparse_attention", "hash_sparse_attention_kernel", "indexer_loss",
+    "indexer_scores", "lightning_indexer", "neighbourhood", "not_mask", "or_masks", "pad_index",
+    "pair_bias", "prefix", "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias",
+    "repeat_kv", "repeat_kv_varlen", "retention_decay", "retention_decays", "shared_prefix",
+    "sink_softmax", "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one",
+    "sort_bucketed_attention", "sparse_attention", "sparse_flash_attention", "streaming", "t5_bias",
+    "tree", "vision_cross", "write_to_slots",
 ]  # fmt: skip

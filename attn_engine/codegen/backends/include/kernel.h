@@ -4,3 +4,4 @@
 #include "pairs.h"
 #include "pages.h"
 #include "lists.h"
+#include "select.h"
