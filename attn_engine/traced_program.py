@@ -62,9 +62,9 @@ class Description:
                     reason = f"{size!r} is a dimension of a LinearAttentionEngine alone"
                     raise WrongCustomIO(name=name, shape=shape, reason=reason)
 
-    def trace(self, storages: Mapping[str, Storage]) -> TracedProgram:
+    def trace(self, storages: Mapping[str, Storage], names: KernelNames | None = None) -> TracedProgram:
         """Run the user's functions on symbols; `storages` says how the custom inputs lie."""
-        names = KernelNames()  # one for all, so that no two captures or row values share a name
+        names = names or KernelNames()  # one for all, so that no two captures or row values share a name
         score = mask = None
         if self.score_mod is not None:
             score = trace_score_mod(self.score_mod, self.custom_io, storages, names)
