@@ -15,7 +15,7 @@ Phi = Callable[[Tensor], Tensor]  # (l, heads, D) to (heads, D)
 class Formula:
     """l, d: of compressed blocks; m: of selected blocks (l'); n: how many; w: the window."""
 
-    l: int = 8  # noqa: E741
+    l: int = 8
     d: int = 4
     m: int = 16
     n: int = 4
@@ -69,7 +69,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> tu
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     score = torch.einsum("thd,uhd->htu", q, k) * scale
-    highest = torch.where(keep, score, -torch.inf).amax(-1, keepdim=True) if k.shape[0] else score.sum(-1, True)
+    highest = (
+        torch.where(keep, score, -torch.inf).amax(-1, keepdim=True) if k.shape[0] else score.sum(-1, True)
+    )
     highest = torch.where(highest.isfinite(), highest, 0.0).detach()
     weights = torch.where(keep, torch.exp(torch.where(keep, score - highest, 0.0)), 0.0)
     total = weights.sum(-1, keepdim=True)

@@ -39,7 +39,9 @@ def check_pair(
             _refuse(name, got, want, "Convert it with .to(q).")
 
 
-def check_gates(q: Tensor, gates: Mapping[str, Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def check_gates(
+    q: Tensor, gates: Mapping[str, Tensor | None]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gates, each (..., heads) for the tokens of q or None; raises WrongArgument."""
     if all(g is None for g in gates.values()):
         names = ", ".join(gates)

@@ -84,7 +84,7 @@ def native_sparse_attention(
         check_pair(names, pair, q, (k, v))
     _, slc, win = pairs.values()
     g_cmp, g_slc, g_win = check_gates(q, {"g_cmp": g_cmp, "g_slc": g_slc, "g_win": g_win})
-    sequences = sequences_of(q, k, cu_seqlens)
+    sequences = sequences_of(q, k.shape[-3], cu_seqlens)
     rows = compressed_pair(k, v, (compress_k, compress_v), place_k, sequences, compression)
     wanted = return_block_indices or g_slc is not None
     call = BranchCall(q, sequences, sizes, scale_of(scale, q), backend)
@@ -139,7 +139,9 @@ class BranchCall:
         lse = None
         if g_cmp is not None or (wanted and block_indices is None):
             with torch.set_grad_enabled(torch.is_grad_enabled() and g_cmp is not None):
-                o, lse = over_blocks(self.q, cmp, self.sequences, self.sizes.compression, self.scale, self.backend)
+                o, lse = over_blocks(
+                    self.q, cmp, self.sequences, self.sizes.compression, self.scale, self.backend
+                )
             if g_cmp is not None:
                 found.append((g_cmp, o))
         blocks = self.blocks(cmp[0], lse, slc[0], block_indices) if wanted else None
@@ -149,7 +151,9 @@ class BranchCall:
             )
             found.append((g_slc, o))
         if g_win is not None:
-            found.append((g_win, over_window(self.q, win, self.sequences, self.sizes.window, self.scale, self.backend)))
+            found.append(
+                (g_win, over_window(self.q, win, self.sequences, self.sizes.window, self.scale, self.backend))
+            )
         return found, blocks
 
     def blocks(self, k_cmp: Tensor, lse: Tensor | None, k: Tensor, block_indices: Tensor | None) -> Tensor:

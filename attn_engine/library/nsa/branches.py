@@ -67,9 +67,7 @@ def over_selected(
     return engine(q, *kv, **sequences.of_tokens(), **_offset(sequences), **given)
 
 
-def over_window(
-    q: Tensor, kv: Pair, sequences: Sequences, window: int, scale: float, backend: str
-) -> Tensor:
+def over_window(q: Tensor, kv: Pair, sequences: Sequences, window: int, scale: float, backend: str) -> Tensor:
     """O_win like q, over the last `window` tokens, the query's own among them."""
     engine = _engine("window", (window,), *_kind(q, kv, sequences), scale, backend)
     return engine(q, *kv, **sequences.of_tokens(), **_offset(sequences))
@@ -111,5 +109,7 @@ def _engine(
     metas = [meta_tensor(None, None, None, d, dtype=dtype) for d in (dim, dim, dim_v)]
     if moves:
         custom = CustomIO({OFFSET: ("batch",)})
-        return AttentionEngine(metas, mask_mod=_moved(mask), custom_fwd_inputs=custom, scale=scale, backend=backend)
+        return AttentionEngine(
+            metas, mask_mod=_moved(mask), custom_fwd_inputs=custom, scale=scale, backend=backend
+        )
     return AttentionEngine(metas, mask_mod=mask, scale=scale, backend=backend)

@@ -89,7 +89,12 @@ class NSACache:
             instead = "Make the cache with own_pairs=True."
             refuse("k_win, v_win", "others than k_slc, v_slc", "the same: the cache has one pair", instead)
         if k.shape != slc[0].shape or v.shape != slc[1].shape:
-            refuse("k, v", (tuple(k.shape), tuple(v.shape)), "shaped as k_slc, v_slc", "They are the same tokens.")
+            refuse(
+                "k, v",
+                (tuple(k.shape), tuple(v.shape)),
+                "shaped as k_slc, v_slc",
+                "They are the same tokens.",
+            )
         one = self.window is self.selected
         new, caches = (slc, self.selected) if one else ((*slc, *win), (*self.selected, *self.window))
         lengths = append_to_cache(new, caches, self.lengths, counts=counts)
@@ -132,7 +137,7 @@ class NSACache:
             made = self.phi[i](known[sequence[:, None], self._place(tokens, sequence)]).to(x.dtype)
             if i == 0 and self.place_k is not None:
                 made = self.place_k(made, first).to(x.dtype)
-            rows[sequence, block] = check_rows("what phi makes", made, x[0, :, None], len(block))
+            rows[sequence, block] = check_rows("what phi makes", made, x.flatten(0, 1), len(block))
             recent.copy_(self._latest(known, lengths))
 
     def _latest(self, known: Tensor, lengths: Tensor) -> Tensor:

@@ -53,7 +53,14 @@ class PerceptronCompression(nn.Module):
     """Two layers with a GELU between them: gelu([x_1 .. x_l] first[h]) second[h]."""
 
     def __init__(
-        self, heads: int, block: int, dim: int, hidden: int, dim_out: int | None = None, *, position: bool = True
+        self,
+        heads: int,
+        block: int,
+        dim: int,
+        hidden: int,
+        dim_out: int | None = None,
+        *,
+        position: bool = True,
     ) -> None:
         super().__init__()
         self.first = nn.Parameter(_drawn(heads, block * dim, hidden))
@@ -76,7 +83,9 @@ def blocks_of(x: Tensor, sequences: Sequences, compression: Compression) -> Tens
         count = compression.complete(x.shape[1])
         return torch.cat([segments[:, m : m + count] for m in range(block // stride)], 2)
     starts, rows = sequences.cumulative[1].long(), sequences.rows_cumulative(compression)
-    first = starts[:-1].repeat_interleave(rows.diff().long()) + sequences.block_positions(compression, x.device)
+    first = starts[:-1].repeat_interleave(rows.diff().long()) + sequences.block_positions(
+        compression, x.device
+    )
     return blocks_at(x, first, compression)
 
 

@@ -78,7 +78,9 @@ class Sequences:
         """(batch, heads, TQ, n) of x (batch, TQ, heads, n) or packed (rows, heads, n), as lists of blocks are given;
         what lies behind the end of a sequence is anything."""
         if self.cumulative is None or not len(x):
-            return x.transpose(-3, -2) if self.cumulative is None else x.new_zeros(0, x.shape[1], 0, x.shape[2])
+            return (
+                x.transpose(-3, -2) if self.cumulative is None else x.new_zeros(0, x.shape[1], 0, x.shape[2])
+            )
         starts, lengths = self.cumulative[0][:-1].long(), self.cumulative[0].diff()
         rows = starts[:, None] + torch.arange(int(lengths.max()), device=x.device)
         return x[rows.clamp(max=len(x) - 1)].transpose(1, 2)
@@ -89,25 +91,27 @@ def summed(counts: Tensor) -> Tensor:
     return torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
 
 
-def sequences_of(q: Tensor, k: Tensor, cu_seqlens: CuSeqlens) -> Sequences:
-    """The places of q (batch, TQ, heads, D) and k (batch, T, kv heads, D), or, with cu_seqlens, packed (rows, heads, D).
+def sequences_of(q: Tensor, k_len: int, cu_seqlens: CuSeqlens) -> Sequences:
+    """The places of q (batch, TQ, heads, D) and k_len keys, or, with cu_seqlens, of packed (rows, heads, D).
 
     Raises WrongArgument.
     """
     if cu_seqlens is None:
-        return _of_batch(q, k)
+        return _of_batch(q, k_len)
     of_q, of_k = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
-    for x, rows in ((of_q, q), (of_k, k)):
+    for x, rows in ((of_q, len(q)), (of_k, k_len)):
         integers("cu_seqlens", x, (1,))
-        _check_cumulative(x, len(rows))
+        _check_cumulative(x, rows)
     if of_q.shape != of_k.shape:
         refuse("cu_seqlens", (len(of_q), len(of_k)), "of one length for q and k", "Give (cu_q, cu_k).")
     if of_q is of_k:
-        return Sequences(len(k), (of_q, of_k))
+        return Sequences(k_len, (of_q, of_k))
     offset = (of_k.diff() - of_q.diff()).to(torch.int32)
     if bool((offset < 0).any()):
-        refuse("cu_seqlens", "more queries than keys", "a key for every query", "Queries are the last tokens.")
-    return Sequences(len(k), (of_q, of_k), offset=offset)
+        refuse(
+            "cu_seqlens", "more queries than keys", "a key for every query", "Queries are the last tokens."
+        )
+    return Sequences(k_len, (of_q, of_k), offset=offset)
 
 
 def sequences_in_caches(
@@ -118,12 +122,12 @@ def sequences_in_caches(
     return Sequences(k.shape[1], lengths=lengths, counts=counts, offset=offset, rows=rows)
 
 
-def _of_batch(q: Tensor, k: Tensor) -> Sequences:
-    late = k.shape[1] - q.shape[1]
+def _of_batch(q: Tensor, k_len: int) -> Sequences:
+    late = k_len - q.shape[1]
     if late < 0:
-        refuse("the length of q", q.shape[1], f"at most that of k, {k.shape[1]}", "Queries are the last tokens.")
+        refuse("the length of q", q.shape[1], f"at most that of k, {k_len}", "Queries are the last tokens.")
     offset = torch.full((q.shape[0],), late, dtype=torch.int32, device=q.device)
-    return Sequences(k.shape[1], offset=offset if late else None)
+    return Sequences(k_len, offset=offset if late else None)
 
 
 def _check_cumulative(cu_seqlens: Tensor, rows: int) -> None:
