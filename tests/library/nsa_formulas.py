@@ -1,4 +1,6 @@
-"""Native sparse attention in float64 from the formulas of its paper, a sequence at a time: nothing here knows the engine."""
+"""Native sparse attention in float64 from the formulas of its paper, a sequence at a time: nothing here knows the
+engine.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,8 @@ def importances(q: Tensor, k_cmp: Tensor, length: int, formula: Formula, scale: 
 def check_selection(
     found: Tensor, importance: Tensor, first: int, formula: Formula, margin: float = 1e-5
 ) -> int:
-    """Whether found (TQ, kv heads, n) is what is most important, (kv heads, TQ, blocks), for the tokens from `first` on.
+    """Whether found (TQ, kv heads, n) is what is most important, (kv heads, TQ, blocks), for the tokens from `first`
+    on.
 
     Sets are compared where the last that is taken and the first that is not are further apart than the margin, sorted
     importances where they are not. Returns how many sets were compared exactly and left something out.

@@ -1,7 +1,7 @@
 """Native sparse attention (NSA, arXiv:2502.11089, sections 3.2 and 3.3).
 
-o = g_cmp O_cmp + g_slc O_slc + g_win O_win for every query head: attention over rows that stand for blocks of tokens, over
-the tokens of the n blocks that these found important, and over the last w tokens.
+o = g_cmp O_cmp + g_slc O_slc + g_win O_win for every query head: attention over rows that stand for blocks of
+tokens, over the tokens of the n blocks that these found important, and over the last w tokens.
 """
 
 from __future__ import annotations
@@ -57,16 +57,17 @@ def native_sparse_attention(
 
     q: (batch, TQ, HQ, D), the last TQ of T tokens. k: (batch, T, H, D), v: (batch, T, H, Dv), HQ a multiple of H. With
         cu_seqlens, integers (sequences + 1,) or a pair of them for q and k, all are packed: (rows, heads, D).
-    g_cmp, g_slc, g_win: (batch, TQ, HQ), or packed (rows, HQ), mostly in [0, 1]; a branch whose gate is None is left out.
+    g_cmp, g_slc, g_win: (batch, TQ, HQ), or packed (rows, HQ), mostly in [0, 1]; a branch whose gate is None is left
+        out.
     k, v: of the compressed branch; k_slc, v_slc, k_win, v_win: of the others, where they are not the same.
     compress_k, compress_v: phi, from blocks (..., l, H, D) to rows (..., H, D): mean_pooling, WeightedPooling(H, l),
         LinearCompression(H, l, D), PerceptronCompression(H, l, D, hidden), or any function.
     place_k: what becomes of compressed keys at the first positions of their blocks, (rows, positions) -> rows, such as
         Rotary(D), where k is not rotated yet.
-    compression_block l, compression_stride d, selection_block l', selected_blocks n, window w: d divides l and l', l' is a
-        power of two and at least l, n at least 3. Tokens that fill no block are not compressed.
-    scale: None is 1/sqrt(D). block_indices: integers (batch, TQ, H, any number) or packed (rows, H, any number), the blocks
-        to attend to instead of the most important ones; those that there are not, such as -1, are none.
+    compression_block l, compression_stride d, selection_block l', selected_blocks n, window w: d divides l and l',
+        l' is a power of two and at least l, n at least 3. Tokens that fill no block are not compressed.
+    scale: None is 1/sqrt(D). block_indices: integers (batch, TQ, H, any number) or packed (rows, H, any number), the
+        blocks to attend to instead of the most important ones; those that there are not, such as -1, are none.
     return_block_indices: also the blocks that were attended to, int32, computed ones ascending with -1 behind.
 
     Differentiable in q, all keys and values, the gates and what phi learns, not through the selection. Nothing of

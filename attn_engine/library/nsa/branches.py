@@ -38,7 +38,7 @@ def over_blocks(
     """
     numbers = compression.block, compression.stride
     engine = _engine("blocks", numbers, *_kind(q, kv, sequences), scale, backend)
-    named = sequences.of_blocks(compression) | _offset(sequences)
+    named: dict[str, Any] = sequences.of_blocks(compression) | _offset(sequences)
     out, rows = engine(q, *kv, return_final_rowscales=True, **named)
     return out, rows["lse"]
 

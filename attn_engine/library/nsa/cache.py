@@ -19,7 +19,8 @@ Pair = tuple[Tensor, Tensor]
 
 
 class NSACache:
-    """The past of a batch of sequences under native sparse attention; `append` tokens, then `attend` with their queries.
+    """The past of a batch of sequences under native sparse attention; `append` tokens, then `attend` with their
+    queries.
 
     batch, capacity: sequences, and the tokens that each has room for. kv_heads, dim, dim_v: of keys and values.
     own_pairs: the selected and the window branch have keys and values of their own; else one pair serves all.
@@ -112,7 +113,9 @@ class NSACache:
         scale: float | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """o (batch, TQ, HQ, Dv) of the last TQ tokens of each sequence, or of the last counts[b], which are q's first."""
+        """o (batch, TQ, HQ, Dv) of the last TQ tokens of each sequence, or of the last counts[b], which are q's
+        first.
+        """
         check_queries(q, packed=False)
         gates = check_gates(q, {"g_cmp": g_cmp, "g_slc": g_slc, "g_win": g_win})
         sequences = sequences_in_caches(q, self.selected[0], self.lengths, counts)

@@ -1,6 +1,7 @@
-"""Native sparse attention with the names and arguments of flash-linear-attention: l = d = l', blocks are means.
+"""Native sparse attention (NSA, arXiv:2502.11089) with flash-linear-attention's names and arguments.
 
-For any group of heads, any length, and gradients also where queries are fewer than keys. Where the two differ from
+There l = d = l', and blocks are means. For any group of heads, any length, and gradients also where queries are fewer
+than keys. Where the two differ from
 that library: a query without a complete block has lse = -inf, and an integer `block_counts` is taken as it is.
 """
 
@@ -45,10 +46,10 @@ def parallel_nsa(
 ) -> Tensor:
     """o (B, TQ, HQ, V): the selected branch, the compressed one where g_cmp is given, a window where window_size > 0.
 
-    q: (B, TQ, HQ, K), the last TQ tokens; k: (B, T, H, K), v: (B, T, H, V). cu_seqlens: integers (N + 1,) or (of q, of k),
-        with B = 1. g_cmp, g_slc, g_swa: gates (B, TQ, HQ); g_slc and g_swa None: 1.
-    block_indices: integers (B, TQ, H, S), instead of computed ones; without g_cmp they are needed. Blocks that there are
-        not (-1, T) are none. block_counts: how many to compute, at least 3, or integers (B, TQ, H), for each token;
+    q: (B, TQ, HQ, K), the last TQ tokens; k: (B, T, H, K), v: (B, T, H, V). cu_seqlens: integers (N + 1,) or (of q,
+        of k), with B = 1. g_cmp, g_slc, g_swa: gates (B, TQ, HQ); g_slc and g_swa None: 1.
+    block_indices: integers (B, TQ, H, S), instead of computed ones; without g_cmp they are needed. Blocks that there
+        are not (-1, T) are none. block_counts: how many to compute, at least 3, or integers (B, TQ, H), for each token;
         with block_indices, how many of the leading ones count.
     window_size: tokens, the own one among them; 0: no window. scale: None is 1/sqrt(K). Raises WrongArgument.
     """

@@ -27,10 +27,10 @@ PHIS = ("mean", "weighted", "linear", "mlp")
 class NativeSparseAttention(nn.Module):
     """A causal attention layer: (batch, T, dim) to (batch, T, dim), or packed (rows, dim) with cu_seqlens.
 
-    dim: of the tokens. heads, kv_heads, head_dim: of the attention; head_dim None: dim / heads. phi: "mean", "weighted",
-        "linear" or "mlp", each but the mean with a learnable position inside of a block for keys. own_pairs: every
-        branch has keys and values of its own, as in the paper. rotary_base: of rotary positions, keys being
-        compressed before they are rotated; None: no positions. Sizes are those of `native_sparse_attention`.
+    dim: of the tokens. heads, kv_heads, head_dim: of the attention; head_dim None: dim / heads. phi: "mean",
+        "weighted", "linear" or "mlp", each but the mean with a learnable position inside of a block for keys.
+        own_pairs: every branch has keys and values of its own, as in the paper. rotary_base: of rotary positions,
+        keys being compressed before they are rotated; None: no positions. Sizes are those of `native_sparse_attention`.
 
     The gates are sigmoids of a projection of the token, one for each head and branch. Raises WrongArgument.
     """

@@ -1,7 +1,8 @@
-"""The parts of native sparse attention as functions on packed sequences, with the names of native-sparse-attention-triton.
+"""The parts of native sparse attention as functions on packed sequences, with the names of
+native-sparse-attention-triton (NSA, arXiv:2502.11089).
 
-compressed keys and values, attention over them with the blocks that they find important, and attention over these blocks;
-any group of heads, and blocks of any power of two.
+compressed keys and values, attention over them with the blocks that they find important, and attention over these
+blocks; any group of heads, and blocks of any power of two.
 """
 
 from __future__ import annotations
@@ -90,8 +91,9 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor]:
     """O_cmp (rows, HQ, D'), and the blocks of most importance, int32 (H, rows, topk), ascending, -1 behind.
 
-    q: (rows, HQ, D). k, v: rows of blocks with their cu_seqlens_k, as `linear_compress` gives them. The first init_blocks and
-    the last local_blocks up to the query's own are always among the topk. max_seqlen_q, max_seqlen_k: not needed.
+    q: (rows, HQ, D). k, v: rows of blocks with their cu_seqlens_k, as `linear_compress` gives them. The first
+    init_blocks and the last local_blocks up to the query's own are always among the topk. max_seqlen_q,
+    max_seqlen_k: not needed.
     """
     compression = Compression(kernel_size, kernel_stride)
     _check_selection(compression, block_size, topk, init_blocks, local_blocks)
@@ -146,8 +148,8 @@ def compressed_attention_decode(
 ) -> tuple[Tensor, Tensor]:
     """O_cmp (batch, HQ, D') of the last tokens, and their blocks, int32 (H, batch, topk).
 
-    q: (batch, HQ, D). k, v: caches of compressed rows (batch, capacity, H, D). seqlens, compress_seqlens: integers (batch,),
-    the tokens and the compressed rows of each sequence.
+    q: (batch, HQ, D). k, v: caches of compressed rows (batch, capacity, H, D). seqlens, compress_seqlens: integers
+    (batch,), the tokens and the compressed rows of each sequence.
     """
     compression = Compression(kernel_size, kernel_stride)
     _check_selection(compression, block_size, topk, init_blocks, local_blocks)
@@ -175,7 +177,9 @@ def topk_sparse_attention_decode(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """O_slc (batch, HQ, D') of the last tokens over the blocks topk_idx (H, batch, topk) of caches k (batch, capacity, H, D)."""
+    """O_slc (batch, HQ, D') of the last tokens over the blocks topk_idx (H, batch, topk) of caches k (batch,
+    capacity, H, D).
+    """
     power_of_two("block_size", block_size)
     shaped("q", q, ("batch", "heads", "D"), "the last tokens")
     last = q[:, None]

@@ -1,8 +1,9 @@
 """Which blocks a query attends to (section 3.3.2, equations 8 to 12).
 
-p[h, t, i] is the weight of compressed block i in the first branch. importance[g, t, j] sums it over the heads h of group g,
-and over i times W[i, j] = |[i d, i d + l) and [j l', j l' + l')| / d. Of the blocks before the query's own, c = t // l', those of
-most importance are taken, of equal ones the first; blocks 0, c and c - 1 always are. No gradient passes.
+p[h, t, i] is the weight of compressed block i in the first branch. importance[g, t, j] sums it over the heads h of
+group g, and over i times W[i, j] = |[i d, i d + l) and [j l', j l' + l')| / d. Of the blocks before the query's own,
+c = t // l', those of most importance are taken, of equal ones the first; blocks 0, c and c - 1 always are. No
+gradient passes.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def selected(
 ) -> Tensor:
     """int32 (batch, TQ, kv heads, n), or packed (rows, kv heads, n): blocks of each sequence, ascending, -1 behind.
 
-    k_cmp, lse: of the compressed branch, (batch, blocks, kv heads, D) and (batch, heads, TQ), or packed. forced: how many blocks are
-    taken always, of the first ones and of the last ones up to the query's own.
+    k_cmp, lse: of the compressed branch, (batch, blocks, kv heads, D) and (batch, heads, TQ), or packed. forced: how
+    many blocks are taken always, of the first ones and of the last ones up to the query's own.
     """
     overlap = (compression.block, compression.stride, selection_block)
     kind = q.dtype, q.shape[-1], sequences.packed, sequences.offset is not None
@@ -44,7 +45,8 @@ def selected(
     select = _engine(overlap, forced, *kind, scale, where)
     named: dict[str, Any] = sequences.of_blocks(compression)
     if sequences.cumulative is not None:
-        named["first"] = sequences.cumulative[0][:-1]
+        starts = sequences.cumulative[0]
+        named |= {"first": starts[:-1], "last": (starts[-1:] - 1).clamp(min=0)}
     if sequences.offset is not None:
         named[OFFSET] = sequences.offset
     return select(q, k_cmp, lse=lse, topk=selected_blocks, **named)
@@ -79,8 +81,10 @@ def _engine(
 
     def weight(score: Any, custom_fwd_inputs: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         inputs = custom_fwd_inputs.input_tensors
-        lse = inputs["lse"]
-        return torch.exp(score - (lse[h, inputs["first"][b] + q_idx] if packed else lse[b, h, q_idx]))
+        if packed:
+            row = torch.minimum(inputs["first"][b] + q_idx, inputs["last"][0])
+            return torch.exp(score - inputs["lse"][h, row])
+        return torch.exp(score - inputs["lse"][b, h, q_idx])
 
     def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom_fwd_inputs: Any) -> Any:
         return complete(b, h, position(b, q_idx, custom_fwd_inputs), kv_idx)
@@ -88,9 +92,9 @@ def _engine(
     def forced(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom_fwd_inputs: Any) -> Any:
         return near(b, h, position(b, q_idx, custom_fwd_inputs), kv_idx)
 
-    shapes: dict[str, tuple[str, ...]] = {"lse": ("batch", "heads", "seq_len")}
+    shapes: dict[str, tuple[str | int, ...]] = {"lse": ("batch", "heads", "seq_len")}
     if packed:
-        shapes = {"lse": ("heads", "seq_len"), "first": ("batch",)}
+        shapes = {"lse": ("heads", "seq_len"), "first": ("batch",), "last": (1,)}
     if moves:
         shapes[OFFSET] = ("batch",)
     metas = [meta_tensor(None, None, None, dim, dtype=dtype)] * 2

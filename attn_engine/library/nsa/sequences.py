@@ -18,9 +18,10 @@ CuSeqlens = Tensor | tuple[Tensor, Tensor] | None
 class Sequences:
     """The queries of a sequence are its last tokens.
 
-    k_len: rows of k in a batch; where it is packed, all rows. cumulative: of packed queries and of packed keys, integers
-    (sequences + 1,). lengths: integers (batch,), how many rows of a cache are filled; counts: how many queries there are
-    of each, where not all. offset: the position of the first query of every sequence; None where all begin at 0.
+    k_len: rows of k in a batch; where it is packed, all rows. cumulative: of packed queries and of packed keys,
+    integers (sequences + 1,). lengths: integers (batch,), how many rows of a cache are filled; counts: how many
+    queries there are of each, where not all. offset: the position of the first query of every sequence; None where
+    all begin at 0.
     rows: where compressed rows lie, cumulative or as lengths; None where it follows from the tokens.
     """
 
@@ -117,7 +118,9 @@ def sequences_of(q: Tensor, k_len: int, cu_seqlens: CuSeqlens) -> Sequences:
 def sequences_in_caches(
     q: Tensor, k: Tensor, lengths: Tensor, counts: Tensor | None = None, rows: Tensor | None = None
 ) -> Sequences:
-    """Of q (batch, TQ, heads, D), TQ or counts[b] queries: the last of the lengths[b] rows of k (batch, capacity, ...)."""
+    """Of q (batch, TQ, heads, D), TQ or counts[b] queries: the last of the lengths[b] rows of k (batch, capacity,
+    ...).
+    """
     offset = (lengths - (q.shape[1] if counts is None else counts)).to(torch.int32)
     return Sequences(k.shape[1], lengths=lengths, counts=counts, offset=offset, rows=rows)
 
