@@ -5,3 +5,4 @@
 #include "pages.h"
 #include "lists.h"
 #include "select.h"
+#include "scaled.h"
