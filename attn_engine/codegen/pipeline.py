@@ -73,7 +73,9 @@ def lower(
             *(p.name for p in program.rule.pooled),
         ]
         page = 0 if direction == "backward" else program.sequences.page  # paged keys have no gradients
-        kernels = (over_sequences(k, (*dense, *(PAGED if page else ()))) for k in module.kernels)
+        dense += PAGED if page else ()
+        listed = program.sequences.listed
+        kernels = (over_sequences(k, dense, listed) for k in module.kernels)
         module = replace(module, kernels=tuple(over_pages(k, page) if page else k for k in kernels))
     if program.cache is not None and direction != "backward":  # such caches have no gradients
         cache = program.cache

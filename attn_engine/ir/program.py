@@ -214,10 +214,13 @@ class Sequences:
     number.
     page: K and V lie in pages of so many rows, anywhere in a cache, and a table says which (docs/adr/0027); `packed` is
     then about q alone. 0: they lie as q does.
+    listed: the rows of packed sequences lie anywhere, and two more tables name each of them: tensors with D or Dv
+    columns keep that order, row values are in the order of the sequences.
     """
 
     packed: bool
     page: int = 0
+    listed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

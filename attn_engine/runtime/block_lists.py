@@ -19,7 +19,7 @@ from attn_engine.codegen.schedule import SMALLEST_BLOCK
 from attn_engine.errors import AttnEngineError
 from attn_engine.ir.passes.mask_range import OTHER
 from attn_engine.ir.program import Attention, ListedBlocks
-from attn_engine.runtime.sequences import SPAN_NAMES
+from attn_engine.runtime.sequences import PLACE_NAMES, SPAN_NAMES
 
 
 class WrongBlockLists(AttnEngineError, ValueError):
@@ -90,8 +90,9 @@ def tensor_names(program: Attention) -> tuple[str, ...]:
     lists = list_names(program.listed) if program.listed else ()
     spans = SPAN_NAMES if program.sequences else ()
     pages = (BLOCK_TABLE,) if program.sequences and program.sequences.page else ()
+    places = PLACE_NAMES if program.sequences and program.sequences.listed else ()
     scales = SCALES if program.cache else ()
-    return (*(c.name for c in program.captures), *lists, *spans, *pages, *scales)
+    return (*(c.name for c in program.captures), *lists, *spans, *pages, *places, *scales)
 
 
 def fits_tiles(block_q: int, block_kv: int) -> bool:

@@ -42,8 +42,8 @@ template <int COLUMNS, class T> INLINE FloatVector load_slice(const T* row, int 
 }
 
 /// to[row] = slices of x[first + row] * factor; rows from `count` on are zero.
-template <int COLUMNS, int QUERIES, int PADDED, class T>
-OUTLINE void pack_rows(Real (&to)[QUERIES][PADDED], const Matrix<T>& x, int first, int count, Real factor) {
+template <int COLUMNS, int QUERIES, int PADDED, class M>
+OUTLINE void pack_rows(Real (&to)[QUERIES][PADDED], const M& x, int first, int count, Real factor) {
   for (int row = 0; row < QUERIES; ++row) {
     Real numbers[COLUMNS] = {};
     if (row < count) read_row(numbers, x, first + row, COLUMNS);

@@ -15,7 +15,7 @@ template <class X, class S> struct Scaled {
 
 template <class X, class S> struct ScaledMatrix {
   using Element = typename X::Element;
-  static constexpr bool IN_PAGES = X::IN_PAGES, SCATTERED = false;
+  static constexpr bool IN_PAGES = X::IN_PAGES, SCATTERED = X::SCATTERED;
   X numbers;
   S scales;
   int64_t block;  // columns of one scale
