@@ -230,6 +230,7 @@ class Attention:
     element: storage of q, k, v and o. dim_qk, dim_v: head dimensions, compile-time constants.
     listed: the sizes of the blocks whose lists a call brings; None: the mask alone says what is visible.
     sequences: how sequences lie whose tables a call brings; None: every row of the batch is one, of the same length.
+    cache: how k and v lie where a call brings scales for them (docs/adr/0029); None: as q does.
     Everything else (batch, heads, lengths, strides, scale, captured numbers) is a run-time argument.
     """
 
@@ -242,6 +243,7 @@ class Attention:
     dim_v: int
     listed: ListedBlocks | None = None
     sequences: Sequences | None = None
+    cache: Storage | None = None
 
     @property
     def functions(self) -> tuple[ScalarFn, ...]:

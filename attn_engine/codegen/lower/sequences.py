@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from attn_engine.codegen.lower.scaled import scale_param
 from attn_engine.codegen.lower.values import INT, KV_LEN, Q_LEN, scalar
 from attn_engine.ir.expr import Const, Expr, Load, Var, loads, substitute, variables
 from attn_engine.ir.ops import Storage
@@ -86,6 +87,10 @@ def narrowed_tensors(kernel: Kernel) -> dict[str, int]:
     """The tensors of which a kernel sees one sequence, and which of their dimensions is the batch."""
     narrowed = (s for s in walk(kernel.body) if isinstance(s, Narrow) and s.page is None)
     names = dict.fromkeys(s.tensor for s in narrowed)
+    present = {p.name for p in kernel.params}
+    names |= dict.fromkeys(
+        s for s in map(scale_param, list(names)) if s in present
+    )  # narrowed with their tensors
     return {name: kernel.param(name).shape.index("batches") for name in names}
 
 

@@ -4,3 +4,5 @@
 #include "pairs.h"
 #include "pages.h"
 #include "lists.h"
+#include "select.h"
+#include "scaled.h"

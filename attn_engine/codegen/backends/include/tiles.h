@@ -19,6 +19,9 @@ template <class T> struct Matrix {
   template <int COLUMNS> static void fetch(int64_t) {}
 };
 
+/// Whether rows of a matrix have scales (scaled.h).
+template <class M> constexpr bool SCALED = false;
+
 template <class T, int RANK, class... Index> INLINE Matrix<T> matrix(const Tensor<T, RANK>& tensor, Index... index) {
   static_assert(sizeof...(Index) == RANK - 2, "an index for each dimension but the last two");
   T* data = tensor.data;
