@@ -29,7 +29,9 @@ from attn_engine.ir.selection import Overlap, Selection
 from attn_engine.options import checked_scale, fixed_sizes, three_metas
 from attn_engine.runtime.bind import LAYOUTS, Expected, custom_by_name, storage_of
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
+from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.selection_checks import check_forced
+from attn_engine.runtime.selection_cpu import CpuSelection
 from attn_engine.runtime.selection_dense import DenseSelection
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.strides import logical_view, of_logical
@@ -38,7 +40,7 @@ from attn_engine.sequence_calls import sequence_places
 from attn_engine.traced_program import Description
 from attn_engine.traced_selection import Importance, SelectionDescription, TracedSelection
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "cpu", "torch", "reference")
 
 
 class Machine(Protocol):
@@ -155,6 +157,8 @@ class SelectionEngine(SelectionText):
         chosen = _checked_topk(topk)
         if self.backend == "reference":
             found = DenseSelection(traced.program, *views, tensors, numbers, torch.float64).indices(chosen)
+        elif self._runs_on_cpu(q):
+            found = self._machine(traced)(*views, tensors, numbers, chosen)
         else:
             found = self._dense(traced, views, tensors, numbers).indices(chosen)
         return of_logical(found, self.layout, q.ndim == 3)
@@ -220,6 +224,19 @@ class SelectionEngine(SelectionText):
         self._checks(pairs, q, k, k, custom, spans, scalars)
         check_forced(traced.program, self._logical(q), self._logical(k), tensors, numbers)
         return traced, tensors, {"scale": self.scale, **numbers}
+
+    def _runs_on_cpu(self, q: Tensor) -> bool:
+        """Whether generated C++ answers: backend "cpu", or "auto" for tensors on a CPU."""
+        return self.backend == "cpu" or (
+            self.backend == "auto" and q.device.type == "cpu" and find_compiler() is not None
+        )
+
+    @staticmethod
+    def _machine(traced: TracedSelection) -> CpuSelection:
+        found = traced.machines.get("cpu")
+        if found is None:
+            found = traced.machines["cpu"] = CpuSelection(traced.program)
+        return found
 
     def _dense(
         self,

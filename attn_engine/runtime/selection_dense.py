@@ -111,9 +111,11 @@ class DenseSelection:
         value = torch.where(visible, value, 0.0)
         by_group = (q.shape[0], kv_heads, group, *value.shape[2:])
         importance, there = value.reshape(by_group).sum(2), visible.reshape(by_group).any(2)
+        there = there & (importance > -math.inf)
+        importance = torch.where(there, importance, 0.0)
         if self.program.pool is not None:
             importance, there = pooled(self.program.pool, importance, there)
-        importance = torch.where(there & ~importance.isnan(), importance, -math.inf)
+        importance = torch.where(there, importance, -math.inf)
         return Rows(importance, self._forced(score, batch, rows, kv_heads, keys, inside))
 
     def _forced(

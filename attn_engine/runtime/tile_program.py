@@ -29,7 +29,7 @@ from attn_engine.ir.expr import (
     postorder,
 )
 from attn_engine.ir.ops import INFO, Number, Storage
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Param, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Param, Section, Stmt, StoreTile
 from attn_engine.runtime.dense import apply_op, torch_kind
 
 Value = Tensor | bool | int | float
@@ -140,6 +140,8 @@ class _Instance:
                         self._scoped(inner)
                 case Narrow():
                     self._narrow(statement)
+                case Choose():
+                    raise AssertionError("torch carries selections out by runtime/selection_dense.py")
                 case StoreTile(name, indices, value):
                     self._write(name, indices, value, add=False)
                 case Accumulate(name, indices, value):

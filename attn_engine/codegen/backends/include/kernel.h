@@ -3,3 +3,4 @@
 #include "tiles.h"
 #include "pairs.h"
 #include "pages.h"
+#include "select.h"

@@ -101,8 +101,8 @@ INLINE void transpose(FloatVector (&v)[WIDTH]) {
 }
 
 /// to[column][lane] = x[first + lane][column] * factor; lanes from `count` on are zero.
-template <int COLUMNS, class T>
-OUTLINE void pack_lanes(Real (*to)[LANES], const Matrix<T>& x, int first, int count, Real factor) {
+template <int COLUMNS, class M>
+OUTLINE void pack_lanes(Real (*to)[LANES], const M& x, int first, int count, Real factor) {
   constexpr int SQUARES = COLUMNS / WIDTH * WIDTH;
   const int vectors = x.column_stride == 1 ? SQUARES : 0;
   for (int lane = 0; lane < LANES; lane += WIDTH) {
