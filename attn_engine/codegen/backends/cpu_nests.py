@@ -245,7 +245,7 @@ class NestRenderer(ChoiceRenderer, AheadRenderer):
         self.row_name = "row"
         zero = isinstance(product.init, Full) and product.init.value == 0
         added = [] if zero else [f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = {init} + sums[r];"]
-        asked = [f"  {line}" for line in (*self.fetched(product), *self.fetched_sums(n))]
+        asked = [f"  {line}" for line in (*self.fetched_rows(product), *self.fetched_sums(n))]
         call = f"multiply_add(sums, {TRIPS[product.depth]}, {self.numbers(product)}, {self.lanes(product)});"
         kept = product.name in n.stored and len(n.steps) == 1 and not n.forms
         rest = (
