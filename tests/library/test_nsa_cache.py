@@ -14,7 +14,7 @@ from attn_engine.runtime.paged_checks import WrongPages
 from tests.library.nsa_formulas import Formula
 
 F = Formula()
-BACKEND = "torch"
+BACKEND = "reference"  # dense: what is tested is how calls are put together
 
 
 def layer(**options: Any) -> NativeSparseAttention:
