@@ -148,8 +148,9 @@ def _block(body: tuple[Stmt, ...], depth: int) -> list[str]:
                 lines += _block(inner, 1)
             case If(condition, inner):
                 lines += [f"if {format_expr(condition)}:", *_block(inner, 1)]
-            case Narrow(tensor, _, first, length, page):
+            case Narrow(tensor, _, first, length, page, places):
                 of = tensor if page is None else f"page {format_expr(page)} of {tensor}"
+                of += f" that {places} names" if places else ""
                 lines.append(f"{tensor} = {format_expr(length)} rows of {of} from {format_expr(first)} on")
             case Choose(choice, states, row, value):
                 where = f"{states}[{', '.join(format_expr(i) for i in row)}]"

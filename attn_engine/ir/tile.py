@@ -2,7 +2,8 @@
 
     stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title, following)
            | If(condition, body, title) | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
-           | Narrow(tensor, axis, first, length, page) | Choose(choice, states, row, value, result, place, blocks)
+           | Narrow(tensor, axis, first, length, page, places)
+           | Choose(choice, states, row, value, result, place, blocks)
     kernel = Kernel(name, params, scalars, grid, order, tile, body, header, heavy_last, lanes, tables, tiles)
     module = Module(program, kernels)
 
@@ -104,6 +105,9 @@ class Narrow:
     page: the first dimension of the tensor counts pages, and the rows are those of this one: position p is its row
     first + p. `first` may be negative: positions before the page and from `length` on are not there. The tensor is then
     indexed as if this page were its only one. Both may differ from position to position (span the axis) inside a tile.
+
+    places: a table (rows,), int32, that names the tensor's rows, of which each occurs once: position p is its row
+    places[first + p].
     """
 
     tensor: str
@@ -111,6 +115,7 @@ class Narrow:
     first: Expr
     length: Expr
     page: Expr | None = None
+    places: str | None = None
 
 
 class Choice(Enum):

@@ -185,6 +185,8 @@ class NestRenderer(ChoiceRenderer, AheadRenderer):
             load, page = table_of_pages(s)
             place = f"{load.tensor}, {self.expr(load.indices[0])}, kv_len"
             return [f"const auto {s.tensor} = in_pages<{page}>({whole}, {place});"]
+        if s.places is not None:
+            return [f"const auto {s.tensor} = listed_rows<{dimension}>({whole}, {s.places}, {rows});"]
         return [f"const auto {s.tensor} = rows_of<{dimension}>({whole}, {rows});"]
 
     # -- nests
