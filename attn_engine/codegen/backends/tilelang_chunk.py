@@ -14,6 +14,7 @@ from attn_engine.codegen.backends.device_library import device_functions, functi
 from attn_engine.codegen.backends.tilelang_chunk_rows import BLOCKS
 from attn_engine.codegen.backends.tilelang_chunk_statements import ChunkCalls
 from attn_engine.codegen.backends.tilelang_types import TileLangOptions, dtype_name
+from attn_engine.codegen.backends.triton_layout import wrapped
 from attn_engine.codegen.backends.triton_chunk_params import (
     GROUPS,
     ROWS,
@@ -101,7 +102,8 @@ def _dynamic(arguments: Sequence[Argument]) -> list[str]:
     lines = [f'{s} = T.dynamic("{s}")' for s in sizes]
     for a in dict.fromkeys(arguments):
         if a.strides:
-            lines.append(f'{a.tensor.name}_strides = T.dynamic("{", ".join(a.strides)}", "int64")')
+            line = f'{a.tensor.name}_strides = T.dynamic("{", ".join(a.strides)}", "int64")'
+            lines += wrapped(line, 0)
     return lines
 
 
@@ -122,7 +124,7 @@ class TileLangPhase(ChunkCalls):
             "d": padded(self.program.dim_qk) != self.program.dim_qk,
             "dv": self.program.dim_v % columns != 0,
         }
-        self.firsts, self.kept, self.doubles, self.buffers = {}, {}, set(), {}
+        self.firsts, self.doubles, self.buffers = {}, set(), {}
         tiles = phase.tiles()
         taken = {n for t in tiles for n in (t.name, t.last.name, f"{t.name}_rounded", f"{t.name}_before")}
         taken |= _OWN | set(device_functions(LIBRARY))
@@ -310,7 +312,7 @@ class TileLangPhase(ChunkCalls):
         state, forward = self.phase.carried, self.phase.carried is STATE
         first, last = ("initial", "final") if forward else ("d_final", "d_initial")
         inner = [
-            f"place = {'turn' if forward else 'chunk_count - 1 - turn'}",
+            *([] if forward else ["place = chunk_count - 1 - turn"]),
             "chunk = first_chunk + place",
             "chunk_start = place * CHUNK",
             *self._tokens(),
@@ -324,7 +326,7 @@ class TileLangPhase(ChunkCalls):
             *(self._begin_faults() if self.phase.reports else []),
             *self._kept(state, "load", "sequence", first),
             "chunk_count = T.ceildiv(length, CHUNK)",
-            "for turn in T.serial(chunk_count):",
+            f"for {'place' if forward else 'turn'} in T.serial(chunk_count):",
             *(f"    {line}" if line else "" for line in inner),
             "",
             *self._kept(state, "store", "sequence", last),
