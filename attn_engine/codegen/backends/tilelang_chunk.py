@@ -7,6 +7,7 @@ done. The same text without threads runs on the CPU.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,6 @@ from attn_engine.codegen.backends.device_library import device_functions, functi
 from attn_engine.codegen.backends.tilelang_chunk_rows import BLOCKS
 from attn_engine.codegen.backends.tilelang_chunk_statements import ChunkCalls
 from attn_engine.codegen.backends.tilelang_types import TileLangOptions, dtype_name
-from attn_engine.codegen.backends.triton_layout import wrapped
 from attn_engine.codegen.backends.triton_chunk_params import (
     GROUPS,
     ROWS,
@@ -22,6 +22,7 @@ from attn_engine.codegen.backends.triton_chunk_params import (
     ChunkTensor,
     phase_tensors,
 )
+from attn_engine.codegen.backends.triton_layout import WIDTH
 from attn_engine.codegen.lower.chunk_phases import ChunkPhase, names_read
 from attn_engine.codegen.lower.columns import padded
 from attn_engine.codegen.lower.emit import Names
@@ -102,9 +103,17 @@ def _dynamic(arguments: Sequence[Argument]) -> list[str]:
     lines = [f'{s} = T.dynamic("{s}")' for s in sizes]
     for a in dict.fromkeys(arguments):
         if a.strides:
-            line = f'{a.tensor.name}_strides = T.dynamic("{", ".join(a.strides)}", "int64")'
-            lines += wrapped(line, 0)
+            lines += _stride_lines(a)
     return lines
+
+
+def _stride_lines(a: Argument) -> list[str]:
+    line = f'{a.tensor.name}_strides = T.dynamic("{", ".join(a.strides)}", "int64")'
+    if len(line) <= WIDTH:
+        return [line]
+    names = textwrap.wrap(", ".join(a.strides), WIDTH - 8, drop_whitespace=False)
+    quoted = [f'    "{n}"' for n in names]
+    return [f"{a.tensor.name}_strides = T.dynamic(", *quoted[:-1], f"{quoted[-1]},", '    "int64",', ")"]
 
 
 class TileLangPhase(ChunkCalls):
