@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 16 << 20  # bytes. Smaller tensors are memory that the allocator has had before.
+LARGE = 4 << 20  # bytes. The allocator hands smaller tensors memory that it has had before.
 PAGE = 2 << 20
 _HUGE_PAGES = 14  # MADV_HUGEPAGE
 
