@@ -39,7 +39,7 @@ from attn_engine.library.sparse.dynamic import (
     qk_sparse_attention_kernel,
     sort_bucketed_attention,
 )
-from attn_engine.library.sparse.indexer import indexer_scores, lightning_indexer
+from attn_engine.library.sparse.indexer import indexer_scores, lightning_indexer, mqa_logits
 from attn_engine.library.sparse.patterns import (
     LocalStrideSparseAttention,
     SparseAttention,
@@ -82,7 +82,7 @@ __all__ = [
     "get_sparse_attn_mask_from_threshold", "get_sparse_attn_mask_from_threshold_grouped",
     "get_sparse_attn_mask_from_token_budget", "global_window", "hash_sparse_attention",
     "hash_sparse_attention_kernel", "indexer_scores",
-    "lightning_indexer", "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias", "prefix",
+    "lightning_indexer", "mqa_logits", "neighbourhood", "not_mask", "or_masks", "pad_index", "pair_bias", "prefix",
     "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "repeat_kv", "repeat_kv_varlen",
     "retention_decay", "retention_decays", "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window",
     "soft_cap", "softmax_plus_one", "sort_bucketed_attention", "streaming", "t5_bias", "tree", "vision_cross",
