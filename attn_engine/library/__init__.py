@@ -63,7 +63,7 @@ from attn_engine.library.sparse.dynamic import (
     qk_sparse_attention_kernel,
     sort_bucketed_attention,
 )
-from attn_engine.library.sparse.indexer import indexer_scores, lightning_indexer
+from attn_engine.library.sparse.indexer import indexer_scores, lightning_indexer, mqa_logits
 from attn_engine.library.sparse.patterns import (
     LocalStrideSparseAttention,
     SparseAttention,
@@ -113,7 +113,7 @@ __all__ = [
     "get_sparse_attn_mask_from_threshold_grouped", "get_sparse_attn_mask_from_token_budget",
     "global_window", "hadamard", "hash_sparse_attention", "hash_sparse_attention_kernel",
     "indexer_loss", "indexer_prolog", "indexer_scores", "lightning_indexer", "linear_compress",
-    "mean_pooling", "mla_prolog", "native_sparse_attention", "neighbourhood", "not_mask",
+    "mean_pooling", "mla_prolog", "mqa_logits", "native_sparse_attention", "neighbourhood", "not_mask",
     "npu_sparse_attention_pto", "or_masks", "pad_index", "pair_bias", "parallel_nsa",
     "parallel_nsa_compression", "parallel_nsa_topk", "prefix", "qk_sparse_attention",
     "qk_sparse_attention_kernel", "relative_bias", "repeat_kv", "repeat_kv_varlen", "retention_decay",
