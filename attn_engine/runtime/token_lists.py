@@ -48,7 +48,8 @@ class TokenLists:
 
     name, table_name: how the caller calls them. indices: (B, S, kv heads or 1, longest). limit: int64 (B, S), entries
     from there on count for nothing. counts: entries of each list that count, (B, S, kv heads or 1), or None.
-    block_table: where the positions lie in a cache, or None. rows_of_batch: rows of K of a batch or of a page; 0: entries are rows themselves.
+    block_table: where the positions lie in a cache, or None. rows_of_batch: rows of K of a batch or of a page; 0:
+    entries are rows themselves. all_rows: of all batches or pages.
     """
 
     name: str

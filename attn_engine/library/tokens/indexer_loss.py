@@ -103,11 +103,19 @@ class _IndexerLoss(torch.autograd.Function):
     """The loss of (targets, reduction, index_scale, index_q, index_k, weights)."""
 
     @staticmethod
-    def forward(ctx: Any, targets: Targets, reduction: str, scale: float, *tensors: Tensor):
+    def forward(
+        ctx: Any,
+        targets: Targets,
+        reduction: str,
+        scale: float,
+        index_q: Tensor,
+        index_k: Tensor,
+        weights: Tensor,
+    ):
         ctx.targets, ctx.reduction, ctx.scale = targets, reduction, scale
-        indexer = Indexer(*tensors, scale)
+        indexer = Indexer(index_q, index_k, weights, scale)
         if reduction == "none":
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(index_q, index_k, weights)
             return targets.losses(indexer, None)
         seen = targets.seen().to(indexer.compute)
         total = seen.sum().clamp(min=1) if reduction == "mean" else seen.new_ones(())
@@ -119,7 +127,8 @@ class _IndexerLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, arriving: Tensor):
         if ctx.reduction == "none":
-            indexer = Indexer(*ctx.saved_tensors, ctx.scale)
+            index_q, index_k, weights = ctx.saved_tensors
+            indexer = Indexer(index_q, index_k, weights, ctx.scale)
             ctx.targets.losses(indexer, arriving)
             return None, None, None, *indexer.gradients()
         return None, None, None, *(g * arriving.to(g.dtype) for g in ctx.saved_tensors)
