@@ -45,6 +45,7 @@ from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.operator import apply
 from attn_engine.runtime.reference import reference
+from attn_engine.runtime.scaled import CACHE, scales_given
 from attn_engine.runtime.strides import logical_view, of_logical
 from attn_engine.schedules import TUNE_SECONDS, Schedules, tune_for_call
 from attn_engine.sequence_calls import of_call, sequence_places
@@ -233,7 +234,7 @@ class AttentionEngine(EngineText):
         float64 inputs), lse is a natural logarithm and -inf in a row that sees no key. A loss may use them where they
         require a gradient: lse does, a row maximum does not.
         cu_len_q, cu_len_kv (packed), or start_q, len_q, start_kv, len_kv (in a batch): sequences of their own lengths,
-        as docs/packed.md says.
+        as docs/packed.md says; block_table, k_scale and v_scale: keys in a cache, docs/serving.md.
         block_sparse_mask, or block_sparse_indices (with block_num), and block_size: the blocks of keys that blocks of
         queries, or query tokens, may see, as docs/sparse.md says.
         token_indices or token_slots, and token_counts: the keys that each query sees, as docs/dsa.md says.
@@ -339,14 +340,18 @@ class AttentionEngine(EngineText):
         """The program of this call, its captured tensors and lists, its numbers ("scale" first), all checked; and what
         is remembered of such calls."""
         places = sequence_places(named, self._checks.custom_shapes) if named else None
+        scales = scales_given(named, self._checks.custom_shapes, k, v, self.layout) if named else None
         custom = custom_by_name(self._checks.custom_shapes, custom_inputs, named)
         traced = self._current(self._storages(custom))
         tensors, numbers = traced.tensors(custom), traced.scalars()
         lists = self._lists_of(block_mask)
         if lists is not None or places is not None:
-            self._checks.check_shapes(q, k, v, places and places.sequences(k, self.layout))
+            sequences = places and places.sequences(k, self.layout)
+            self._checks.check_shapes(q, k, v, sequences, scales is not None)
             found = of_call(lists, places, self._logical(q), self._logical(k))
             traced, tensors = traced.with_layout(found.blocks, found.sequences), tensors | found.tensors
+        if scales is not None:
+            traced, tensors = traced.with_cache(CACHE), tensors | scales
         kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)
         return traced, tensors, {"scale": self.scale, **numbers}, None if places else kind
 

@@ -76,6 +76,8 @@ ONLY_BOTH_BRANCHES = {
     "traced_program.py",
     "linear_engine.py",
     "traced_linear.py",
+    "selection_engine.py",
+    "traced_selection.py",
     "__main__.py",
     "__init__.py",
 }

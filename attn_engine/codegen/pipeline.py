@@ -15,6 +15,7 @@ from attn_engine.codegen.lower.forward import lower_forward
 from attn_engine.codegen.lower.paged import PAGED, over_pages
 from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
 from attn_engine.codegen.lower.pooled import lower_pooled_forward
+from attn_engine.codegen.lower.scaled import with_scales
 from attn_engine.codegen.lower.sequences import over_sequences
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
@@ -72,8 +73,13 @@ def lower(
             *(p.name for p in program.rule.pooled),
         ]
         page = 0 if direction == "backward" else program.sequences.page  # paged keys have no gradients
-        kernels = (over_sequences(k, (*dense, *(PAGED if page else ()))) for k in module.kernels)
+        dense += PAGED if page else ()
+        listed = program.sequences.listed
+        kernels = (over_sequences(k, dense, listed) for k in module.kernels)
         module = replace(module, kernels=tuple(over_pages(k, page) if page else k for k in kernels))
+    if program.cache is not None and direction != "backward":  # such caches have no gradients
+        cache = program.cache
+        module = replace(module, kernels=tuple(with_scales(k, cache) for k in module.kernels))
     for kernel in module.kernels:
         verify_kernel(kernel)
     return module

@@ -9,7 +9,7 @@ from typing import ClassVar
 from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Number, Op
 from attn_engine.ir.printer import INFIX, PREFIX
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
 
 UNARY = 7
 ATOM = 9
@@ -118,6 +118,8 @@ class Renderer:
                 return self.accumulate(s)
             case Narrow():
                 return self.narrow(s)
+            case Choose():
+                raise AssertionError("selections are refused before this backend is asked")
 
     def let(self, s: Let) -> list[str]:
         return [f"{s.name} = {self.expr(s.value)}"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Op
 from attn_engine.ir.program import Attention, OnlineRule, RowPass, ScalarFn
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
 
 # operator, precedence: higher binds tighter, as in Python
 INFIX: Mapping[Op, tuple[str, int]] = {
@@ -148,9 +148,13 @@ def _block(body: tuple[Stmt, ...], depth: int) -> list[str]:
                 lines += _block(inner, 1)
             case If(condition, inner):
                 lines += [f"if {format_expr(condition)}:", *_block(inner, 1)]
-            case Narrow(tensor, _, first, length, page):
+            case Narrow(tensor, _, first, length, page, places):
                 of = tensor if page is None else f"page {format_expr(page)} of {tensor}"
+                of += f" that {places} names" if places else ""
                 lines.append(f"{tensor} = {format_expr(length)} rows of {of} from {format_expr(first)} on")
+            case Choose(choice, states, row, value):
+                where = f"{states}[{', '.join(format_expr(i) for i in row)}]"
+                lines.append(f"{choice.value} {where}: {format_expr(value)}")
             case StoreTile(tensor, indices, value):
                 lines.append(f"{tensor}[{', '.join(format_expr(i) for i in indices)}] = {format_expr(value)}")
             case Accumulate(tensor, indices, value):

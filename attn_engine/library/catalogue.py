@@ -37,6 +37,15 @@ from attn_engine.library.dense.streaming import streaming
 from attn_engine.library.dense.tree import tree
 from attn_engine.library.dense.vision_cross import vision_cross
 from attn_engine.library.differential import differential
+from attn_engine.library.nsa.attention import native_sparse_attention
+from attn_engine.library.nsa.fla import parallel_nsa
+from attn_engine.library.nsa.module import NativeSparseAttention
+from attn_engine.library.nsa.packed import (
+    compressed_attention,
+    compressed_attention_decode,
+    topk_sparse_attention,
+    topk_sparse_attention_decode,
+)
 from attn_engine.library.sparse.dynamic import (
     dynamic_sparse_attention,
     hash_sparse_attention,
@@ -202,6 +211,13 @@ _CALLED = (
     _called(attn_pooling, ("Train",)),
     _called(block_sparse_flash_decode_gqa_mask, _DECODE),
     _called(block_sparse_flash_decode_gqa_indice, _DECODE),
+    _called(native_sparse_attention),
+    _called(NativeSparseAttention),
+    _called(parallel_nsa),
+    _called(compressed_attention, _SEQUENCES),
+    _called(topk_sparse_attention, _SEQUENCES),
+    _called(compressed_attention_decode, _DECODE),
+    _called(topk_sparse_attention_decode, _DECODE),
 )
 ATTENTIONS: Mapping[str, Entry] = {e.name: e for e in _ATTENTIONS}
 MASKS: Mapping[str, Entry] = {e.name: e for e in _MASKS}

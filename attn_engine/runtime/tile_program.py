@@ -29,7 +29,7 @@ from attn_engine.ir.expr import (
     postorder,
 )
 from attn_engine.ir.ops import INFO, Number, Storage
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Param, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Param, Section, Stmt, StoreTile
 from attn_engine.runtime.dense import apply_op, torch_kind
 
 Value = Tensor | bool | int | float
@@ -105,6 +105,7 @@ class _Instance:
         self.shifts: dict[
             str, tuple[int, int]
         ] = {}  # of a page: a dimension, and where position 0 lies in it
+        self.listed: dict[str, tuple[int, Tensor]] = {}  # of an output: a dimension, and its rows by position
         self.sizes: dict[str, int] = dict(kernel.tile)
         for axis in COLUMNS:
             if axis in self.sizes:
@@ -140,6 +141,8 @@ class _Instance:
                         self._scoped(inner)
                 case Narrow():
                     self._narrow(statement)
+                case Choose():
+                    raise AssertionError("torch carries selections out by runtime/selection_dense.py")
                 case StoreTile(name, indices, value):
                     self._write(name, indices, value, add=False)
                 case Accumulate(name, indices, value):
@@ -152,6 +155,13 @@ class _Instance:
             self._gather_pages(s, whole, length)
             return
         first = int(self._number(s.first))
+        if s.places is not None:
+            found = self.whole[s.places][first : first + length].long()
+            output = self.params[s.tensor].output
+            if output:
+                self.listed[s.tensor] = rows, found
+            self.tensors = {**self.tensors, s.tensor: whole if output else whole.index_select(rows, found)}
+            return
         if s.page is not None:
             page = int(self._number(s.page))
             whole = whole[page : page + 1]
@@ -325,6 +335,13 @@ class _Instance:
         tensor = self.tensors[name]
         values = {i: self.value(i) for i in indices}
         stored = self.value(value)
+        if name in self.listed:
+            dimension, rows = self.listed[name]
+            position = values[indices[dimension]]
+            assert isinstance(position, Tensor)
+            there = torch.where(position < len(rows), rows[position.clamp(max=len(rows) - 1)], -1)
+            self._scatter(tensor, indices, {**values, indices[dimension]: there}, value, stored, add)
+            return
         region = self._region(indices, values, tensor, clamped=False)
         if region is None or not set(value.axes) <= {r.axis for r in region}:
             self._scatter(tensor, indices, values, value, stored, add)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from attn_engine.codegen.backends.cpu_choices import ChoiceRenderer
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_steps import is_long, with_summed_products
-from attn_engine.codegen.backends.cpu_tiles import TRIPS, TileRenderer
+from attn_engine.codegen.backends.cpu_tiles import TRIPS
 from attn_engine.codegen.lower.nests import Branch, Item, Nest, Schedule, Sweep
 from attn_engine.codegen.lower.paged import table_of_pages
 from attn_engine.codegen.lower.steps import (
@@ -25,7 +26,7 @@ from attn_engine.codegen.lower.steps import (
 )
 from attn_engine.ir.expr import Call, Expr, Full, Reduce, variables
 from attn_engine.ir.ops import Op
-from attn_engine.ir.tile import Accumulate, If, Let, Loop, Narrow, Section, Stmt, StoreTile, expressions, walk
+from attn_engine.ir.tile import Accumulate, Choose, If, Let, Loop, Narrow, Section, Stmt, StoreTile, expressions, walk
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
 EMPTY = {"max": "-INFINITY", "min": "INFINITY", "sum": "0"}
@@ -58,7 +59,7 @@ def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item
                 yield item.loop, step, body
 
 
-class NestRenderer(TileRenderer):
+class NestRenderer(ChoiceRenderer):
     """Prints a schedule's items."""
 
     def scheduled(self, schedule: Schedule) -> list[str]:
@@ -86,6 +87,8 @@ class NestRenderer(TileRenderer):
                     lines += ["", self.remark(f"-- {title}")]
                 case Narrow():
                     lines += self.narrow(item)
+                case Choose():
+                    lines.append(self.choose(item))
                 case Nest():
                     lines += self.nest(item)
                 case Sweep():
@@ -169,6 +172,8 @@ class NestRenderer(TileRenderer):
             load, page = table_of_pages(s)
             place = f"{load.tensor}, {self.expr(load.indices[0])}, kv_len"
             return [f"const auto {s.tensor} = in_pages<{page}>({whole}, {place});"]
+        if s.places is not None:
+            return [f"const auto {s.tensor} = listed_rows<{dimension}>({whole}, {s.places}, {rows});"]
         return [f"const auto {s.tensor} = rows_of<{dimension}>({whole}, {rows});"]
 
     # -- nests
@@ -338,7 +343,7 @@ class NestRenderer(TileRenderer):
             case View(name, load, padding, form):
                 return self.view(name, load, padding, form)
             case Pack():
-                return [self.pack(s)]
+                return [self.pack(s), *self.fetched(s)]
             case Unpack(tensor, indices, name):
                 columns, matrix = BLOCKS[indices[-1].axes[0]], self.matrix(tensor, indices)
                 place = f"{self.axis}_start, {TRIPS[self.axis]}"

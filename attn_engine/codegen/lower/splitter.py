@@ -40,6 +40,7 @@ from attn_engine.ir.expr import (
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.tile import (
     Accumulate,
+    Choose,
     If,
     Kernel,
     Lanes,
@@ -166,7 +167,7 @@ class Splitter:
                     self.accumulate_rows(s)
                 case Accumulate(tensor, indices, value):
                     self.steps.append(Accumulate(tensor, indices, self.split(value)))
-                case Section() | Narrow() | Loop() | If():
+                case Section() | Narrow() | Choose() | Loop() | If():
                     raise AssertionError("only straight-line statements become steps")
         return self.steps
 

@@ -21,7 +21,7 @@ INLINE PagedTensor<T, RANK, PAGE> in_pages(const Tensor<T, RANK>& cache, const T
 /// As Matrix, from row `first` on. Neighbouring rows are `row_stride` apart within a page only.
 template <class T, int PAGE> struct PagedMatrix {
   using Element = T;
-  static constexpr bool IN_PAGES = true;
+  static constexpr bool IN_PAGES = true, SCATTERED = false;
   T* data;
   const int32_t* pages;
   int64_t pages_stride, page_stride, row_stride, column_stride, rows, first;

@@ -42,8 +42,8 @@ template <int COLUMNS, class T> INLINE FloatVector load_slice(const T* row, int 
 }
 
 /// to[row] = slices of x[first + row] * factor; rows from `count` on are zero.
-template <int COLUMNS, int QUERIES, int PADDED, class T>
-OUTLINE void pack_rows(Real (&to)[QUERIES][PADDED], const Matrix<T>& x, int first, int count, Real factor) {
+template <int COLUMNS, int QUERIES, int PADDED, class M>
+OUTLINE void pack_rows(Real (&to)[QUERIES][PADDED], const M& x, int first, int count, Real factor) {
   for (int row = 0; row < QUERIES; ++row) {
     Real numbers[COLUMNS] = {};
     if (row < count) read_row(numbers, x, first + row, COLUMNS);
@@ -130,15 +130,19 @@ OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)
                             int count) {
   constexpr int TOGETHER = smaller_of(QUERIES, WIDTH), KEYS = WIDTH / TOGETHER;
   for (int j = 0; j < count; j += KEYS) {
-    const bool in_place = keys.column_stride == 1 && j + KEYS <= count && keys.in_steps(j, KEYS);
+    const bool in_place = !SCALED<M> && keys.column_stride == 1 && j + KEYS <= count && keys.in_steps(j, KEYS);
     for (int i = 0; i < KEYS; ++i) keys.template fetch<COLUMNS>(j + AHEAD + i);
     Real copied[KEYS][COLUMNS];
     if (!in_place)
       for (int i = 0; i < KEYS; ++i) read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
     for (int r = 0; r < QUERIES; r += TOGETHER) {
       Real(*to)[LENGTH] = (Real(*)[LENGTH])(scores[r] + j);
-      if (in_place) multiply_keys<COLUMNS, TOGETHER>(to, query + r, keys.at(j, 0), keys.row_stride);
-      else multiply_keys<COLUMNS, TOGETHER>(to, query + r, copied[0], COLUMNS);
+      if constexpr (!SCALED<M>)
+        if (in_place) {
+          multiply_keys<COLUMNS, TOGETHER>(to, query + r, keys.at(j, 0), keys.row_stride);
+          continue;
+        }
+      multiply_keys<COLUMNS, TOGETHER>(to, query + r, copied[0], COLUMNS);
     }
   }
   for (int r = 0; r < QUERIES; ++r)
@@ -182,31 +186,44 @@ INLINE void add_rows(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES
   if constexpr (REST > 0) add_slices<COLUMNS, QUERIES, REST>(out, weights, row, count, first);
 }
 
+constexpr int COPIED = 16;  // rows that are converted at once
+
+/// out[r] += sum over j < count of weights[r][j] * values[j], of rows that cannot be read in place.
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class M>
+INLINE void add_copies(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], const M& values, int count) {
+  for (int j = 0; j < count; j += COPIED) {
+    const int rows = min(COPIED, count - j);
+    Real copied[COPIED][COLUMNS], weight[QUERIES][COPIED];
+    for (int i = 0; i < rows; ++i) {
+      if constexpr (M::IN_PAGES) values.template fetch<COLUMNS>(j + i + AHEAD);
+      read_row(copied[i], values, j + i, COLUMNS);
+      for (int r = 0; r < QUERIES; ++r) weight[r][i] = weights[r][j + i];
+    }
+    add_rows<COLUMNS>(out, weight, [&](int i) { return copied[i]; }, rows);
+  }
+}
+
 /// out[r] += sum over j < count of weights[r][j] * values[j].
 template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class M>
 OUTLINE void add_products(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERIES][LENGTH], const M& values,
                           int count) {
-  if (values.column_stride == 1) {
-    const auto* first = values.at(0, 0);
-    if constexpr (M::IN_PAGES) {
-      decltype(first) rows[LENGTH];
-      for (int j = 0; j < count; ++j) rows[j] = values.at(j, 0);
-      const auto row = [&](int j) {
-        values.template fetch<COLUMNS>(j + AHEAD);
-        return rows[j];
-      };
-      add_rows<COLUMNS>(out, weights, row, count);
-    } else {
-      add_rows<COLUMNS>(out, weights, [=](int j) { return first + j * values.row_stride; }, count);
+  if constexpr (!SCALED<M>)
+    if (values.column_stride == 1) {
+      const auto* first = values.at(0, 0);
+      if constexpr (M::IN_PAGES) {
+        decltype(first) rows[LENGTH];
+        for (int j = 0; j < count; ++j) rows[j] = values.at(j, 0);
+        const auto row = [&](int j) {
+          values.template fetch<COLUMNS>(j + AHEAD);
+          return rows[j];
+        };
+        add_rows<COLUMNS>(out, weights, row, count);
+      } else {
+        add_rows<COLUMNS>(out, weights, [=](int j) { return first + j * values.row_stride; }, count);
+      }
+      return;
     }
-    return;
-  }
-  for (int j = 0; j < count; ++j) {
-    Real copied[1][COLUMNS], weight[QUERIES][1];
-    read_row(copied[0], values, j, COLUMNS);
-    for (int r = 0; r < QUERIES; ++r) weight[r][0] = weights[r][j];
-    add_rows<COLUMNS>(out, weight, [&](int) { return copied[0]; }, 1);
-  }
+  add_copies<COLUMNS>(out, weights, values, count);
 }
 
 }  // namespace attention

@@ -1,0 +1,72 @@
+"""What a SelectionEngine shows a person: kernel texts, and what was understood. Needs no device."""
+
+from __future__ import annotations
+
+from attn_engine.explain import Explanation
+from attn_engine.ir.printer import format_expr
+from attn_engine.ir.selection import Overlap, Selection
+
+
+class SelectionText:
+    """The part of SelectionEngine that runs nothing."""
+
+    layout: str
+    backend: str
+    scale: float
+
+    @property
+    def program(self) -> Selection:
+        raise NotImplementedError
+
+    def source(self, backend: str | None = None) -> str:
+        """What computes the selection: for "torch" and "reference" its formulas."""
+        return formulas(self.program)
+
+    def explain(self) -> Explanation:
+        """What was traced, what the candidates are, and how the best are kept. Print it."""
+        p = self.program
+        return Explanation(
+            {
+                "Program": formulas(p),
+                "Candidates": _candidates(p.pool),
+                "Kept": "the topk best of a row and a few that may become them; of equals the lower index",
+                "Scale": f"{self.scale:g}",
+                "Backend": self.backend,
+            }
+        )
+
+    def __repr__(self) -> str:
+        p = self.program
+        return (
+            f"SelectionEngine({p.name}, {p.pairs.element.value}, D={p.pairs.dim_qk}, layout={self.layout!r}, "
+            f"backend={self.backend!r})"
+        )
+
+
+def formulas(program: Selection) -> str:
+    """The selection in a few lines."""
+    pairs = program.pairs
+    score = "score" if pairs.score is None else format_expr(pairs.score.result)
+    lines = ["score = scale * (q_head . k)"]
+    if pairs.mask is not None:
+        lines.append(f"visible = {format_expr(pairs.mask.result)}")
+    lines.append(f"importance = sum over the heads of a group of {score}")
+    if program.pool is not None:
+        lines.append(f"block importance = {_weights(program.pool)}")
+    if program.forced is not None:
+        lines.append(f"forced = {format_expr(program.forced.result)}")
+    return "\n".join([*lines, "indices = the topk candidates of highest importance, ascending"])
+
+
+def _weights(pool: Overlap) -> str:
+    terms = [f"{w} * importance[{pool.step} * block {o:+d}]" for o, w in pool.taps.items()]
+    return " + ".join(terms)
+
+
+def _candidates(pool: Overlap | None) -> str:
+    if pool is None:
+        return "keys that a head of the group sees"
+    return (
+        f"blocks of {pool.block} tokens; a key is the window of {pool.length} tokens that begins at "
+        f"{pool.stride} times its index"
+    )
