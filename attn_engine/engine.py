@@ -25,7 +25,7 @@ from attn_engine.runtime.scaled import CACHE, scales_given
 from attn_engine.runtime.strides import logical_view, of_logical
 from attn_engine.schedules import TUNE_SECONDS, tune_for_call
 from attn_engine.sequence_calls import of_call, sequence_places
-from attn_engine.token_calls import tokens_given
+from attn_engine.token_calls import over_tokens
 from attn_engine.traced_program import TracedProgram
 
 
@@ -134,11 +134,11 @@ class AttentionEngine(EngineState):
         as docs/packed.md says; block_table, k_scale and v_scale: keys in a cache, docs/serving.md.
         block_sparse_mask, or block_sparse_indices (with block_num), and block_size: the blocks of keys that blocks of
         queries, or query tokens, may see, as docs/sparse.md says.
+        token_indices or token_slots, and token_counts: the keys that each query sees, as docs/dsa.md says.
         """
-        tokens = tokens_given(named, self._checks.custom_shapes, block_mask) if named else None
-        if tokens is not None:
-            o, saved = tokens.attend(self, (q, k, v), custom_inputs, named)
-            return (o, saved) if return_final_rowscales else o
+        found = over_tokens(self, (q, k, v), custom_inputs, named, block_mask) if named else None
+        if found is not None:
+            return found if return_final_rowscales else found[0]
         if self.backend == "reference":
             o, saved = self._dense(q, k, v, custom_inputs, named, torch.float64, block_mask)
             return (o.to(q.dtype), saved) if return_final_rowscales else o.to(q.dtype)
@@ -171,11 +171,8 @@ class AttentionEngine(EngineState):
         **named: Tensor,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The same attention evaluated densely in `dtype`: the definition; O(S^2) in memory, differentiable."""
-        tokens = tokens_given(named, self._checks.custom_shapes, block_mask) if named else None
-        if tokens is not None:
-            o, rows = tokens.attend(self, (q, k, v), custom_inputs, named, dtype)
-        else:
-            o, rows = self._dense(q, k, v, custom_inputs, named, dtype, block_mask)
+        found = over_tokens(self, (q, k, v), custom_inputs, named, block_mask, dtype) if named else None
+        o, rows = found or self._dense(q, k, v, custom_inputs, named, dtype, block_mask)
         return (o, rows) if return_final_rowscales else o
 
     def _dense(

@@ -93,6 +93,7 @@ from attn_engine.library.sparse.seer_pooling import (
     attn_pooling_qkv_varlen,
     attn_with_pooling,
 )
+from attn_engine.library.tokens.flash_mla_sparse import flash_mla_sparse_fwd
 from attn_engine.library.tokens.indexer_loss import indexer_loss
 from attn_engine.library.tokens.sparse_attention import sparse_attention
 from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
@@ -108,7 +109,7 @@ __all__ = [
     "block_sparse_flash_decode_gqa_mask", "causal", "causal_with_offset", "chunked",
     "combine_attn_partitions", "compact", "compressed_attention", "compressed_attention_decode",
     "dequantise", "differential", "dilated_window", "document", "dynamic_sparse_attention",
-    "flash_mla_with_kvcache", "from_nz", "full", "get_mla_metadata",
+    "flash_mla_sparse_fwd", "flash_mla_with_kvcache", "from_nz", "full", "get_mla_metadata",
     "get_sparse_attn_mask_from_nz_ratio", "get_sparse_attn_mask_from_threshold",
     "get_sparse_attn_mask_from_threshold_grouped", "get_sparse_attn_mask_from_token_budget",
     "global_window", "hadamard", "hash_sparse_attention", "hash_sparse_attention_kernel",
