@@ -17,7 +17,7 @@ from attn_engine.ir.expr import COLUMNS, Cast, Dot, Expr, Load, Var, postorder
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import If, Kernel, Let, Loop, Stmt, StoreTile, expressions, walk
 
-_WIDTH = {Storage.FLOAT64: 8, Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.BFLOAT16: 2}
+_WIDTH = {Storage.FLOAT64: 8, Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.BFLOAT16: 2, Storage.FLOAT8: 1}
 _ROLES = ("resident", "staged", "made")
 
 
