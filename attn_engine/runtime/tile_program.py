@@ -29,7 +29,19 @@ from attn_engine.ir.expr import (
     postorder,
 )
 from attn_engine.ir.ops import INFO, Number, Storage
-from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Param, Section, Stmt, StoreTile
+from attn_engine.ir.tile import (
+    Accumulate,
+    Choose,
+    If,
+    Kernel,
+    Let,
+    Loop,
+    Narrow,
+    Param,
+    Section,
+    Stmt,
+    StoreTile,
+)
 from attn_engine.runtime.dense import apply_op, torch_kind
 
 Value = Tensor | bool | int | float
@@ -143,10 +155,8 @@ class _Instance:
                     self._narrow(statement)
                 case Choose():
                     raise AssertionError("torch carries selections out by runtime/selection_dense.py")
-                case StoreTile(name, indices, value):
-                    self._write(name, indices, value, add=False)
-                case Accumulate(name, indices, value):
-                    self._write(name, indices, value, add=True)
+                case StoreTile(name, indices, value) | Accumulate(name, indices, value):
+                    self._write(name, indices, value, add=isinstance(statement, Accumulate))
 
     def _narrow(self, s: Narrow) -> None:
         rows = self.params[s.tensor].shape.index(f"{s.axis}_len")

@@ -72,3 +72,13 @@ def test_absorbed_as_unabsorbed(seed: int) -> None:
     want, row_values = plain(q, k, v, len_kv=cache.lengths, return_final_rowscales=True)
     torch.testing.assert_close(found, want, rtol=2e-4, atol=2e-5)
     torch.testing.assert_close(lse, row_values["lse"], rtol=2e-5, atol=2e-5)
+
+
+def test_what_it_does_not_do() -> None:
+    q, cache = torch.zeros(1, 1, 2, 16), torch.zeros(1, 16, 1, 16)
+    given = (q, cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), 8)
+    for name, x in (("extra_k_cache", torch.zeros(2)), ("attn_sink", torch.zeros(3))):
+        options: dict[str, Any] = {name: x}
+        with pytest.raises(WrongArgument) as found:
+            flash_mla_with_kvcache(*given, **options)
+        assert found.value.details["argument"] == name

@@ -18,6 +18,7 @@ from attn_engine.frontend import CustomIO, meta_tensor
 from attn_engine.library.arguments import integers
 from attn_engine.library.serving.masks import causal_with_offset
 from attn_engine.library.serving.mla_caches import unpack_latent_bytes
+from attn_engine.library.tokens.flash_mla_sparse import with_sink
 from attn_engine.library.tokens.sparse_attention import sparse_attention
 from attn_engine.runtime.paged_checks import check_table
 
@@ -41,8 +42,8 @@ def flash_mla_with_kvcache(
     causal: bool = False,
     is_fp8_kvcache: bool = False,
     indices: Tensor | None = None,
-    *,
     attn_sink: Tensor | None = None,
+    *,
     topk_length: Tensor | None = None,
     backend: str = "auto",
     **others: Any,
@@ -73,7 +74,7 @@ def flash_mla_with_kvcache(
         out, lse = _over_slots(
             q, k_cache, indices, topk_length, head_dim_v, scale, is_fp8_kvcache, causal, backend
         )
-        return _with_sink(out, lse, attn_sink), lse
+        return with_sink(out, lse, attn_sink), lse
     if cache_seqlens is None or topk_length is not None:
         argument, got = ("cache_seqlens", None) if cache_seqlens is None else ("topk_length", "a Tensor")
         expected, instead = (
@@ -91,7 +92,7 @@ def flash_mla_with_kvcache(
         q, k_cache, k_cache[..., :head_dim_v],
         len_kv=cache_seqlens, return_final_rowscales=True, **offset, **pages,
     )  # fmt: skip
-    return _with_sink(out, rows["lse"], attn_sink), rows["lse"]
+    return with_sink(out, rows["lse"], attn_sink), rows["lse"]
 
 
 def _over_slots(
@@ -147,15 +148,6 @@ def _converted(
     table[read] = place.to(table.dtype)
     rows = k_cache[pages] if len(pages) else k_cache[:1]
     return unpack_latent_bytes(rows, dtype, head_dim_v), table
-
-
-def _with_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> Tensor:
-    """out * exp(lse) / (exp(lse) + exp(sink))"""
-    if sink is None:
-        return out
-    share = torch.sigmoid(lse - sink[:, None])
-    share = torch.where(sink[:, None] == -torch.inf, 1.0, share)
-    return (out * share.transpose(1, 2)[..., None]).to(out.dtype)
 
 
 @lru_cache(maxsize=64)
