@@ -17,6 +17,7 @@ from attn_engine.codegen.backends.tilelang_sequences import NUMBERS, first_rows,
 from attn_engine.codegen.backends.tilelang_types import COUNTERS, TileLangOptions, block_sizes
 from attn_engine.codegen.backends.triton_layout import wrapped
 from attn_engine.codegen.backends.triton_types import TYPES, element_storage, widened
+from attn_engine.codegen.lower.paged import with_tables_at_hand
 from attn_engine.codegen.lower.placed import (
     Branch,
     Copy,
@@ -70,7 +71,7 @@ class TileLangRenderer(TileLangFile):
         rounds = TYPES[self.element] != self.compute
         if rounds:
             kernel = replace(kernel, body=map_expressions(kernel.body, lambda e: transform(e, widened)))
-        self.kernel = kernel = self.renamed(sized(kernel))
+        self.kernel = kernel = self.renamed(sized(with_tables_at_hand(kernel, within_tiles=True)))
         self.firsts = first_rows(kernel)
         self.sizes = block_sizes(kernel, self.options.cpu)
         self.placed = place(kernel, rounds=rounds)
