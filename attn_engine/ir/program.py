@@ -227,6 +227,7 @@ class Attention:
     element: storage of q, k, v and o. dim_qk, dim_v: head dimensions, compile-time constants.
     listed: the sizes of the blocks whose lists a call brings; None: the mask alone says what is visible.
     sequences: how sequences lie whose tables a call brings; None: every row of the batch is one, of the same length.
+    values_in_keys: V is the first columns of K, in the same memory, and forward kernels load its tiles once.
     Everything else (batch, heads, lengths, strides, scale, captured numbers) is a run-time argument.
     """
 
@@ -239,6 +240,7 @@ class Attention:
     dim_v: int
     listed: ListedBlocks | None = None
     sequences: Sequences | None = None
+    values_in_keys: bool = False
 
     @property
     def functions(self) -> tuple[ScalarFn, ...]:

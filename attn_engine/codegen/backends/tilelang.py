@@ -33,6 +33,7 @@ from attn_engine.codegen.lower.placed import (
     Steps,
 )
 from attn_engine.codegen.lower.placement import place
+from attn_engine.codegen.lower.shared import values_from_memory
 from attn_engine.ir.expr import Expr, Load, transform
 from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import (
@@ -71,7 +72,7 @@ class TileLangRenderer(TileLangFile):
         rounds = TYPES[self.element] != self.compute
         if rounds:
             kernel = replace(kernel, body=map_expressions(kernel.body, lambda e: transform(e, widened)))
-        self.kernel = kernel = self.renamed(sized(with_tables_at_hand(kernel, within_tiles=True)))
+        self.kernel = kernel = self.renamed(sized(_as_read(kernel)))
         self.firsts = first_rows(kernel)
         self.sizes = block_sizes(kernel, self.options.cpu)
         self.placed = place(kernel, rounds=rounds)
@@ -194,6 +195,11 @@ class TileLangRenderer(TileLangFile):
     def element_of(self, name: str) -> str:
         buffer = self.buffers.get(name)
         return name if buffer is None else f"{name}[{', '.join(COUNTERS[a] for a in buffer.axes)}]"
+
+
+def _as_read(kernel: Kernel) -> Kernel:
+    """The kernel whose elements say where they lie: each in its page, values in memory."""
+    return values_from_memory(with_tables_at_hand(kernel, within_tiles=True))
 
 
 def wrapped_in(line: str, depth: int) -> list[str]:
