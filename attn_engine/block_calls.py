@@ -22,12 +22,8 @@ from attn_engine.runtime.compiled import sizes_of
 from attn_engine.runtime.given_entries import ChosenUnits
 from attn_engine.runtime.given_lists import LOOPS, UnitTable
 from attn_engine.runtime.given_shapes import shape_of_blocks
-<<<<<<< HEAD
-from attn_engine.runtime.operator import apply, stays_direct
-=======
 from attn_engine.runtime.native_lists import UnitLists, units_of_indices, units_of_mask, usable
-from attn_engine.runtime.operator import apply
->>>>>>> blocks6
+from attn_engine.runtime.operator import apply, stays_direct
 from attn_engine.runtime.packed_rows import PackedRows, packed_spans
 from attn_engine.runtime.sequences import SPAN_NAMES, sequences_of_call
 from attn_engine.runtime.versions import version_of
@@ -173,10 +169,7 @@ def _made(
     chosen = _units_chosen(given, units, extent, heads, native=device.type == "cpu" and usable())
     shape = shape_of_blocks(chosen, units, extent.q_len, group if shared else 1)
     cut = chosen.cut(shape.q_units, shape.kv_units)
-<<<<<<< HEAD
     return GivenLists(shape.listed("kv_heads" if shared else "heads"), cut.tensors(loops))
-=======
-    return GivenLists(shape.listed("kv_heads" if shared else "heads"), cut.tensors())
 
 
 def _units_chosen(
@@ -194,4 +187,3 @@ def _units_chosen(
     chosen, largest = units_of_indices(rows, counts, units.kv_units, batches, heads)
     given.check_largest(largest, units, extent)
     return chosen
->>>>>>> blocks6

@@ -21,6 +21,7 @@ from attn_engine.ir.expr import (
     Const,
     Dot,
     Expr,
+    FirstColumns,
     Full,
     Load,
     Reduce,
@@ -249,6 +250,9 @@ class _Instance:
                 return rounded.to(self.compute) if node.axes else rounded.item()
             case Load():
                 return self._load(node, values)
+            case FirstColumns(x, axis):
+                tile = self._tile(values[x], x, x.axes)
+                return tile.narrow(node.axes.index(axis), 0, self.sizes[axis])
             case _:
                 raise TypeError(f"{type(node).__name__} does not occur in a tile program")
 
