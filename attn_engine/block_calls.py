@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.lower.capture import Route, capture_gradients
+from attn_engine.codegen.schedule import SMALLEST_BLOCK, SMALLEST_ROWS
 from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads, packable
 from attn_engine.ir.program import Attention, ListedBlocks
+from attn_engine.runtime.backends import backend_for
 from attn_engine.runtime.block_sparse import BlockSparse, Extent, Units, WrongBlockSparse, taken
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.compiled import sizes_of
@@ -78,7 +80,8 @@ def attend(
     refuse_transforms(captured.values())
     extent = extent_of(traced.program, captured, engine._logical(q), engine._logical(k))
     group = packed_group(traced.program, captured, extent)
-    lists = lists_of_call(given, extent, group, q.device)
+    on_cpu = backend_for(engine.backend, q.device.type) == "cpu"
+    lists = lists_of_call(given, extent, group, q.device, SMALLEST_ROWS if on_cpu else SMALLEST_BLOCK)
     call, key = engine._call(traced.with_lists(lists.blocks), q.device.type)
     rows = PackedRows(engine.layout, lists.blocks.group)
     tensors = _in_order(captured, lists, traced.program)
@@ -131,17 +134,22 @@ _kept: OrderedDict[
 ] = OrderedDict()
 
 
-def lists_of_call(given: BlockSparse, extent: Extent, group: int, device: torch.device) -> GivenLists:
-    """The lists of a call of this extent; those of the same tensors, unchanged, are remembered."""
+def lists_of_call(
+    given: BlockSparse, extent: Extent, group: int, device: torch.device, smallest: int = SMALLEST_BLOCK
+) -> GivenLists:
+    """The lists of a call of this extent; those of the same tensors, unchanged, are remembered.
+
+    smallest: rows that a tile of queries needs.
+    """
     sources = given.sources
     versions = tuple(version_of(x) if isinstance(x, Tensor) else None for x in sources)
-    key = (given.name, str(given.size), extent, group, *map(id, sources))
+    key = (given.name, str(given.size), extent, group, smallest, *map(id, sources))
     found = _kept.get(key)
     same = found is not None and found[1] == versions and None not in versions
     if found is not None and same and all(r() is x for r, x in zip(found[0], sources, strict=True)):
         _kept.move_to_end(key)
         return found[2]
-    made = _made(given, extent, group, device)
+    made = _made(given, extent, group, device, smallest)
     _kept[key] = tuple(weakref.ref(x, lambda _: _kept.pop(key, None)) for x in sources), versions, made
     while len(_kept) > MOST_KEPT:
         _kept.popitem(last=False)
@@ -149,12 +157,12 @@ def lists_of_call(given: BlockSparse, extent: Extent, group: int, device: torch.
 
 
 @torch.no_grad()
-def _made(given: BlockSparse, extent: Extent, group: int, device: torch.device) -> GivenLists:
+def _made(given: BlockSparse, extent: Extent, group: int, device: torch.device, smallest: int) -> GivenLists:
     units = given.units(extent, device)
     shared = given.main.shape[1] in (1, extent.kv_heads)
     heads = extent.kv_heads if shared else extent.heads
     chosen = _units_chosen(given, units, extent, heads, native=device.type == "cpu" and usable())
-    shape = shape_of_blocks(chosen, units, extent.q_len, group if shared else 1)
+    shape = shape_of_blocks(chosen, units, extent.q_len, group if shared else 1, smallest)
     cut = chosen.cut(shape.q_units, shape.kv_units)
     return GivenLists(shape.listed("kv_heads" if shared else "heads"), cut.tensors())
 

@@ -52,4 +52,9 @@ template <class T, int PAGE> INLINE PagedMatrix<T, PAGE> from_row(PagedMatrix<T,
   return x;
 }
 
+/// Pages are asked for row by row as they are read: what lies after the tile is not.
+template <class T, int PAGE> INLINE PagedMatrix<T, PAGE> from_row(PagedMatrix<T, PAGE> x, int first, int) {
+  return from_row(x, first);
+}
+
 }  // namespace attention

@@ -9,7 +9,7 @@ constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 /// The last two dimensions of a tensor.
 template <class T> struct Matrix {
   using Element = T;
-  static constexpr bool IN_PAGES = false;
+  static constexpr bool IN_PAGES = false, ASKS = false;  // see in_pages, MatrixBefore
   T* data;
   int64_t row_stride, column_stride, rows, columns = 0;
   T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
