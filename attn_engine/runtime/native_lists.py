@@ -6,6 +6,7 @@ They are those that `given_lists` and `given_entries` make; reading the mask or 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from attn_engine.codegen.lower.given_blocks import BITS
 from attn_engine.codegen.lower.listed import blocks_param, seen_param, starts_param
 from attn_engine.runtime.cpu_compile import compile_library, find_compiler
-from attn_engine.runtime.given_lists import Tensors
+from attn_engine.runtime.given_lists import LOOPS, Tensors
 
 SOURCE = '#include "block_lists.h"\n'
 Three = tuple[Tensor, Tensor, Tensor | None]  # starts, blocks, and words of bits
@@ -123,11 +124,13 @@ class CutLists:
     batches: int
     heads: int
 
-    def tensors(self) -> Tensors:
-        """The lists of both loops by the kernels' names, in the order of `listed.list_params`."""
+    def tensors(self, loops: Collection[str] = LOOPS) -> Tensors:
+        """The lists of these loops by the kernels' names, in the order of `listed.list_params`."""
         b, h, rows, columns = self.shape
         found: Tensors = {}
-        for loop, count in (("kv", rows), ("q", columns)):
+        for loop, count in zip(LOOPS, (rows, columns), strict=True):
+            if loop not in loops:
+                continue
             for kind, lists in self.by_kind.items():
                 starts, blocks, seen = lists if loop == "kv" else self._turned(lists)
                 places = starts.view(b, h, count + 1).expand(self.batches, self.heads, count + 1)

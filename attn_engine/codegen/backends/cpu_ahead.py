@@ -25,7 +25,7 @@ class AheadRenderer(TileRenderer):
         following = "" if loop.following is None else f", {loop.axis}_next"
         return f"{step}({loop.var}{following});"
 
-    def fetched(self, product: Product) -> list[str]:
+    def fetched_rows(self, product: Product) -> list[str]:
         """Asks for the next tile of what a product reads number by number, a share in each trip over its rows."""
         if product.a.name not in self.to_fetch:
             return []

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from attn_engine.codegen.backends.cpu_ahead import AheadRenderer
+from attn_engine.codegen.backends.cpu_choices import ChoiceRenderer
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_steps import is_long, with_summed_products
 from attn_engine.codegen.backends.cpu_tiles import TRIPS
@@ -26,7 +27,19 @@ from attn_engine.codegen.lower.steps import (
 )
 from attn_engine.ir.expr import Call, Expr, Full, Reduce, variables
 from attn_engine.ir.ops import Op
-from attn_engine.ir.tile import Accumulate, If, Let, Loop, Narrow, Section, Stmt, StoreTile, expressions, walk
+from attn_engine.ir.tile import (
+    Accumulate,
+    Choose,
+    If,
+    Let,
+    Loop,
+    Narrow,
+    Section,
+    Stmt,
+    StoreTile,
+    expressions,
+    walk,
+)
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
 EMPTY = {"max": "-INFINITY", "min": "INFINITY", "sum": "0"}
@@ -59,7 +72,7 @@ def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item
                 yield item.loop, step, body
 
 
-class NestRenderer(AheadRenderer):
+class NestRenderer(ChoiceRenderer, AheadRenderer):
     """Prints a schedule's items."""
 
     def scheduled(self, schedule: Schedule) -> list[str]:
@@ -87,6 +100,8 @@ class NestRenderer(AheadRenderer):
                     lines += ["", self.remark(f"-- {title}")]
                 case Narrow():
                     lines += self.narrow(item)
+                case Choose():
+                    lines.append(self.choose(item))
                 case Nest():
                     lines += self.nest(item)
                 case Sweep():
@@ -182,6 +197,8 @@ class NestRenderer(AheadRenderer):
             load, page = table_of_pages(s)
             place = f"{load.tensor}, {self.expr(load.indices[0])}, kv_len"
             return [f"const auto {s.tensor} = in_pages<{page}>({whole}, {place});"]
+        if s.places is not None:
+            return [f"const auto {s.tensor} = listed_rows<{dimension}>({whole}, {s.places}, {rows});"]
         return [f"const auto {s.tensor} = rows_of<{dimension}>({whole}, {rows});"]
 
     # -- nests
@@ -242,7 +259,7 @@ class NestRenderer(AheadRenderer):
         self.row_name = "row"
         zero = isinstance(product.init, Full) and product.init.value == 0
         added = [] if zero else [f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = {init} + sums[r];"]
-        asked = [f"  {line}" for line in (*self.fetched(product), *self.fetched_sums(n))]
+        asked = [f"  {line}" for line in (*self.fetched_rows(product), *self.fetched_sums(n))]
         call = f"multiply_add(sums, {TRIPS[product.depth]}, {self.numbers(product)}, {self.lanes(product)});"
         kept = product.name in n.stored and len(n.steps) == 1 and not n.forms
         rest = (
@@ -350,10 +367,10 @@ class NestRenderer(AheadRenderer):
 
     def flat(self, s: Step) -> list[str]:
         match s:
-            case View(name, load, padding, form):
-                return self.view(name, load, padding, form)
+            case View(name, load, padding, form, within):
+                return self.view(name, load, padding, form, within)
             case Pack():
-                return [self.pack(s)]
+                return [self.pack(s), *self.fetched(s)]
             case Unpack(tensor, indices, name):
                 columns, matrix = BLOCKS[indices[-1].axes[0]], self.matrix(tensor, indices)
                 place = f"{self.axis}_start, {TRIPS[self.axis]}"
