@@ -13,7 +13,6 @@ from attn_engine.errors import (
     UnknownBackend,
     UnknownLayout,
     UnknownOption,
-    UnsupportedOnBackend,
 )
 from attn_engine.frontend import CustomIO, MetaTensor
 from attn_engine.frontend.linear import Mod
@@ -43,12 +42,13 @@ from attn_engine.runtime.linear_cpu import CpuChunks
 from attn_engine.runtime.linear_indices import check_linear_indices
 from attn_engine.runtime.linear_inputs import LinearInputs
 from attn_engine.runtime.linear_reference import token_recurrence
+from attn_engine.runtime.linear_tilelang import TileLangChunks
 from attn_engine.runtime.linear_torch import TorchChunks
 from attn_engine.runtime.linear_triton import TritonChunks
 from attn_engine.runtime.storage import STORAGES
 from attn_engine.traced_linear import LinearDescription, LinearKind, TracedLinear
 
-BACKENDS = ("auto", "cpu", "torch", "triton", "triton-interpreter", "reference")
+BACKENDS = ("auto", "cpu", "torch", "triton", "triton-interpreter", "tilelang", "tilelang-cpu", "reference")
 CHUNKS = (16, 32, 64, 128)
 
 
@@ -156,9 +156,6 @@ class LinearAttentionEngine(LinearText):
             raise UnknownOption(option=option, value=value, where="LinearAttentionEngine", known=known)
         if self.layout not in LAYOUTS:
             raise UnknownLayout(layout=self.layout)
-        if self.backend in ("tilelang", "tilelang-cpu"):
-            instead = 'Use backend="triton" for tensors on a GPU, or "cpu", or "torch" for either.'
-            raise UnsupportedOnBackend(backend=self.backend, feature="linear attention", instead=instead)
         if self.backend not in BACKENDS:
             raise UnknownBackend(backend=self.backend, known=", ".join(map(repr, BACKENDS)))
         if phase not in ("inclusive", "exclusive"):
@@ -378,6 +375,8 @@ class LinearAttentionEngine(LinearText):
             return CpuChunks(traced.program, self.chunk)
         if name in ("triton", "triton-interpreter"):
             return TritonChunks(traced.program, self.chunk, name == "triton-interpreter")
+        if name in ("tilelang", "tilelang-cpu"):
+            return TileLangChunks(traced.program, self.chunk, name == "tilelang-cpu")
         if name == "cpu":
             backend_named("cpu")  # warns, once
         return TorchChunks(traced.program, self.chunk)

@@ -13,6 +13,7 @@ from attn_engine.ir.linear import LinearProgram, Rank
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.printer import format_expr
 from attn_engine.runtime.linear_cpu import CpuChunks
+from attn_engine.runtime.linear_tilelang import TileLangChunks
 from attn_engine.runtime.linear_triton import TritonChunks
 from attn_engine.traced_linear import TracedLinear
 
@@ -39,11 +40,11 @@ class LinearText:
     def source(self, kernel: str = "forward", backend: str | None = None) -> str:
         """The text of "forward", "backward" (with the gradients of all that can have one) or "step".
 
-        C++, or the Triton of the backends "triton" and "triton-interpreter", which have no "step". backend: None: the
+        C++, or the Triton or TileLang of the backends that are called so, which have no "step". backend: None: the
         engine's own. Raises UnknownOption.
         """
         traced, name = self.shown, backend or self.backend
-        on_gpu = name.startswith("triton")
+        on_gpu = name.startswith(("triton", "tilelang"))
         kernels = KERNELS[:2] if on_gpu else KERNELS
         if kernel not in kernels:
             known = ", ".join(map(repr, kernels))
@@ -52,6 +53,8 @@ class LinearText:
         given = ["q", "k", "v"]
         given += ["decay"] if traced.kind.decay is not Rank.NONE else []
         given += ["beta"] if traced.kind.beta is not None else []
+        if name.startswith("tilelang"):
+            return TileLangChunks(traced.program, self.chunk, name == "tilelang-cpu").source(kernel, (*given, *floating))
         if on_gpu:
             chunks = TritonChunks(traced.program, self.chunk, name == "triton-interpreter")
             return chunks.source(kernel, (*given, *floating))

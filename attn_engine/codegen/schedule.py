@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import lru_cache
 
 from attn_engine.ir.program import ListedBlocks
 from attn_engine.ir.tile import Lanes
@@ -139,6 +140,7 @@ FEW_ROWS = (1, 2, 4, 8, 16)
 MOST_FEW_ROWS = FEW_ROWS[-1]  # beyond, a query row per lane is faster (measured: between 16 and 32)
 
 
+@lru_cache(maxsize=256)
 def few_rows_schedule(rows: int, lanes: int = 32, kv_block: int = 0) -> Schedule:
     """A forward pass in tiles of FEW_ROWS query rows, keys in lanes; the backward pass of `cpu_schedule(lanes)`.
 

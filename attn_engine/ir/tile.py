@@ -1,8 +1,9 @@
 """Tile programs: what one program instance does, in loops over tiles.
 
-    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title)
+    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title, following)
            | If(condition, body, title) | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
-           | Narrow(tensor, axis, first, length, page) | Choose(choice, states, row, value, result, place, blocks)
+           | Narrow(tensor, axis, first, length, page, places)
+           | Choose(choice, states, row, value, result, place, blocks)
     kernel = Kernel(name, params, scalars, grid, order, tile, body, header, heavy_last, lanes, tables, tiles)
     module = Module(program, kernels)
 
@@ -47,6 +48,7 @@ class Loop:
 
     Bounds of a tile loop are multiples of the tile. Inside, "<axis>_idx" is the tile's positions: var, var + 1, ...
     `title` names the body ("full_step", "partial_step") where a backend prints equal bodies once.
+    following: the first position of the tile that is read after these, where no processor could guess it.
     """
 
     var: str
@@ -55,6 +57,7 @@ class Loop:
     axis: str | None
     body: tuple[Stmt, ...]
     title: str = ""
+    following: Expr | None = None
 
     def is_one_tile(self, block: int) -> bool:
         """Whether the body runs once: from lo to lo + block."""
@@ -102,6 +105,9 @@ class Narrow:
     page: the first dimension of the tensor counts pages, and the rows are those of this one: position p is its row
     first + p. `first` may be negative: positions before the page and from `length` on are not there. The tensor is then
     indexed as if this page were its only one. Both may differ from position to position (span the axis) inside a tile.
+
+    places: a table (rows,), int32, that names the tensor's rows, of which each occurs once: position p is its row
+    places[first + p].
     """
 
     tensor: str
@@ -109,6 +115,7 @@ class Narrow:
     first: Expr
     length: Expr
     page: Expr | None = None
+    places: str | None = None
 
 
 class Choice(Enum):
@@ -297,8 +304,10 @@ def map_expressions(body: tuple[Stmt, ...], change: Callable[[Expr], Expr]) -> t
         match s:
             case Let(_, value):
                 done.append(replace(s, value=change(value)))
-            case Loop(_, lo, hi, _, inner):
-                done.append(replace(s, lo=change(lo), hi=change(hi), body=map_expressions(inner, change)))
+            case Loop(_, lo, hi, _, inner, _, following):
+                then = None if following is None else change(following)
+                inner = map_expressions(inner, change)
+                done.append(replace(s, lo=change(lo), hi=change(hi), body=inner, following=then))
             case If(condition, inner):
                 done.append(replace(s, condition=change(condition), body=map_expressions(inner, change)))
             case StoreTile(tensor, indices, value):

@@ -87,7 +87,7 @@ class _Verifier:
             case If(condition, body):
                 self.scalar(condition, DType.BOOL, "condition")
                 self.scoped(body, None, None)
-            case Narrow(tensor, axis, first, length, page):
+            case Narrow(tensor, axis, first, length, page, places):
                 whole_tile = page is None or not page.axes
                 check = self.scalar if whole_tile else partial(self.integers, axis=axis)
                 check(first, DType.INT, f"first row of {tensor!r}")
@@ -96,6 +96,7 @@ class _Verifier:
                     check(page, DType.INT, f"page of {tensor!r}")
                 shape = self.params[tensor].shape if tensor in self.params else ()
                 self.require(f"{axis}_len" in shape, f"{tensor!r} has no rows along {axis!r}")
+                self.require(places is None or places in self.params, f"{places!r} is no argument")
             case Choose():
                 self.choose(s)
             case StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value):

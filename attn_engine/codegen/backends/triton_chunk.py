@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
+from attn_engine.codegen.backends.device_library import device_functions, functions_called
 from attn_engine.codegen.backends.triton_chunk_params import (
     GROUPS,
     ChunkOptions,
@@ -24,7 +24,7 @@ from attn_engine.codegen.lower.columns import padded
 from attn_engine.ir.chunk import D_STATE, STATE, Decays, Gram, GramGradient, Rows, Tile, Within, tiles_of
 from attn_engine.ir.ops import Storage
 
-_LIBRARY = Path(__file__).parent / "include" / "chunk.triton"
+LIBRARY = "chunk.triton"
 _OWN = frozenset(
     """tl triton float row step inside d_idx dv_idx part sequence head batch first length chunk turn
     chunk_start count token t about query key value d_output beta decay chunks sequences faults
@@ -41,7 +41,7 @@ def render_chunk_triton(
     renderers = [PhaseRenderer(p, o) for p, o in zip(phases, options, strict=True)]
     kernels = [r.kernel_lines() for r in renderers]
     text = "\n".join(line for lines in kernels for line in lines)
-    library = _functions(text)
+    library = functions_called(LIBRARY, text)
     text = "\n".join([text, *library])
     used = {name for name in HELPERS if re.search(rf"\b{name}\(", text)}
     launches = [
@@ -84,25 +84,6 @@ def _constants(phase: ChunkPhase, options: Sequence[ChunkOptions], text: str) ->
     return [f"{n} = tl.constexpr({x})" for n, x in values.items() if re.search(rf"\b{n}\b", text)]
 
 
-@lru_cache(maxsize=1)
-def _library() -> dict[str, str]:
-    """The device functions by name."""
-    blocks = re.split(r"\n\n\n", _LIBRARY.read_text().strip())
-    functions = [b for b in blocks if b.startswith("@triton.jit")]
-    return {re.findall(r"def (\w+)\(", b)[0]: b for b in functions}
-
-
-def _functions(text: str) -> list[str]:
-    """Those that a text calls, and those that they call, in the library's order."""
-    wanted: set[str] = set()
-    texts = [text]
-    while texts:
-        called = set(re.findall(r"(?<!\.)\b(\w+)\(", texts.pop())) & set(_library())
-        texts += [_library()[name] for name in called - wanted]
-        wanted |= called
-    return [line for n, body in _library().items() if n in wanted for line in [*body.split("\n"), "", ""]]
-
-
 @lru_cache(maxsize=1024)
 def chunk_arguments(phase: ChunkPhase, options: ChunkOptions) -> tuple[str, ...]:
     """The rendered kernel's arguments in order: tensors, strides, sizes of captured tensors, numbers."""
@@ -141,7 +122,7 @@ class PhaseRenderer(ChunkStatements):
         own = {
             n for t in self.tensors.values() if not t.captured for n in (t.name, f"{t.name}_rows", *t.strides)
         }
-        return own | _OWN | set(HELPERS) | set(_library()) | written_by(self.phase.tiles())
+        return own | _OWN | set(HELPERS) | set(device_functions(LIBRARY)) | written_by(self.phase.tiles())
 
     def _legal_names(self) -> dict[str, str]:
         """Captured names that the file has taken, with an underscore behind them."""

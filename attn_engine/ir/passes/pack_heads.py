@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
+from functools import lru_cache
 
 from attn_engine.ir.expr import Const, Expr, postorder, substitute
 from attn_engine.ir.program import GROUP, HEAD, Q_IDX, Attention, OnlineRule, ScalarFn
@@ -26,6 +27,7 @@ class Packing(Enum):
     QUERIES = "the heads of a group, for every query"
 
 
+@lru_cache(maxsize=256)
 def packable(rule: OnlineRule) -> bool:
     """Whether heads can be packed: the normaliser itself must not ask for the head or the position, nor pool."""
     if rule.pooled:
