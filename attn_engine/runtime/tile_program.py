@@ -29,7 +29,19 @@ from attn_engine.ir.expr import (
     postorder,
 )
 from attn_engine.ir.ops import INFO, Number, Storage
-from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Param, Section, Stmt, StoreTile
+from attn_engine.ir.tile import (
+    Accumulate,
+    Choose,
+    If,
+    Kernel,
+    Let,
+    Loop,
+    Narrow,
+    Param,
+    Section,
+    Stmt,
+    StoreTile,
+)
 from attn_engine.runtime.dense import apply_op, torch_kind
 
 Value = Tensor | bool | int | float
@@ -340,7 +352,9 @@ class _Instance:
             position = values[indices[dimension]]
             assert isinstance(position, Tensor)
             there = torch.where(position < len(rows), rows[position.clamp(max=len(rows) - 1)], -1)
-            self._scatter(tensor, indices, {**values, indices[dimension]: there}, value, stored, add)
+            batch = self.params[name].shape.index("batches")  # all sequences share the rows of one
+            values |= {indices[dimension]: there, indices[batch]: 0}
+            self._scatter(tensor.narrow(batch, 0, 1), indices, values, value, stored, add)
             return
         region = self._region(indices, values, tensor, clamped=False)
         if region is None or not set(value.axes) <= {r.axis for r in region}:
