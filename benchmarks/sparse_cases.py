@@ -131,7 +131,7 @@ def seer_1d(kind: str, length: int) -> Problem:
     return Problem(_seer(block_1d_gqa_sparse_attn_varlen_func, mask, length), visible, "bshd", SEER_KV_HEADS)
 
 
-def _seer(function: Callable[..., Tensor], mask: Tensor, length: int) -> Attention:
+def _seer(function: Callable[..., Any], mask: Tensor, length: int) -> Attention:
     """One sequence, packed; lists are made anew in every call, as a gate would ask for."""
     lengths = torch.tensor([0, length], dtype=torch.int32)
 

@@ -1,4 +1,4 @@
-"""Sequences whose rows lie anywhere, read and written where they are: the same as gathering, attending, putting back."""
+"""Sequences whose rows lie anywhere, read and written where they are: as gathering, attending, putting back."""
 
 from __future__ import annotations
 

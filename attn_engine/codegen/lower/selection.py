@@ -130,10 +130,7 @@ class _Selection:
             order=("q", "kv", "d", "dv"),
             tile=(("q", s.heads), ("kv", s.keys), ("d", program.dim_qk)),
             body=body,
-            header=(
-                f"{self.program.name}: {name}",
-                "rows of a tile are the query heads that share a kv head",
-            ),
+            header=(f"{self.program.name}: {name}", "rows of a tile are the query heads that share a kv head"),
             lanes=Lanes.KEYS,
         )
 
@@ -211,7 +208,7 @@ class _Selection:
         fn = in_terms_of(fn, {Q_IDX: TOKEN, HEAD: KV_HEAD})
         emitter = Emitter(self.names(), {}, base_two)
         count = self.candidates()
-        taken = emitter.value(fn.result, fn.names, fn.sources) & (count > KV_IDX)
+        taken = emitter.value(fn.result, fn.names, fn.sources) & (KV_IDX < count)
         own = [*emitter.lets, self.choose(Choice.FORCE, taken)]
         tiles = Loop("kv_start", Const(0), ceil_to(count, self.schedule.keys), "kv", tuple(own), "force_tile")
         body: list[Stmt] = [self.over_tokens([tiles])]
@@ -235,9 +232,7 @@ class _Selection:
         names = self.names()
         by_head = _asks_for_the_head(self.program.pairs)
         seen = visibility(self.pairs, names, {}, ("kv",))
-        heads = Loop(
-            "q_start", Const(0), ceil_to(Q_LEN, self.schedule.heads), "q", (*self.heads(names, by_head),)
-        )
+        heads = Loop("q_start", Const(0), ceil_to(Q_LEN, self.schedule.heads), "q", (*self.heads(names, by_head),))
         start: list[Stmt] = [Let(IMPORTANCE.name, Full(0.0, ("kv",)))]
         if by_head:
             there: Expr = SEEN > 0.0
@@ -269,7 +264,9 @@ class _Selection:
     def settled(self, shares: Expr) -> list[Stmt]:
         token = TOKEN if self.program.sequences is None else scalar("q_first") + TOKEN
         place = (BATCH, KV_HEAD, token)
-        step = Choose(Choice.SETTLE, STATES, self.state[1:], shares, INDICES, place, self.blocks)
+        step = Choose(
+            Choice.SETTLE, STATES, self.state[1:], shares, INDICES, place, self.blocks
+        )
         return [self.over_tokens([step])]
 
     def names(self) -> Names:
@@ -311,3 +308,5 @@ def _hull(pairs: Attention) -> Interval:
 
 def _settles(body: tuple[Stmt, ...]) -> bool:
     return any(isinstance(s, Choose) and s.choice is Choice.SETTLE for s in walk(body))
+
+

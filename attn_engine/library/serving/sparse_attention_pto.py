@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from attn_engine.library.serving.append import write_to_slots
+from attn_engine.library.sparse.indexer import lightning_indexer
 from attn_engine.library.serving.prologs import indexer_prolog, mla_prolog
 from attn_engine.library.serving.pto_checks import check_call
-from attn_engine.library.sparse.indexer import lightning_indexer
 from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 

@@ -49,10 +49,7 @@ def indexer_loss(
     time, 2^22 numbers of each kind, never S x L. A query that sees no key has loss 0.
     Raises WrongArgument and WrongTokens.
     """
-    for name, x, layout in (
-        ("q", q, "(batch, queries, heads, dim)"),
-        ("k", k, "(batch, keys, kv heads, dim)"),
-    ):
+    for name, x, layout in (("q", q, "(batch, queries, heads, dim)"), ("k", k, "(batch, keys, kv heads, dim)")):
         shaped(name, x, layout)
     divided("q", q.shape[2], k.shape[2])
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
@@ -61,15 +58,11 @@ def indexer_loss(
     _check_indexer(q, k, index_q, keys, weights)
     if reduction not in REDUCTIONS:
         known = " or ".join(map(repr, REDUCTIONS))
-        raise WrongArgument(
-            argument="reduction", got=reduction, expected=known, instead='Leave it out for "mean".'
-        )
+        raise WrongArgument(argument="reduction", got=reduction, expected=known, instead='Leave it out for "mean".')
     scales = (_scale(sm_scale, q.shape[3]), _scale(index_scale, index_q.shape[3]))
     if indices is None:
         if topk_length is not None:
-            raise WrongArgument(
-                argument="topk_length", got=topk_length, expected="left out without indices", instead=""
-            )
+            raise WrongArgument(argument="topk_length", got=topk_length, expected="left out without indices", instead="")
         targets: Targets = RowsInSight(q.detach(), k.detach(), scales[0])
     else:
         called = {"token_indices": "indices", "token_counts": "topk_length"}
