@@ -13,10 +13,9 @@ from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import cpu_schedule
 from attn_engine.ir.program import Sequences
 from attn_engine.ir.tile import Narrow, walk
-from attn_engine.library import causal
+from attn_engine.library import causal, dynamic_sparse_attention
 from attn_engine.library.sparse import buckets
 from attn_engine.library.sparse.buckets import by_keep
-from attn_engine.library.sparse.dynamic import hash_sparse_attention, qk_sparse_attention
 from attn_engine.row_calls import attend_listed
 
 HEADS, KV_HEADS, DIM, DIM_V = 4, 2, 32, 24
@@ -137,7 +136,6 @@ def test_tables_name_whole_rows_alone() -> None:
 @pytest.mark.parametrize("mode", ["hash", "qk"])
 def test_sparse_attention_looks_for_rows_or_moves_them(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sequences are moved, short ones are not: the same attention, whichever way the tensors lie."""
-    function = hash_sparse_attention if mode == "hash" else qk_sparse_attention
     marks = [torch.randint(0, 3, (2, 150, 3)) if mode == "hash" else (torch.rand(2, 150, 3) < 0.6).float()
              for _ in range(2)]  # fmt: skip
     q, k, v = (torch.randn(2, 3, 150, DIM).transpose(1, 2).requires_grad_() for _ in range(3))
@@ -145,7 +143,7 @@ def test_sparse_attention_looks_for_rows_or_moves_them(mode: str, monkeypatch: p
     found = list[list[Tensor]]()
     for short in (buckets.SHORT, 0):
         monkeypatch.setattr(buckets, "SHORT", short)
-        out = function(q, k, v, *marks)
+        out = dynamic_sparse_attention(q, k, v, marks[0], marks[1], sparsity_mode=mode)
         found.append([out, *torch.autograd.grad(out, (q, k, v), weights)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
