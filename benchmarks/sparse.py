@@ -8,13 +8,14 @@
 For every case the contenders run in turns, round after round, and each round gives a ratio to ours; printed are
 medians. "dense" is our own dense causal attention, heads first in memory. Its time over ours, times the share of pairs
 that are visible, is the share of the bound: 100 % where a pair costs what it costs in dense attention. Sorting and
-gathering count. One thread is measured in processor time, which other processes disturb less. Memory is the C
-library's business, with its own settings.
+gathering count. One thread is measured in processor time, which other processes disturb less. Freed memory is
+the C library's business, unless it is asked to keep it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import re
 import shlex
@@ -41,6 +42,17 @@ class Found:
     others: float | None
 
 
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep what is freed for later calls: fresh pages cost up to half of a short call, by luck of
+    what was freed before it. False where it cannot be asked."""
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
+    try:
+        option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(option(trim_threshold, most)) and bool(option(mmap_threshold, 2**30))
+
+
 def measured(case: Case, rounds: int, peers: Peers) -> Found:
     found, density = contenders(case, peers)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -60,6 +72,7 @@ def main() -> int:
     )
     parser.add_argument("--no-sdpa", action="store_true", help="without torch's attention with a mask")
     parser.add_argument("--peer-rounds", type=int, help="rounds with either of them at most")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="in the process, for all alike")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=FOLDER / f"sparse-{datetime.date.today()}.json")
@@ -70,6 +83,8 @@ def main() -> int:
     except ResultNotUsable as problem:
         print(problem)
         return 1
+    kept = given.keep_freed_memory and keep_freed_memory()
+    results.machine["freed memory"] = "kept" if kept else "as the C library likes"
     chosen = [] if given.report else [c for c in CASES if re.search(given.only, str(c))]
     chosen = [c for c in chosen if not given.quick or c.length == QUICK_LENGTH]
     if chosen:
