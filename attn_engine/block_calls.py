@@ -16,12 +16,13 @@ from attn_engine.codegen.lower.capture import Route, capture_gradients
 from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads, packable
 from attn_engine.ir.program import Attention, ListedBlocks
-from attn_engine.runtime.block_sparse import BlockSparse, Extent, WrongBlockSparse, taken
+from attn_engine.runtime.block_sparse import BlockSparse, Extent, Units, WrongBlockSparse, taken
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.compiled import sizes_of
 from attn_engine.runtime.given_entries import ChosenUnits
 from attn_engine.runtime.given_lists import LOOPS, UnitTable
 from attn_engine.runtime.given_shapes import shape_of_blocks
+from attn_engine.runtime.native_lists import UnitLists, units_of_indices, units_of_mask, usable
 from attn_engine.runtime.operator import apply, stays_direct
 from attn_engine.runtime.packed_rows import PackedRows, packed_spans
 from attn_engine.runtime.sequences import SPAN_NAMES, sequences_of_call
@@ -165,10 +166,24 @@ def _made(
     units = given.units(extent, device)
     shared = given.main.shape[1] in (1, extent.kv_heads)
     heads = extent.kv_heads if shared else extent.heads
-    if given.mask is not None:
-        chosen = UnitTable(given.table(units, extent), extent.batches, heads)
-    else:
-        chosen = ChosenUnits(given.selected(units, extent), units.kv_units, extent.batches, heads)
+    chosen = _units_chosen(given, units, extent, heads, native=device.type == "cpu" and usable())
     shape = shape_of_blocks(chosen, units, extent.q_len, group if shared else 1)
     cut = chosen.cut(shape.q_units, shape.kv_units)
     return GivenLists(shape.listed("kv_heads" if shared else "heads"), cut.tensors(loops))
+
+
+def _units_chosen(
+    given: BlockSparse, units: Units, extent: Extent, heads: int, *, native: bool
+) -> UnitLists | UnitTable | ChosenUnits:
+    """native: by compiled code, which makes the same lists as the operations of torch."""
+    batches = extent.batches
+    if given.mask is not None:
+        mask = given.table(units, extent)
+        return units_of_mask(mask, batches, heads) if native else UnitTable(mask, batches, heads)
+    if not native:
+        return ChosenUnits(given.selected(units, extent), units.kv_units, batches, heads)
+    assert given.indices is not None
+    rows, counts = given.indices[:, :, : units.q_units], given.checked_counts(units)
+    chosen, largest = units_of_indices(rows, counts, units.kv_units, batches, heads)
+    given.check_largest(largest, units, extent)
+    return chosen
