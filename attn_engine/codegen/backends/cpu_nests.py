@@ -27,7 +27,19 @@ from attn_engine.codegen.lower.steps import (
 )
 from attn_engine.ir.expr import Call, Expr, Full, Reduce, variables
 from attn_engine.ir.ops import Op
-from attn_engine.ir.tile import Accumulate, Choose, If, Let, Loop, Narrow, Section, Stmt, StoreTile, expressions, walk
+from attn_engine.ir.tile import (
+    Accumulate,
+    Choose,
+    If,
+    Let,
+    Loop,
+    Narrow,
+    Section,
+    Stmt,
+    StoreTile,
+    expressions,
+    walk,
+)
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
 EMPTY = {"max": "-INFINITY", "min": "INFINITY", "sum": "0"}
