@@ -53,8 +53,9 @@ def formula(x: tuple[Tensor, ...], indices: Tensor) -> Tensor:
 
 
 def fla(x: tuple[Tensor, ...], **more: Any) -> Tensor:
-    options: dict[str, Any] = {"block_counts": F.n, "block_size": 16, "window_size": F.w, "scale": SCALE, **BACKEND, **more}
-    return parallel_nsa(*x, **options)
+    sizes = {"block_counts": F.n, "block_size": 16, "window_size": F.w}
+    call: Any = parallel_nsa
+    return call(*x, **{**sizes, "scale": SCALE, **BACKEND, **more})
 
 
 def test_the_form_of_fla() -> None:
