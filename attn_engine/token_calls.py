@@ -29,7 +29,21 @@ if TYPE_CHECKING:
 
 _OTHER_WAYS = (
     "cu_len_q", "cu_len_kv", "start_q", "len_q", "start_kv", "block_sparse_mask", "block_sparse_indices",
+    "k_scale", "v_scale",
 )  # fmt: skip
+
+
+def over_tokens(
+    engine: AttentionEngine,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    custom: tuple[Tensor, ...],
+    named: dict[str, Any],
+    block_mask: Any = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """o and the row values of a call that gives lists of tokens, None for others; dtype as of `GivenTokens.attend`."""
+    given = tokens_given(named, engine._checks.custom_shapes, block_mask)
+    return None if given is None else given.attend(engine, inputs, custom, named, dtype)
 
 
 def tokens_given(

@@ -124,7 +124,9 @@ class Choice(Enum):
     BEGIN = "begin"  # nothing has been offered yet; value: the first key that will be
     OFFER = "offer"  # value (kv): the numbers of the tile's keys; what is -inf or NaN is none
     FORCE = "force"  # value (kv): whether each candidate of the tile is taken first
-    SETTLE = "settle"  # the best of all are written; value: how many states, of shares of the keys, the row has
+    SETTLE = (
+        "settle"  # the best of all are written; value: how many states, of shares of the keys, the row has
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ from attn_engine.runtime.sequences import (
     grouped,
     sequences_of_call,
 )
+from attn_engine.runtime.shared_values import values_in_keys
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -153,6 +154,8 @@ class CompiledAttention:
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in order, and pooled weights."""
+        if (compiled := self.of_values(k, v)) is not self:
+            return compiled.forward(q, k, v, captured, scalars, out)
         if self.schedule.folded and scalars["scale"] <= 0:
             return self.unfolded.forward(q, k, v, captured, scalars, out)
         tables = sequences_of_call(self.program, captured)
@@ -171,6 +174,17 @@ class CompiledAttention:
     def unfolded(self) -> CompiledAttention:
         """The kernels for a scale that is not positive: it cannot be taken out of a maximum."""
         return CompiledAttention(self.program, self.backend, replace(self.schedule, folded=False))
+
+    def of_values(self, k: Tensor, v: Tensor) -> CompiledAttention:
+        """The kernels of a forward pass over such values: those that load tiles once where v lies in k."""
+        return self._sharing if values_in_keys(k, v) and not self.program.values_in_keys else self
+
+    @cached_property
+    def _sharing(self) -> CompiledAttention:
+        program, schedule = replace(self.program, values_in_keys=True), self.schedule
+        if program.listed is None and schedule == self.backend.schedule(self.program):
+            schedule = self.backend.schedule(program)  # one tile less to hold
+        return CompiledAttention(program, self.backend, schedule)
 
     def of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""

@@ -128,7 +128,7 @@ class CutLists:
         """The lists of these loops by the kernels' names, in the order of `listed.list_params`."""
         b, h, rows, columns = self.shape
         found: Tensors = {}
-        for loop, count in (("kv", rows), ("q", columns)):
+        for loop, count in zip(LOOPS, (rows, columns), strict=True):
             if loop not in loops:
                 continue
             for kind, lists in self.by_kind.items():

@@ -30,9 +30,9 @@ from attn_engine.runtime.token_lists import GatheredRows, Piece, TokenLists
 class TokenCall:
     """What a call means besides its tensors. Tensors are (B, H, rows, D) here.
 
-    full, ragged: the kernels for pieces whose lists are equally long, and for others. captures: names of the captured tensors,
-    in order. key_parts: how many of the given tensors are columns of K, one after the other; dim_v: V is the first
-    columns of K, or 0: a tensor of its own, the last one.
+    full, ragged: the kernels for pieces whose lists are equally long, and for others. captures: names of the captured
+    tensors, in order. key_parts: how many of the given tensors are columns of K, one after the other; dim_v: V is the
+    first columns of K, or 0: a tensor of its own, the last one.
     """
 
     full: Call

@@ -46,9 +46,10 @@ class Piece:
 class TokenLists:
     """What a call says about the keys of its queries.
 
-    name, table_name: how the caller calls them. indices: (B, S, kv heads or 1, longest). limit: int64 (B, S), entries from
-    there on count for nothing. counts: entries of each list that count, (B, S, kv heads or 1), or None. block_table: where the
-    positions lie in a cache, or None. rows_of_batch: rows of K of a batch or of a page; 0: entries are rows themselves.
+    name, table_name: how the caller calls them. indices: (B, S, kv heads or 1, longest). limit: int64 (B, S), entries
+    from there on count for nothing. counts: entries of each list that count, (B, S, kv heads or 1), or None.
+    block_table: where the positions lie in a cache, or None. rows_of_batch: rows of K of a batch or of a page; 0:
+    entries are rows themselves. all_rows: of all batches or pages.
     """
 
     name: str

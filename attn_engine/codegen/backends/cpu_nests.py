@@ -367,8 +367,8 @@ class NestRenderer(ChoiceRenderer, AheadRenderer):
 
     def flat(self, s: Step) -> list[str]:
         match s:
-            case View(name, load, padding, form):
-                return self.view(name, load, padding, form)
+            case View(name, load, padding, form, within):
+                return self.view(name, load, padding, form, within)
             case Pack():
                 return [self.pack(s), *self.fetched(s)]
             case Unpack(tensor, indices, name):

@@ -30,7 +30,10 @@ class TileRenderer(LaneRenderer):
             return f"pack_lanes_of_pairs<{columns}>({array}, {place}, kv_start, kv_rows);"
         return f"pack_lanes<{columns}>({array}, {place}, {self.expr(s.factor)});"
 
-    def view(self, name: str, load: Load, padding: str, form: Form) -> list[str]:
+    def view(self, name: str, load: Load, padding: str, form: Form, within: str = "") -> list[str]:
+        if within:
+            self.views.add(name)
+            return [f"const Rows {name} = {within};  // its first columns"]
         row_axis, column_axis = load.axes[0], load.axes[-1]
         rows, columns = BLOCKS[row_axis], BLOCKS[column_axis]
         padded = f"round_up({columns}, {padding})" if padding else columns

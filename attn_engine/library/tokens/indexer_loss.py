@@ -49,7 +49,10 @@ def indexer_loss(
     time, 2^22 numbers of each kind, never S x L. A query that sees no key has loss 0.
     Raises WrongArgument and WrongTokens.
     """
-    for name, x, layout in (("q", q, "(batch, queries, heads, dim)"), ("k", k, "(batch, keys, kv heads, dim)")):
+    for name, x, layout in (
+        ("q", q, "(batch, queries, heads, dim)"),
+        ("k", k, "(batch, keys, kv heads, dim)"),
+    ):
         shaped(name, x, layout)
     divided("q", q.shape[2], k.shape[2])
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
@@ -58,11 +61,14 @@ def indexer_loss(
     _check_indexer(q, k, index_q, keys, weights)
     if reduction not in REDUCTIONS:
         known = " or ".join(map(repr, REDUCTIONS))
-        raise WrongArgument(argument="reduction", got=reduction, expected=known, instead='Leave it out for "mean".')
+        raise WrongArgument(
+            argument="reduction", got=reduction, expected=known, instead='Leave it out for "mean".'
+        )
     scales = (_scale(sm_scale, q.shape[3]), _scale(index_scale, index_q.shape[3]))
     if indices is None:
         if topk_length is not None:
-            raise WrongArgument(argument="topk_length", got=topk_length, expected="left out without indices", instead="")
+            expected, instead = "left out without indices", "The warm-up is over all keys in sight."
+            raise WrongArgument(argument="topk_length", got="given", expected=expected, instead=instead)
         targets: Targets = RowsInSight(q.detach(), k.detach(), scales[0])
     else:
         called = {"token_indices": "indices", "token_counts": "topk_length"}
@@ -97,11 +103,19 @@ class _IndexerLoss(torch.autograd.Function):
     """The loss of (targets, reduction, index_scale, index_q, index_k, weights)."""
 
     @staticmethod
-    def forward(ctx: Any, targets: Targets, reduction: str, scale: float, *tensors: Tensor):
+    def forward(
+        ctx: Any,
+        targets: Targets,
+        reduction: str,
+        scale: float,
+        index_q: Tensor,
+        index_k: Tensor,
+        weights: Tensor,
+    ):
         ctx.targets, ctx.reduction, ctx.scale = targets, reduction, scale
-        indexer = Indexer(*tensors, scale)
+        indexer = Indexer(index_q, index_k, weights, scale)
         if reduction == "none":
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(index_q, index_k, weights)
             return targets.losses(indexer, None)
         seen = targets.seen().to(indexer.compute)
         total = seen.sum().clamp(min=1) if reduction == "mean" else seen.new_ones(())
@@ -113,7 +127,8 @@ class _IndexerLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, arriving: Tensor):
         if ctx.reduction == "none":
-            indexer = Indexer(*ctx.saved_tensors, ctx.scale)
+            index_q, index_k, weights = ctx.saved_tensors
+            indexer = Indexer(index_q, index_k, weights, ctx.scale)
             ctx.targets.losses(indexer, arriving)
             return None, None, None, *indexer.gradients()
         return None, None, None, *(g * arriving.to(g.dtype) for g in ctx.saved_tensors)

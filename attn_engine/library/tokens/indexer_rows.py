@@ -25,7 +25,7 @@ ROOM = 2**22  # numbers of the scores of a piece
 
 @dataclass(eq=False)
 class Indexer:
-    """index_q (B, S, HI, DI), index_k (B, L, 1, DI), weights (B, S, HI), in the compute type, and their gradients, which
+    """index_q (B, S, HI, DI), index_k (B, L, 1, DI), weights (B, S, HI), and their gradients in the compute type, which
     fill up."""
 
     index_q: Tensor
@@ -159,7 +159,9 @@ class ChosenRows:
         numbers = keys.columns + index_keys.columns + heads + of_tokens[1].shape[1]
         for piece in self.lists.pieces(numbers):
             visible, own = piece.inside, piece.tokens
-            scores = self.scale * (Rows(self.q).of(piece).to(compute) @ keys.read(piece).to(compute).transpose(2, 3))
+            scores = self.scale * (
+                Rows(self.q).of(piece).to(compute) @ keys.read(piece).to(compute).transpose(2, 3)
+            )
             target = _softmax(scores.flatten(1, 2), visible[:, None]).sum(1) / heads
             query, weights = (x[own].to(compute) for x in of_tokens)
             key = _at(index_keys.read(piece)[:, 0].to(compute), visible)

@@ -35,9 +35,9 @@ def sparse_attention(
 ) -> Any:
     """o (B, S, H, Dv) in q's type; with return_lse also lse (B, H, S), float32, the natural logarithm.
 
-    q: (B, S, H, Dq). kv: (B, L, Hkv, Dq), whose first dim_v columns are the values (None: all), unless v (B, L, Hkv, Dv)
-    is given. H is a multiple of Hkv: any number of heads. With block_table, int (B, pages of one), kv and v are caches
-    (pages, rows of a page, Hkv, D). len_kv: int (B,), how many keys there are.
+    q: (B, S, H, Dq). kv: (B, L, Hkv, Dq), whose first dim_v columns are the values (None: all), unless v, (B, L, Hkv,
+    Dv), is given. H is a multiple of Hkv: any number of heads. With block_table, int (B, pages of one), kv and v are
+    caches (pages, rows of a page, Hkv, D). len_kv: int (B,), how many keys there are.
     indices: int32 or int64 (B, S, Hkv or 1, topk), positions of keys; physical: places in the cache, page * rows of a
     page + row. -1, or any other number outside of the keys, counts for nothing, wherever it stands. topk_length: int
     (B, S), the first so many entries of each list count. An entry that stands there twice counts twice. Nothing is said

@@ -38,9 +38,9 @@ def sparse_flash_attention(
     """out (B, S, N, Dv) in query's type; with return_softmax_lse also lse (B, N, S), float32, the natural logarithm.
 
     query: (B, S, N, D). key: (B, L, N2, D), or with block_table, int (B, pages of one), a cache (pages, rows of a page,
-    N2, D). value: likewise, of any last dimension; None, or key itself: the keys are the values. query_rope (B, S, N, R)
-    and key_rope (as key, R): further columns of query and key, which are no part of the values; the two caches are read
-    where they lie. N is a multiple of N2.
+    N2, D). value: likewise, of any last dimension; None, or key itself: the keys are the values. query_rope, (B, S, N,
+    R), and key_rope (as key, R): further columns of query and key, which are no part of the values; the two caches are
+    read where they lie. N is a multiple of N2.
     sparse_indices: int32 or int64 (B, S, N2 or 1, k), positions in the sequence; -1 or any number outside of it counts
     for nothing. actual_seq_lengths_kv: int (B,), how many keys there are. actual_seq_lengths_query: int (B,), how many
     of the queries; rows behind are 0. sparse_mode: 3, query i of n sees keys below length - n + 1 + i; 0: all keys.

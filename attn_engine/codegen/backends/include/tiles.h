@@ -15,8 +15,6 @@ template <class T> struct Matrix {
   T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
   /// Whether `row_stride` leads from each of these rows to the next.
   static constexpr bool in_steps(int64_t, int64_t) { return true; }
-  /// Asks for a row that will be read soon where the processor will not guess it by itself.
-  template <int COLUMNS> static void fetch(int64_t) {}
 };
 
 /// Whether rows of a matrix have scales (scaled.h).
