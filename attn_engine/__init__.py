@@ -26,9 +26,11 @@ from attn_engine.frontend import (
     online,
 )
 from attn_engine.frontend.pooling import with_pooled
+from attn_engine.ir.selection import Overlap
 from attn_engine.library import AttentionLibrary, and_masks, not_mask, or_masks
 from attn_engine.linear_engine import LinearAttentionEngine
 from attn_engine.masks import BlockMask, create_block_mask
+from attn_engine.selection_engine import SelectionEngine
 from attn_engine.version import VERSION as __version__
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "LinearAttentionEngine",
     "MetaTensor",
     "OnlineFunc",
+    "Overlap",
+    "SelectionEngine",
     "SymbolScalar",
     "SymbolicArray",
     "SymbolicColReduceArray",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attn_engine.ir.program import ListedBlocks, Sequences
 from attn_engine.runtime.bind import custom_by_name, storage_of
+from attn_engine.runtime.scaled import CACHE, scales_given
 from attn_engine.sequence_calls import of_call, sequence_places
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ def key_of(
     kinds: tuple[torch.dtype, ...],
     blocks: tuple[int, int, str, bool] | None = None,
     layout: tuple[bool, int] | None = None,
+    scaled: bool = False,
 ) -> int:
     """The operator key of an engine's kernels for custom inputs of these dtypes, lists of these blocks, and sequences,
-    packed or not, with keys in pages of so many rows or not.
+    packed or not, with keys in pages of so many rows or not; scaled: keys and values have scales.
 
     It is a constant of the compiled graph.
     """
@@ -46,7 +48,8 @@ def key_of(
     traced = engine._current(storages)
     listed = ListedBlocks(*blocks) if blocks else None
     sequences = None if layout is None else Sequences(*layout)
-    _, key = engine._call(traced.with_layout(listed, sequences), device)
+    traced = traced.with_layout(listed, sequences)
+    _, key = engine._call(traced.with_cache(CACHE) if scaled else traced, device)
     return key
 
 
@@ -66,6 +69,7 @@ def in_graph(
 ) -> Sequence[Tensor]:
     """A call that torch.compile traces: one operator on the tensors, which checks them when the graph runs."""
     places = sequence_places(named, engine._checks.custom_shapes)
+    scales = scales_given(named, engine._checks.custom_shapes, k, v, engine.layout)
     custom = custom_by_name(engine._checks.custom_shapes, custom_inputs, named)
     kinds = tuple(x.dtype for x in custom.values())
     traced, blocks, layout = engine._present, None, None
@@ -76,7 +80,9 @@ def in_graph(
         blocks = astuple(found.blocks) if found.blocks else None
         layout = (found.sequences.packed, found.sequences.page) if found.sequences else None
         captured = captured + list(found.tensors.values())
-    key = key_of(number, q.device.type, kinds, blocks, layout)
+    if scales is not None:
+        captured = captured + list(scales.values())
+    key = key_of(number, q.device.type, kinds, blocks, layout, scales is not None)
     read = [given for trace in traced.traces for _, given in trace.custom]
     unread = [x for name, x in custom.items() if name not in read]
     scalars = [float(x) for x in (engine.scale, *traced.scalars().values())]

@@ -33,7 +33,8 @@ class GraphChecks:
         """dtypes, devices and shapes of q, k and v."""
         if self._checked_before:
             return
-        self.checks.check_shapes(q, k, v, self.traced.program.sequences)
+        program = self.traced.program
+        self.checks.check_shapes(q, k, v, program.sequences, program.cache is not None)
 
     def everything(
         self,
@@ -68,7 +69,8 @@ class GraphChecks:
             raise StaleGraph(
                 what=f"the functions can no longer be traced ({type(error).__name__})"
             ) from error
-        of_call = {"listed": traced.program.listed, "sequences": traced.program.sequences}
+        was = traced.program
+        of_call = {"listed": was.listed, "sequences": was.sequences, "cache": was.cache}
         if replace(now.program, **of_call) != traced.program:
             raise StaleGraph(what="its functions now compute something else")
         for trace in (*now.traces, now.rule):

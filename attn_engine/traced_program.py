@@ -62,9 +62,9 @@ class Description:
                     reason = f"{size!r} is a dimension of a LinearAttentionEngine alone"
                     raise WrongCustomIO(name=name, shape=shape, reason=reason)
 
-    def trace(self, storages: Mapping[str, Storage]) -> TracedProgram:
+    def trace(self, storages: Mapping[str, Storage], names: KernelNames | None = None) -> TracedProgram:
         """Run the user's functions on symbols; `storages` says how the custom inputs lie."""
-        names = KernelNames()  # one for all, so that no two captures or row values share a name
+        names = names or KernelNames()  # one for all, so that no two captures or row values share a name
         score = mask = None
         if self.score_mod is not None:
             score = trace_score_mod(self.score_mod, self.custom_io, storages, names)
@@ -114,7 +114,7 @@ class TracedProgram:
 
     def __post_init__(self) -> None:
         self.traces: tuple[Trace, ...] = tuple(t for t in (self.score, self.mask) if t is not None)
-        self._variants: dict[ListedBlocks | Sequences, TracedProgram] = {}
+        self._variants: dict[ListedBlocks | Sequences | Storage, TracedProgram] = {}
         self._opaque = any(t.opaque for t in (*self.traces, self.rule))
         tensors: dict[str, TensorRead] = {}
         for trace in self.traces:
@@ -140,6 +140,12 @@ class TracedProgram:
             program = replace(self.program, sequences=sequences)
             self._variants[sequences] = replace(self, program=program, calls={})
         return self._variants[sequences]
+
+    def with_cache(self, cache: Storage) -> TracedProgram:
+        """The same program where a call brings keys and values that lie like this, and their scales."""
+        if cache not in self._variants:
+            self._variants[cache] = replace(self, program=replace(self.program, cache=cache), calls={})
+        return self._variants[cache]
 
     def with_layout(self, listed: ListedBlocks | None, sequences: Sequences | None) -> TracedProgram:
         """The same program for what a call brings of the two."""

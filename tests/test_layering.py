@@ -71,11 +71,14 @@ PACKAGES = {
 # The files that see frontend and runtime.
 ONLY_BOTH_BRANCHES = {
     "engine.py",
+    "engine_state.py",
     "graph_checks.py",
     "options.py",
     "traced_program.py",
     "linear_engine.py",
     "traced_linear.py",
+    "selection_engine.py",
+    "traced_selection.py",
     "__main__.py",
     "__init__.py",
 }

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
+from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, FirstColumns, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Number, Op
 from attn_engine.ir.printer import INFIX, PREFIX
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
 
 UNARY = 7
 ATOM = 9
@@ -118,6 +118,8 @@ class Renderer:
                 return self.accumulate(s)
             case Narrow():
                 return self.narrow(s)
+            case Choose():
+                raise AssertionError("selections are refused before this backend is asked")
 
     def let(self, s: Let) -> list[str]:
         return [f"{s.name} = {self.expr(s.value)}"]
@@ -145,6 +147,8 @@ class Renderer:
                 return self.load(e, axes)
             case Cast(x, like):
                 return self.cast(self.expr(x, None, ATOM), like)
+            case FirstColumns(x):  # all of a piece: where heads are cut, a value is a piece of its key
+                return self.expr(x, None, parent)
             case Reduce(kind, x, axis):
                 text = self.reduce(kind, self.expr(x), self.span(x).index(axis))
                 return text + self.broadcast(self.span(e), axes)

@@ -1,5 +1,6 @@
 """The user's world: descriptions of attention in plain Python, and their traces."""
 
+from attn_engine.frontend.constants import Constant
 from attn_engine.frontend.custom_io import CustomIO
 from attn_engine.frontend.meta import MetaTensor, meta_tensor
 from attn_engine.frontend.names import KernelNames
@@ -27,6 +28,7 @@ from attn_engine.frontend.traced import Traced
 __all__ = [
     "BoundScalar",
     "BoundTensor",
+    "Constant",
     "CustomIO",
     "Guard",
     "KernelNames",

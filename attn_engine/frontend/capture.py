@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 
 from attn_engine.errors import is_user_code
+from attn_engine.frontend.constants import Constant
 from attn_engine.frontend.session import CapturedTensor, Session, number_kind, plain_number
 from attn_engine.frontend.traced import Symbolic, Traced
 from attn_engine.frontend.views import TensorView
@@ -86,7 +87,7 @@ class Rebuilder:
 
     def _number(self, value: Any, read: Read, key: Hashable, label: str, owner: object) -> Any:
         plain = plain_number(value)
-        if number_kind(plain) is None:
+        if number_kind(plain) is None or isinstance(value, Constant):
             self._session.guard(label, read, value)
             return plain
         if self._constants:

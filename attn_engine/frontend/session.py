@@ -21,7 +21,7 @@ from attn_engine.ir.ops import DType, Number, Storage
 
 # What reading a captured thing again raises when it is gone or is something else now.
 READ_FAILURES = (AttributeError, IndexError, KeyError, NameError, TypeError, ValueError)
-STORAGES = {getattr(torch, s.value): s for s in Storage}
+STORAGES = {getattr(torch, s.value): s for s in Storage if s is not Storage.FLOAT8}
 
 
 def plain_number(value: object) -> int | float:
@@ -166,7 +166,7 @@ class Session:
 
     def storage_of(self, tensor: torch.Tensor, what: str) -> Storage:
         if tensor.dtype not in STORAGES:
-            supported = ", ".join(s.value for s in Storage)
+            supported = ", ".join(s.value for s in STORAGES.values())
             raise UnsupportedDtype(
                 argument=what, got=tensor.dtype, supported=supported, location=self.location()
             )

@@ -41,6 +41,7 @@ class Storage(Enum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8_e4m3fn"  # of caches alone: with scales
     INT64 = "int64"
     INT32 = "int32"
     INT16 = "int16"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
+from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, FirstColumns, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Op
 from attn_engine.ir.program import Attention, OnlineRule, RowPass, ScalarFn
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
 
 # operator, precedence: higher binds tighter, as in Python
 INFIX: Mapping[Op, tuple[str, int]] = {
@@ -57,6 +57,8 @@ def format_expr(e: Expr, outer: int = 0) -> str:  # noqa: C901  one line per kin
             return f"{kind}({format_expr(x)} over {axis})"
         case Cast(x, like):
             return f"round({format_expr(x)} as {like})"
+        case FirstColumns(x, axis):
+            return f"first_columns({format_expr(x)} as {axis})"
         case _:
             raise TypeError(f"no text for {type(e).__name__}")
 
@@ -118,6 +120,7 @@ def format_program(program: Attention) -> str:
         parts.append(
             f"sequences of their own lengths, {'packed' if program.sequences.packed else 'in a batch'}{pages}"
         )
+    parts += ["values are the first columns of the keys, in one memory"] if program.values_in_keys else []
     return "\n".join([*parts, f"normaliser {format_rule(program.rule)}"])
 
 
@@ -148,9 +151,13 @@ def _block(body: tuple[Stmt, ...], depth: int) -> list[str]:
                 lines += _block(inner, 1)
             case If(condition, inner):
                 lines += [f"if {format_expr(condition)}:", *_block(inner, 1)]
-            case Narrow(tensor, _, first, length, page):
+            case Narrow(tensor, _, first, length, page, places):
                 of = tensor if page is None else f"page {format_expr(page)} of {tensor}"
+                of += f" that {places} names" if places else ""
                 lines.append(f"{tensor} = {format_expr(length)} rows of {of} from {format_expr(first)} on")
+            case Choose(choice, states, row, value):
+                where = f"{states}[{', '.join(format_expr(i) for i in row)}]"
+                lines.append(f"{choice.value} {where}: {format_expr(value)}")
             case StoreTile(tensor, indices, value):
                 lines.append(f"{tensor}[{', '.join(format_expr(i) for i in indices)}] = {format_expr(value)}")
             case Accumulate(tensor, indices, value):

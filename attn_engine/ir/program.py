@@ -214,10 +214,13 @@ class Sequences:
     number.
     page: K and V lie in pages of so many rows, anywhere in a cache, and a table says which (docs/adr/0027); `packed` is
     then about q alone. 0: they lie as q does.
+    listed: the rows of packed sequences lie anywhere, and two more tables name each of them: tensors with D or Dv
+    columns keep that order, row values are in the order of the sequences.
     """
 
     packed: bool
     page: int = 0
+    listed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +230,8 @@ class Attention:
     element: storage of q, k, v and o. dim_qk, dim_v: head dimensions, compile-time constants.
     listed: the sizes of the blocks whose lists a call brings; None: the mask alone says what is visible.
     sequences: how sequences lie whose tables a call brings; None: every row of the batch is one, of the same length.
+    cache: how k and v lie where a call brings scales for them (docs/adr/0029); None: as q does.
+    values_in_keys: V is the first columns of K, in the same memory, and forward kernels load its tiles once.
     Everything else (batch, heads, lengths, strides, scale, captured numbers) is a run-time argument.
     """
 
@@ -239,6 +244,8 @@ class Attention:
     dim_v: int
     listed: ListedBlocks | None = None
     sequences: Sequences | None = None
+    cache: Storage | None = None
+    values_in_keys: bool = False
 
     @property
     def functions(self) -> tuple[ScalarFn, ...]:

@@ -1,8 +1,9 @@
 """Tile programs: what one program instance does, in loops over tiles.
 
-    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title)
+    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title, following)
            | If(condition, body, title) | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
-           | Narrow(tensor, axis, first, length, page)
+           | Narrow(tensor, axis, first, length, page, places)
+           | Choose(choice, states, row, value, result, place, blocks)
     kernel = Kernel(name, params, scalars, grid, order, tile, body, header, heavy_last, lanes, tables, tiles)
     module = Module(program, kernels)
 
@@ -47,6 +48,7 @@ class Loop:
 
     Bounds of a tile loop are multiples of the tile. Inside, "<axis>_idx" is the tile's positions: var, var + 1, ...
     `title` names the body ("full_step", "partial_step") where a backend prints equal bodies once.
+    following: the first position of the tile that is read after these, where no processor could guess it.
     """
 
     var: str
@@ -55,6 +57,7 @@ class Loop:
     axis: str | None
     body: tuple[Stmt, ...]
     title: str = ""
+    following: Expr | None = None
 
     def is_one_tile(self, block: int) -> bool:
         """Whether the body runs once: from lo to lo + block."""
@@ -102,6 +105,9 @@ class Narrow:
     page: the first dimension of the tensor counts pages, and the rows are those of this one: position p is its row
     first + p. `first` may be negative: positions before the page and from `length` on are not there. The tensor is then
     indexed as if this page were its only one. Both may differ from position to position (span the axis) inside a tile.
+
+    places: a table (rows,), int32, that names the tensor's rows, of which each occurs once: position p is its row
+    places[first + p].
     """
 
     tensor: str
@@ -109,9 +115,42 @@ class Narrow:
     first: Expr
     length: Expr
     page: Expr | None = None
+    places: str | None = None
 
 
-Stmt = Section | Let | Loop | If | StoreTile | Accumulate | Narrow
+class Choice(Enum):
+    """What is done to a row of which the best candidates are kept."""
+
+    BEGIN = "begin"  # nothing has been offered yet; value: the first key that will be
+    OFFER = "offer"  # value (kv): the numbers of the tile's keys; what is -inf or NaN is none
+    FORCE = "force"  # value (kv): whether each candidate of the tile is taken first
+    SETTLE = (
+        "settle"  # the best of all are written; value: how many states, of shares of the keys, the row has
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """A step of the choice of the `topk` best candidates of a row: the largest numbers, of equals those of lower index.
+
+    states: the tensor that keeps what has been offered and may still be chosen, its rows at `row`; its last dimension
+    is for the backend to use. A row is offered tile after tile, with rising positions. SETTLE writes their indices,
+    ascending and -1 behind, to result[place], and takes the states of all shares, the first dimension of `states`.
+
+    blocks: (step, reach): candidates are blocks of keys; block j is offered the sum over o from -reach to step - 1 of
+    (min(o + reach + 1, step) - max(o, 0)) times the number of key j * step + o. (1, 0): they are the keys.
+    """
+
+    choice: Choice
+    states: str
+    row: tuple[Expr, ...]
+    value: Expr
+    result: str = ""
+    place: tuple[Expr, ...] = ()
+    blocks: tuple[int, int] = (1, 0)
+
+
+Stmt = Section | Let | Loop | If | StoreTile | Accumulate | Narrow | Choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +291,8 @@ def expressions(s: Stmt) -> tuple[Expr, ...]:
             return (*indices, value)
         case Narrow(_, _, first, length, page):
             return (first, length) if page is None else (first, length, page)
+        case Choose(row=row, value=value, place=place):
+            return (*row, value, *place)
         case Section():
             return ()
 
@@ -263,8 +304,10 @@ def map_expressions(body: tuple[Stmt, ...], change: Callable[[Expr], Expr]) -> t
         match s:
             case Let(_, value):
                 done.append(replace(s, value=change(value)))
-            case Loop(_, lo, hi, _, inner):
-                done.append(replace(s, lo=change(lo), hi=change(hi), body=map_expressions(inner, change)))
+            case Loop(_, lo, hi, _, inner, _, following):
+                then = None if following is None else change(following)
+                inner = map_expressions(inner, change)
+                done.append(replace(s, lo=change(lo), hi=change(hi), body=inner, following=then))
             case If(condition, inner):
                 done.append(replace(s, condition=change(condition), body=map_expressions(inner, change)))
             case StoreTile(tensor, indices, value):
@@ -274,6 +317,9 @@ def map_expressions(body: tuple[Stmt, ...], change: Callable[[Expr], Expr]) -> t
             case Narrow(_, _, first, length, page):
                 page = page if page is None else change(page)
                 done.append(replace(s, first=change(first), length=change(length), page=page))
+            case Choose(row=row, value=value, place=place):
+                row, place = tuple(change(i) for i in row), tuple(change(i) for i in place)
+                done.append(replace(s, row=row, value=change(value), place=place))
             case Section():
                 done.append(s)
     return tuple(done)

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 
-from attn_engine.ir.expr import AXES, COLUMNS, Cast, Dot, Expr, Load, Reduce, Var, postorder
+from attn_engine.ir.expr import AXES, COLUMNS, Cast, Const, Dot, Expr, Load, Reduce, Var, postorder
 from attn_engine.ir.ops import DType
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
+from attn_engine.ir.tile import (
+    Accumulate,
+    Choice,
+    Choose,
+    If,
+    Kernel,
+    Let,
+    Loop,
+    Narrow,
+    Section,
+    Stmt,
+    StoreTile,
+)
 
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
 _TILED = ("q", "kv")
@@ -75,7 +87,7 @@ class _Verifier:
             case If(condition, body):
                 self.scalar(condition, DType.BOOL, "condition")
                 self.scoped(body, None, None)
-            case Narrow(tensor, axis, first, length, page):
+            case Narrow(tensor, axis, first, length, page, places):
                 whole_tile = page is None or not page.axes
                 check = self.scalar if whole_tile else partial(self.integers, axis=axis)
                 check(first, DType.INT, f"first row of {tensor!r}")
@@ -84,6 +96,9 @@ class _Verifier:
                     check(page, DType.INT, f"page of {tensor!r}")
                 shape = self.params[tensor].shape if tensor in self.params else ()
                 self.require(f"{axis}_len" in shape, f"{tensor!r} has no rows along {axis!r}")
+                self.require(places is None or places in self.params, f"{places!r} is no argument")
+            case Choose():
+                self.choose(s)
             case StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value):
                 self.expression(value)
                 self.access(tensor, indices)
@@ -93,6 +108,19 @@ class _Verifier:
                     self.require(
                         not extra, f"the value stored to {tensor!r} has axes {sorted(extra)} that it lacks"
                     )
+
+    def choose(self, s: Choose) -> None:
+        wide = s.choice in (Choice.OFFER, Choice.FORCE)
+        settles = s.choice is Choice.SETTLE
+        kind = {Choice.OFFER: "number", Choice.FORCE: "bool"}.get(s.choice, "int")
+        self.expression(s.value)
+        self.require(s.value.axes == (("kv",) if wide else ()), f"{s.choice.value} spans axes {s.value.axes}")
+        self.require(_kind(s.value) == kind, f"{s.choice.value} takes a {kind}, not a {_kind(s.value)}")
+        for tensor, indices, missing in ((s.states, s.row, 1 + settles), (s.result, s.place, 1))[
+            : 1 + settles
+        ]:
+            self.access(tensor, (*indices, *[Const(0)] * missing))
+            self.require(self.params[tensor].output, f"{tensor!r} is written, but is not an output")
 
     def assign(self, s: Let) -> None:
         self.require(s.name not in self.given, f"{s.name!r} is an argument, and is set")

@@ -37,6 +37,18 @@ from attn_engine.library.dense.streaming import streaming
 from attn_engine.library.dense.tree import tree
 from attn_engine.library.dense.vision_cross import vision_cross
 from attn_engine.library.differential import differential
+from attn_engine.library.nsa.attention import native_sparse_attention
+from attn_engine.library.nsa.fla import parallel_nsa
+from attn_engine.library.nsa.module import NativeSparseAttention
+from attn_engine.library.nsa.packed import (
+    compressed_attention,
+    compressed_attention_decode,
+    topk_sparse_attention,
+    topk_sparse_attention_decode,
+)
+from attn_engine.library.serving.mla import flash_mla_with_kvcache
+from attn_engine.library.serving.prologs import indexer_prolog, mla_prolog
+from attn_engine.library.serving.sparse_attention_pto import sparse_attention_pto
 from attn_engine.library.sparse.dynamic import (
     dynamic_sparse_attention,
     hash_sparse_attention,
@@ -189,7 +201,7 @@ _MASKS = (
     Entry("VisionCross", vision_cross, vision_cross, use_types=("Train",)),
     Entry("Tree", tree, tree, use_types=("Train",)),
 )
-_DECODE = ("Decode",)
+_DECODE, _SERVED = ("Decode",), ("Prefill", "Decode")
 # Functions and modules that are called themselves, with the names and arguments of their papers' code.
 _CALLED = (
     _called(dynamic_sparse_attention, _SEQUENCES),
@@ -202,6 +214,17 @@ _CALLED = (
     _called(attn_pooling, ("Train",)),
     _called(block_sparse_flash_decode_gqa_mask, _DECODE),
     _called(block_sparse_flash_decode_gqa_indice, _DECODE),
+    _called(native_sparse_attention),
+    _called(NativeSparseAttention),
+    _called(parallel_nsa),
+    _called(compressed_attention, _SEQUENCES),
+    _called(topk_sparse_attention, _SEQUENCES),
+    _called(compressed_attention_decode, _DECODE),
+    _called(topk_sparse_attention_decode, _DECODE),
+    _called(flash_mla_with_kvcache, _SERVED),
+    _called(mla_prolog),
+    _called(indexer_prolog),
+    _called(sparse_attention_pto, _SERVED),
 )
 ATTENTIONS: Mapping[str, Entry] = {e.name: e for e in _ATTENTIONS}
 MASKS: Mapping[str, Entry] = {e.name: e for e in _MASKS}

@@ -15,6 +15,7 @@ from attn_engine.codegen.backends.cpu import render_cpu
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
 from attn_engine.codegen.gpu_schedule import default_schedule
 from attn_engine.codegen.lower.capture import CaptureGradient, runs_side_by_side
+from attn_engine.codegen.lower.scaled import SCALED, is_scaled, scale_param
 from attn_engine.codegen.pipeline import with_header
 from attn_engine.codegen.schedule import Schedule, cpu_schedule, torch_schedule, within_blocks
 from attn_engine.errors import (
@@ -30,6 +31,7 @@ from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.compiled import Backend, Launchable
 from attn_engine.runtime.gpu_target import current_device_name, current_target
+from attn_engine.runtime.scaled import dequantised, refuse_caches
 from attn_engine.runtime.tilelang_backend import TileLangBackend
 from attn_engine.version import VERSION
 
@@ -78,6 +80,9 @@ class TileProgram:
     ) -> None:
         from attn_engine.runtime.tile_program import run_kernel
 
+        if is_scaled(self.kernel):  # for checking numbers: the caches are copied
+            wide = {n: dequantised(tensors[n], tensors[scale_param(n)], torch.float32) for n in SCALED}
+            tensors = {**tensors, **wide}
         run_kernel(self.kernel, tensors, scalars, sizes)
 
 
@@ -117,6 +122,7 @@ class TritonBackend:
         return interpreter_schedule(chosen) if self.interpret else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
+        refuse_caches(program, self.name)
         if program.element is Storage.FLOAT64 and not self.interpret:
             raise UnsupportedOnBackend(
                 backend=self.name, feature="float64", instead='Use backend="cpu", or float32 tensors.'

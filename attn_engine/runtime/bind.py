@@ -160,7 +160,7 @@ def custom_by_name(
 def storage_of(name: str, dtype: torch.dtype) -> Storage:
     """How a custom input lies in memory; raises UnsupportedDtype."""
     if dtype not in STORAGES:
-        supported = ", ".join(s.value for s in Storage)
+        supported = ", ".join(s.value for s in STORAGES.values())
         raise UnsupportedDtype(argument=f"custom input {name!r}", got=dtype, supported=supported)
     return STORAGES[dtype]
 

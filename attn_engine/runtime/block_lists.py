@@ -14,11 +14,12 @@ from torch import Tensor
 
 from attn_engine.codegen.lower.listed import KINDS, blocks_param, seen_param, starts_param
 from attn_engine.codegen.lower.paged import BLOCK_TABLE
+from attn_engine.codegen.lower.scaled import SCALES
 from attn_engine.codegen.schedule import SMALLEST_BLOCK
 from attn_engine.errors import AttnEngineError
 from attn_engine.ir.passes.mask_range import OTHER
 from attn_engine.ir.program import Attention, ListedBlocks
-from attn_engine.runtime.sequences import SPAN_NAMES
+from attn_engine.runtime.sequences import PLACE_NAMES, SPAN_NAMES
 
 
 class WrongBlockLists(AttnEngineError, ValueError):
@@ -84,11 +85,14 @@ _AS_MADE = "Make it with create_block_mask, or as attn_engine.masks.lists says."
 
 
 def tensor_names(program: Attention) -> tuple[str, ...]:
-    """The tensors of a call beside q, k and v: captured ones, then lists, then the rows of its sequences."""
+    """The tensors of a call beside q, k and v: captured ones, then lists, then the rows of its sequences,
+    then the scales of its caches."""
     lists = list_names(program.listed) if program.listed else ()
     spans = SPAN_NAMES if program.sequences else ()
     pages = (BLOCK_TABLE,) if program.sequences and program.sequences.page else ()
-    return (*(c.name for c in program.captures), *lists, *spans, *pages)
+    places = PLACE_NAMES if program.sequences and program.sequences.listed else ()
+    scales = SCALES if program.cache else ()
+    return (*(c.name for c in program.captures), *lists, *spans, *pages, *places, *scales)
 
 
 def fits_tiles(block_q: int, block_kv: int) -> bool:

@@ -62,10 +62,10 @@ class Call:
         return sequences is not None and sequences.packed
 
     def refuse_training(self, tensors: Sequence[Tensor]) -> None:
-        """Raise CacheNotDifferentiable where keys lie in pages, for the first of q, k, v and what is captured that
-        requires a gradient."""
-        sequences = self.compiled.program.sequences
-        if sequences is not None and sequences.page:
+        """Raise CacheNotDifferentiable where keys lie in pages or have scales, for the first of q, k, v and what is
+        captured that requires a gradient."""
+        program = self.compiled.program
+        if program.cache is not None or (program.sequences is not None and program.sequences.page):
             names = ("q", "k", "v", *self.captures)
             for name, x in zip(names, tensors, strict=False):
                 if x.requires_grad:

@@ -27,8 +27,10 @@ from attn_engine.runtime.compiled import sizes_of
 from attn_engine.runtime.gpu_device import check_gpu, check_strides, missing_gpu
 from attn_engine.runtime.launch_plan import CallKind
 from attn_engine.runtime.paged_checks import check_caches, check_table
+from attn_engine.runtime.scaled import check_scales, like_queries, refuse_bare
 from attn_engine.runtime.sequence_checks import check_sequences
 from attn_engine.runtime.sequences import sequences_of_call
+from attn_engine.runtime.shared_values import values_in_keys
 from attn_engine.runtime.strides import logical_view
 
 MOST_REMEMBERED = 1024
@@ -76,6 +78,8 @@ class CallChecks:
         if passed is None or passed.program is not program:
             passed = self._latest = self._passed_of(program)
         kind: tuple[object, ...] = (shape_signature(q), shape_signature(k), shape_signature(v))
+        if len(kind[1]) > 1 and kind[1][1:] == kind[2][1:] and values_in_keys(k, v):
+            kind += ("values in keys",)  # a plan's kernels read one memory
         for name, x in custom.items():
             kind += (name, *call_signature(x, name in passed.contents))
         for name, x in tensors.items():
@@ -84,8 +88,9 @@ class CallChecks:
         found = passed.signatures.get(signature)
         if found is not None:
             return found
-        self.check_shapes(q, k, v, program.sequences)
+        self.check_shapes(q, k, v, program.sequences, program.cache is not None)
         layout = self.expected.layout
+        check_scales(program, k, v, tensors, layout)
         of_tensors = sizes = sizes_of(logical_view(q, layout), logical_view(k, layout))
         if (tables := sequences_of_call(program, tensors)) is not None and program.sequences is not None:
             if page := program.sequences.page:
@@ -107,8 +112,14 @@ class CallChecks:
         found = passed.signatures[signature] = passed.kinds.setdefault(kind, CallKind())
         return found
 
-    def check_shapes(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None = None) -> None:
-        """The part that needs no contents: dtypes, devices and shapes of q, k and v."""
+    def check_shapes(
+        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None = None, scaled: bool = False
+    ) -> None:
+        """The part that needs no contents: dtypes, devices and shapes of q, k and v; scaled: these have scales."""
+        if scaled:
+            k, v = like_queries(q, k, v)
+        else:
+            refuse_bare(k, v)
         packed = sequences is not None and sequences.packed
         check = check_caches if sequences is not None and sequences.page else check_inputs
         check(q, k, v, self.expected, packed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attn_engine.codegen.lower.listed import blocks_param, seen_param, starts_param
-from attn_engine.runtime.given_lists import Tensors, starts_of, words_of
+from attn_engine.runtime.given_lists import LOOPS, Tensors, starts_of, words_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +65,19 @@ class CutEntries:
     entries: Tensor
     seen: Tensor | None
 
-    def tensors(self) -> Tensors:
-        """The lists of both loops by the kernels' names."""
+    def tensors(self, loops: Collection[str] = LOOPS) -> Tensors:
+        """The lists of these loops, "kv" of the forward pass and "q" of the backward pass, by the kernels' names."""
         _, _, rows, columns = self.shape
         row, column = self.entries // max(columns, 1), self.entries % max(columns, 1)
         rows = max(rows, 1)
-        other = (row // rows * columns + column) * rows + row % rows
-        order = other.argsort()
         known = None if self.seen is None else self._known(row % rows, column)
         found: Tensors = {}
-        for loop, keys, by, across in (("kv", self.entries, None, columns), ("q", other, order, rows)):
-            keys = keys if by is None else keys[by]
+        for loop in loops:
+            keys, by, across = self.entries, None, columns
+            if loop == "q":
+                other = (row // rows * columns + column) * rows + row % rows
+                by, across = other.argsort(), rows
+                keys = other[by]
             if known is not None:
                 seen = known if by is None else known[by]
                 whole = seen.all(1)

@@ -7,6 +7,7 @@ units are visible and others are not, a bit for each is kept beside its entry: b
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from attn_engine.codegen.lower.given_blocks import BITS
 from attn_engine.codegen.lower.listed import blocks_param, seen_param, starts_param
 
 Tensors = dict[str, Tensor]
+LOOPS = ("kv", "q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +65,13 @@ class CutTable:
     every: Tensor | None
     units: Tensor | None
 
-    def tensors(self) -> Tensors:
-        """The lists of both loops by the kernels' names."""
+    def tensors(self, loops: Collection[str] = LOOPS) -> Tensors:
+        """The lists of these loops, "kv" of the forward pass and "q" of the backward pass, by the kernels' names."""
         found: Tensors = {}
         full = self.some if self.every is None else self.some & self.every
         for loop, turned in (("kv", False), ("q", True)):
+            if loop not in loops:
+                continue
             if self.units is not None:
                 partial = self.some & ~full
                 found |= self._lists(loop, "partial", partial, turned)

@@ -195,13 +195,11 @@ def apply(
     kind: what is remembered of calls with exactly these shapes and strides; None: nothing.
     """
     tensors = (q, k, v, *captured.values())
-    plain = type(q) is Tensor or isinstance(q, torch.nn.Parameter)
-    # A mode that watches operators (selective checkpointing, counters) is to see one.
-    if torch.compiler.is_compiling() or not plain or torch._C._len_torch_dispatch_stack():
+    if _through_operator(q):
         scalars = [float(x) for x in numbers.values()]
         out, *rows = torch.ops.attn_engine.forward(q, k, v, list(captured.values()), scalars, key)
         return out, rows
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if _recorded(tensors):
         call.refuse_training(tensors)
         if with_rows:  # each an output of its own, so not in one tensor
             out, *rows = _Function.apply(call, numbers, None, True, *tensors)
@@ -210,6 +208,21 @@ def apply(
     out, *rows = run_forward(call, q, k, v, captured, numbers, kind)
     # In one tensor, which is as good as a list of them but is cut apart only where somebody looks.
     return out, rows[0] if len(rows) == 1 and rows[0].ndim == 4 else rows
+
+
+def stays_direct(tensors: Sequence[Tensor]) -> bool:
+    """Whether a call of these tensors, q first, is neither recorded for autograd nor seen by torch as an operator."""
+    return not _through_operator(tensors[0]) and not _recorded(tensors)
+
+
+def _through_operator(q: Tensor) -> bool:
+    plain = type(q) is Tensor or isinstance(q, torch.nn.Parameter)
+    # A mode that watches operators (selective checkpointing, counters) is to see one.
+    return torch.compiler.is_compiling() or not plain or bool(torch._C._len_torch_dispatch_stack())
+
+
+def _recorded(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 # -- the registered operators; the decorators read the annotations, so these must be real types

@@ -24,8 +24,8 @@ class WrongPages(AttnEngineError, ValueError):
 
 
 class CacheNotDifferentiable(AttnEngineError, NotImplementedError):
-    template = "{argument} requires a gradient, and a call with a block_table gives none."
-    advice = "Call it under torch.no_grad(), or train on contiguous keys and values: leave block_table out."
+    template = "{argument} requires a gradient, and a cache in pages or in float8 gives none."
+    advice = "Call it under torch.no_grad(), or train on contiguous keys and values of q's type: leave block_table out."
 
 
 _TABLE = (

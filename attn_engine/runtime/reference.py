@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from attn_engine.codegen.lower.scaled import SCALES
 from attn_engine.ir.expr import Expr, Var, substitute, where
 from attn_engine.ir.ops import DType, Number
 from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
@@ -38,6 +39,7 @@ from attn_engine.runtime.block_lists import dense_lists
 from attn_engine.runtime.dense import evaluate_all, evaluate_dense
 from attn_engine.runtime.paged import key_rows
 from attn_engine.runtime.pools import dense_pools
+from attn_engine.runtime.scaled import dequantised
 from attn_engine.runtime.sequence_rows import PaddedRows
 from attn_engine.runtime.sequences import tables_in
 
@@ -63,6 +65,8 @@ def reference(
     tensors: the captured tensors by name. scalars: "scale" and the captured numbers by name.
     Differentiable with respect to q, k, v and every floating captured tensor; O(Sq * Skv) memory.
     """
+    if program.cache is not None:
+        k, v = (dequantised(x, tensors[name], dtype) for name, x in zip(SCALES, (k, v), strict=True))
     if program.sequences is not None:
         return _of_sequences(program, program.sequences, (q, k, v), tensors, scalars, dtype, visible)
     inside = None if visible is None else visible[..., None, None]

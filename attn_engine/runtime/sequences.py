@@ -26,6 +26,7 @@ from attn_engine.codegen.lower.sequences import (
     TILE_LIST,
     TILE_RANGES,
     narrowed_tensors,
+    places_param,
     spans_param,
 )
 from attn_engine.ir.ops import Number
@@ -33,6 +34,7 @@ from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, TileGrid
 
 SPAN_NAMES = tuple(spans_param(axis) for axis in AXES)
+PLACE_NAMES = tuple(places_param(axis) for axis in AXES)
 
 
 @dataclass(eq=False)
@@ -201,6 +203,6 @@ class Launchable(Protocol):
 
 def _for_each(x: Tensor, dimension: int, count: int) -> Tensor:
     """Rows that all sequences share, as seen by each of them; without a copy."""
-    if x.shape[dimension] != 1:
+    if x.shape[dimension] != 1 or count == 1:
         return x
     return x.expand(*x.shape[:dimension], count, *x.shape[dimension + 1 :])

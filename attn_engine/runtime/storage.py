@@ -7,7 +7,8 @@ import torch
 from attn_engine.ir.ops import Storage
 
 TORCH_DTYPES: dict[Storage, torch.dtype] = {s: getattr(torch, s.value) for s in Storage}
-STORAGES: dict[torch.dtype, Storage] = {dtype: s for s, dtype in TORCH_DTYPES.items()}
+# Of what users' functions and engines read: float8 are numbers with their scales only.
+STORAGES: dict[torch.dtype, Storage] = {d: s for s, d in TORCH_DTYPES.items() if s is not Storage.FLOAT8}
 
 
 def compute_dtype(element: Storage) -> torch.dtype:

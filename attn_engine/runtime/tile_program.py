@@ -21,6 +21,7 @@ from attn_engine.ir.expr import (
     Const,
     Dot,
     Expr,
+    FirstColumns,
     Full,
     Load,
     Reduce,
@@ -29,7 +30,19 @@ from attn_engine.ir.expr import (
     postorder,
 )
 from attn_engine.ir.ops import INFO, Number, Storage
-from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Narrow, Param, Section, Stmt, StoreTile
+from attn_engine.ir.tile import (
+    Accumulate,
+    Choose,
+    If,
+    Kernel,
+    Let,
+    Loop,
+    Narrow,
+    Param,
+    Section,
+    Stmt,
+    StoreTile,
+)
 from attn_engine.runtime.dense import apply_op, torch_kind
 
 Value = Tensor | bool | int | float
@@ -105,6 +118,7 @@ class _Instance:
         self.shifts: dict[
             str, tuple[int, int]
         ] = {}  # of a page: a dimension, and where position 0 lies in it
+        self.listed: dict[str, tuple[int, Tensor]] = {}  # of an output: a dimension, and its rows by position
         self.sizes: dict[str, int] = dict(kernel.tile)
         for axis in COLUMNS:
             if axis in self.sizes:
@@ -140,10 +154,10 @@ class _Instance:
                         self._scoped(inner)
                 case Narrow():
                     self._narrow(statement)
-                case StoreTile(name, indices, value):
-                    self._write(name, indices, value, add=False)
-                case Accumulate(name, indices, value):
-                    self._write(name, indices, value, add=True)
+                case Choose():
+                    raise AssertionError("torch carries selections out by runtime/selection_dense.py")
+                case StoreTile(name, indices, value) | Accumulate(name, indices, value):
+                    self._write(name, indices, value, add=isinstance(statement, Accumulate))
 
     def _narrow(self, s: Narrow) -> None:
         rows = self.params[s.tensor].shape.index(f"{s.axis}_len")
@@ -152,6 +166,13 @@ class _Instance:
             self._gather_pages(s, whole, length)
             return
         first = int(self._number(s.first))
+        if s.places is not None:
+            found = self.whole[s.places][first : first + length].long()
+            output = self.params[s.tensor].output
+            if output:
+                self.listed[s.tensor] = rows, found
+            self.tensors = {**self.tensors, s.tensor: whole if output else whole.index_select(rows, found)}
+            return
         if s.page is not None:
             page = int(self._number(s.page))
             whole = whole[page : page + 1]
@@ -229,6 +250,9 @@ class _Instance:
                 return rounded.to(self.compute) if node.axes else rounded.item()
             case Load():
                 return self._load(node, values)
+            case FirstColumns(x, axis):
+                tile = self._tile(values[x], x, x.axes)
+                return tile.narrow(node.axes.index(axis), 0, self.sizes[axis])
             case _:
                 raise TypeError(f"{type(node).__name__} does not occur in a tile program")
 
@@ -325,6 +349,13 @@ class _Instance:
         tensor = self.tensors[name]
         values = {i: self.value(i) for i in indices}
         stored = self.value(value)
+        if name in self.listed:
+            dimension, rows = self.listed[name]
+            position = values[indices[dimension]]
+            assert isinstance(position, Tensor)
+            there = torch.where(position < len(rows), rows[position.clamp(max=len(rows) - 1)], -1)
+            self._scatter(tensor, indices, {**values, indices[dimension]: there}, value, stored, add)
+            return
         region = self._region(indices, values, tensor, clamped=False)
         if region is None or not set(value.axes) <= {r.axis for r in region}:
             self._scatter(tensor, indices, values, value, stored, add)

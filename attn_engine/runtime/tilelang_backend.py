@@ -17,6 +17,7 @@ from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.compiled import Launchable
 from attn_engine.runtime.gpu_target import current_target
+from attn_engine.runtime.scaled import refuse_caches
 from attn_engine.version import VERSION
 
 SHOWN = "sm_90a"  # what `engine.source` shows
@@ -43,10 +44,7 @@ class TileLangBackend:
         return small_tiles(chosen) if self.on_cpu else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
-        if program.sequences is not None and program.sequences.page:
-            raise UnsupportedOnBackend(
-                backend=self.name, feature="keys in pages", instead='Use backend="triton" or "cpu".'
-            )
+        refuse_caches(program, self.name)
         wide = program.element in (Storage.FLOAT32, Storage.FLOAT64)
         if wide != self.on_cpu:
             instead = 'Use backend="triton", or bfloat16 or float16 tensors: TileLang would round products to 10 bits.'

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from attn_engine import AttentionEngine, meta_tensor
-from attn_engine.errors import WrongArgument
 from attn_engine.library import flash_mla_with_kvcache, get_mla_metadata
 from attn_engine.runtime.cpu_compile import find_compiler
 from tests.serving.caches import attention, filled
@@ -78,7 +77,7 @@ def test_absorbed_as_unabsorbed(seed: int) -> None:
 def test_what_it_does_not_do() -> None:
     q, cache = torch.zeros(1, 1, 2, 16), torch.zeros(1, 16, 1, 16)
     given = (q, cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), 8)
-    for name, x in (("is_fp8_kvcache", True), ("indices", torch.zeros(1)), ("attn_sink", torch.zeros(2))):
+    for name, x in (("extra_k_cache", torch.zeros(2)), ("attn_sink", torch.zeros(3))):
         options: dict[str, Any] = {name: x}
         with pytest.raises(WrongArgument) as found:
             flash_mla_with_kvcache(*given, **options)

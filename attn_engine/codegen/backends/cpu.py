@@ -16,6 +16,7 @@ from attn_engine.codegen.backends.cpu_nests import NestRenderer
 from attn_engine.codegen.backends.cpu_rows import RowNestRenderer
 from attn_engine.codegen.lower.nests import schedule_nests
 from attn_engine.codegen.lower.paged import with_tables_at_hand
+from attn_engine.codegen.lower.scaled import SCALES, is_scaled, scale_param
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import Kernel, Let, Narrow, Param, walk
 
@@ -24,6 +25,7 @@ TYPES: Mapping[Storage, str] = {
     Storage.FLOAT32: "float",
     Storage.FLOAT16: "Half",
     Storage.BFLOAT16: "BFloat16",
+    Storage.FLOAT8: "Float8",
     Storage.INT64: "int64_t",
     Storage.INT32: "int32_t",
     Storage.INT16: "int16_t",
@@ -124,7 +126,7 @@ class CpuRenderer(NestRenderer):
             "",
             "struct Arguments {  // 8 bytes each: the launcher fills them in this order",
             "  int64_t next_task;  // shared by the threads",
-            *(f"  {self.tensor_type(p)} {p.name};" for p in k.params),
+            *(f"  {self.tensor_type(p)} {p.name};" for p in self.tensors),
             f"  int64_t {', '.join(SIZES)};",
             *(f"  {'double' if v.dtype is DType.FLOAT else 'int64_t'} {v.name};" for v in k.scalars),
             "};",
@@ -148,7 +150,7 @@ class CpuRenderer(NestRenderer):
     @property
     def paired(self) -> bool:
         """Whether products multiply pairs of bfloat16."""
-        return self.storage is Storage.BFLOAT16 and self.target.bfloat16_dot
+        return self.storage is Storage.BFLOAT16 and self.target.bfloat16_dot and not is_scaled(self.kernel)
 
     @property
     def registers(self) -> int:
@@ -159,9 +161,15 @@ class CpuRenderer(NestRenderer):
         """What the headers need to know before they are read."""
         return [f"{REGISTERS} {self.registers}", *([f"{IN_DOUBLE} 1"] if self.in_double else [])]
 
-    @staticmethod
-    def tensor_type(p: Param) -> str:
-        return f"Tensor<{'' if p.output else 'const '}{TYPES[p.storage]}, {len(p.shape)}>"
+    @property
+    def tensors(self) -> list[Param]:
+        """The parameters that have a name of their own: scales belong to what they scale."""
+        return [p for p in self.kernel.params if p.name not in SCALES]
+
+    def tensor_type(self, p: Param) -> str:
+        own = f"Tensor<{'' if p.output else 'const '}{TYPES[p.storage]}, {len(p.shape)}>"
+        scale = next((s for s in self.kernel.params if s.name == scale_param(p.name)), None)
+        return own if scale is None else f"Scaled<{own}, {self.tensor_type(scale)}>"
 
     def task(self, body: list[str]) -> list[str]:
         """The function that one program instance runs."""
@@ -178,7 +186,7 @@ class CpuRenderer(NestRenderer):
         sizes = [n for n in SIZES if n in words]
         return [
             f"static void tile_task({', '.join(['const Arguments& arguments', 'Scratch& scratch', *parameters])}) {{",
-            *(f"  const auto& {p.name} = arguments.{p.name};" for p in k.params if p.name in words),
+            *(f"  const auto& {p.name} = arguments.{p.name};" for p in self.tensors if p.name in words),
             *([f"  const int {', '.join(f'{n} = arguments.{n}' for n in sizes)};"] if sizes else []),
             *(
                 f"  const {self.scalar_type(v.dtype)} {v.name} = arguments.{v.name};"

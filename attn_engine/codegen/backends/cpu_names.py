@@ -11,6 +11,7 @@ from pathlib import Path
 from attn_engine.ir.expr import Expr, Load, Var, loads, transform, variables
 from attn_engine.ir.tile import (
     Accumulate,
+    Choose,
     If,
     Kernel,
     Let,
@@ -129,9 +130,23 @@ def _renamed(body: tuple[Stmt, ...], new: dict[str, str], change: Change) -> tup
                 done.append(
                     Accumulate(new.get(tensor, tensor), tuple(change(i) for i in indices), change(value))
                 )
-            case Narrow(tensor, axis, first, length, page):
+            case Narrow(tensor, _, first, length, page):
                 page = page if page is None else change(page)
-                done.append(Narrow(new.get(tensor, tensor), axis, change(first), change(length), page))
+                done.append(
+                    replace(
+                        s,
+                        tensor=new.get(tensor, tensor),
+                        first=change(first),
+                        length=change(length),
+                        page=page,
+                    )
+                )
+            case Choose(states=states, row=row, value=value, result=result, place=place):
+                row, place = tuple(change(i) for i in row), tuple(change(i) for i in place)
+                states, result = new.get(states, states), new.get(result, result)
+                done.append(
+                    replace(s, states=states, row=row, value=change(value), result=result, place=place)
+                )
             case Section():
                 done.append(s)
     return tuple(done)

@@ -19,7 +19,7 @@ from attn_engine.codegen.lower.steps import (
     step_shape,
 )
 from attn_engine.ir.ops import DType
-from attn_engine.ir.tile import Accumulate, If, Lanes, Let, Loop, Narrow, Section, Stmt, StoreTile
+from attn_engine.ir.tile import Accumulate, Choose, If, Lanes, Let, Loop, Narrow, Section, Stmt, StoreTile
 
 
 @dataclass(eq=False, slots=True)
@@ -69,7 +69,7 @@ class Run:
     nests: list[OpenNest]
 
 
-Draft = Section | Narrow | Run | tuple[Loop, "list[Draft]"] | tuple[If, "list[Draft]"]
+Draft = Section | Narrow | Choose | Run | tuple[Loop, "list[Draft]"] | tuple[If, "list[Draft]"]
 
 
 def draft(body: tuple[Stmt, ...], splitter: Splitter, outer: Mapping[str, Let]) -> list[Draft]:
@@ -95,7 +95,7 @@ def draft(body: tuple[Stmt, ...], splitter: Splitter, outer: Mapping[str, Let]) 
                 if not innermost or any(isinstance(x, StoreTile) for x in body):
                     flush()
                     drafts.append(s)
-            case Narrow():
+            case Narrow() | Choose():
                 flush()
                 drafts.append(s)
             case Loop():

@@ -1,6 +1,6 @@
 """Schedule a kernel for a machine without tile instructions: fuse its steps into few row loops.
 
-    item = Section | Narrow | Nest(shape, steps, stored, places) | Sweep(loop, items) | Branch(branch, items)
+    item = Section | Narrow | Choose | Nest(shape, steps, stored, places) | Sweep(loop, items) | Branch(branch, items)
 
 A nest is one loop over rows: a product of the micro-kernel and everything that can be done to its result while that is
 in registers. Values that another nest needs are stored in scratch arrays; all others never leave the registers.
@@ -15,7 +15,7 @@ from attn_engine.codegen.lower.drafts import Draft, OpenNest, Run, all_blocks, d
 from attn_engine.codegen.lower.splitter import Splitter, prepare
 from attn_engine.codegen.lower.steps import Form, Product, Shape, Step, is_total, name_made, names_read
 from attn_engine.ir.ops import DType
-from attn_engine.ir.tile import If, Kernel, Let, Loop, Narrow, Section
+from attn_engine.ir.tile import Choose, If, Kernel, Let, Loop, Narrow, Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Sweep:
 
     @property
     def innermost(self) -> bool:
-        return all(isinstance(item, Nest | Narrow) for item in self.body)
+        return all(isinstance(item, Nest | Narrow | Choose) for item in self.body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class Branch:
 
     @property
     def innermost(self) -> bool:
-        return all(isinstance(item, Nest | Narrow) for item in self.body)
+        return all(isinstance(item, Nest | Narrow | Choose) for item in self.body)
 
 
-Item = Section | Narrow | Nest | Sweep | Branch
+Item = Section | Narrow | Choose | Nest | Sweep | Branch
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def finish(
     items: list[Item] = []
     for d in drafts:
         match d:
-            case Section() | Narrow():
+            case Section() | Narrow() | Choose():
                 items.append(d)
             case Run(nests):
                 items += close(nests, reads, arrays, forms)

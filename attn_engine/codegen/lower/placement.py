@@ -36,6 +36,7 @@ from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce
 from attn_engine.ir.ops import DType, Op
 from attn_engine.ir.tile import (
     Accumulate,
+    Choose,
     If,
     Kernel,
     Let,
@@ -94,6 +95,8 @@ class _Placer:
                 lets, value = self.plain(self.read(value), f"{tensor}_part")
                 place = tuple(self.read(i) for i in indices)
                 return [*lets, self.mapped(Accumulate(tensor, place, value))]
+            case Choose():
+                raise AssertionError("selections are refused before this backend is asked")
             case Narrow():
                 return []  # each access begins at the first row of its tensor
 

@@ -11,6 +11,10 @@ head, of its second head, and so on, then those of the next sequence: neighbours
     q_first, q_len = q_spans[batch, 0], q_spans[batch, 1]
     Q = q_len rows of Q from q_first on
     q_start = place % tile_ranges[batch, 1] * 64
+
+Where rows of sequences lie anywhere (`Sequences.listed`), tables name them:
+
+    Q = q_len rows of Q that q_places names from q_first on
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from attn_engine.codegen.lower.scaled import scale_param
 from attn_engine.codegen.lower.values import INT, KV_LEN, Q_LEN, scalar
 from attn_engine.ir.expr import Const, Expr, Load, Var, loads, substitute, variables
 from attn_engine.ir.ops import Storage
@@ -52,33 +57,46 @@ def spans_param(axis: str) -> str:
     return f"{axis}_spans"
 
 
+def places_param(axis: str) -> str:
+    """Which rows the sequences have, one after the other: int32 (rows of all sequences,)."""
+    return f"{axis}_places"
+
+
+# Tensors of whole rows: those stay where they are when rows are listed.
+OF_PLACES = {"q": ("Q", "O", "dO", "dQ", "dQ_parts"), "kv": ("K", "V", "dK", "dV")}
 TABLES = {
     spans_param("q"): ("batches", "span"),
     spans_param("kv"): ("batches", "span"),
+    **{places_param(axis): (f"{axis}_places_size_0",) for axis in AXES},
     TILE_LIST: ("tile_count",),
     TILE_RANGES: ("batches", "span"),
     ORDER: ("batches",),
 }
 
 
-def over_sequences(kernel: Kernel, dense: Iterable[str] = ()) -> Kernel:
+def over_sequences(kernel: Kernel, dense: Iterable[str] = (), listed: bool = False) -> Kernel:
     """The kernel for a call that brings sequences.
 
     dense: tensors with rows that stay as they are, (batches, ..., rows of the longest sequence, ...).
+    listed: tables name the rows of sequences.
     """
-    return _Sequences(kernel, frozenset(dense)).kernel()
+    return _Sequences(kernel, frozenset(dense), listed).kernel()
 
 
 def narrowed_tensors(kernel: Kernel) -> dict[str, int]:
     """The tensors of which a kernel sees one sequence, and which of their dimensions is the batch."""
     narrowed = (s for s in walk(kernel.body) if isinstance(s, Narrow) and s.page is None)
     names = dict.fromkeys(s.tensor for s in narrowed)
+    present = {p.name for p in kernel.params}
+    names |= dict.fromkeys(
+        s for s in map(scale_param, list(names)) if s in present
+    )  # narrowed with their tensors
     return {name: kernel.param(name).shape.index("batches") for name in names}
 
 
 class _Sequences:
-    def __init__(self, kernel: Kernel, dense: frozenset[str]) -> None:
-        self.old = kernel
+    def __init__(self, kernel: Kernel, dense: frozenset[str], listed: bool) -> None:
+        self.old, self.listed = kernel, listed
         self.axis = next((a for a in AXES if a in kernel.grid), None)
         self.rows = [
             (p.name, axis)
@@ -129,6 +147,7 @@ class _Sequences:
         """With the tables and the numbers that it reads now, and the count of its tiles."""
         every = [e for s in walk(kernel.body) for e in expressions(s)]
         tensors = {x.tensor for e in every for x in loads(e)}
+        tensors |= {s.places for s in walk(kernel.body) if isinstance(s, Narrow) and s.places}
         numbers = {v for e in every for v in variables(e)}
         tables = tuple(Param(n, Storage.INT32, shape) for n, shape in TABLES.items() if n in tensors)
         more: list[Var] = [x for x in (LONGEST_Q, LONGEST_KV) if x in numbers]
@@ -144,7 +163,11 @@ class _Sequences:
             spans = spans_param(axis)
             lets.append(Let(f"{axis}_first", Load(spans, INT, (BATCH, Const(0)))))
             lets.append(Let(f"{axis}_len", Load(spans, INT, (BATCH, Const(1)))))
-        return [*lets, *(Narrow(n, a, scalar(f"{a}_first"), scalar(f"{a}_len")) for n, a in self.rows)]
+        return [*lets, *(self.narrowed(name, axis) for name, axis in self.rows)]
+
+    def narrowed(self, name: str, axis: str) -> Narrow:
+        places = places_param(axis) if self.listed and name in OF_PLACES[axis] else None
+        return Narrow(name, axis, scalar(f"{axis}_first"), scalar(f"{axis}_len"), places=places)
 
     def tile(self, axis: str, body: tuple[Stmt, ...]) -> Loop:
         """The tile that begins at `tile_start`."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
+from functools import lru_cache
 
 from attn_engine.ir.expr import Const, Expr, postorder, substitute
 from attn_engine.ir.program import GROUP, HEAD, Q_IDX, Attention, OnlineRule, ScalarFn
@@ -26,6 +27,7 @@ class Packing(Enum):
     QUERIES = "the heads of a group, for every query"
 
 
+@lru_cache(maxsize=256)
 def packable(rule: OnlineRule) -> bool:
     """Whether heads can be packed: the normaliser itself must not ask for the head or the position, nor pool."""
     if rule.pooled:
@@ -55,21 +57,26 @@ def pack_heads(program: Attention, packing: Packing, group: int | None = None) -
 
 def _packed(fn: ScalarFn, packing: Packing, group: Expr = GROUP) -> ScalarFn:
     position, head = _meanings(packing, group)
-    replacements: dict[Expr, Expr] = {Q_IDX: position, HEAD: head}
-    result = substitute(fn.result, replacements)
-
-    def moved(notes: Mapping[Expr, str]) -> dict[Expr, str]:
-        return {substitute(node, replacements): text for node, text in notes.items()}
-
-    names = {**moved(fn.names), position: "position", Q_IDX % group: "head_in_group"}
-    needs_group = GROUP in postorder(result)
+    moved = in_terms_of(fn, {Q_IDX: position, HEAD: head})
+    names = {**moved.names, position: "position", Q_IDX % group: "head_in_group"}
+    needs_group = GROUP in postorder(moved.result)
     return replace(
-        fn,
-        result=result,
+        moved,
         scalars=(*fn.scalars, GROUP) if needs_group else fn.scalars,
         names={node: name for node, name in names.items() if node.operands},
-        sources=moved(fn.sources),
     )
+
+
+def in_terms_of(fn: ScalarFn, replacements: Mapping[Expr, Expr]) -> ScalarFn:
+    """The same function of other inputs, with the user's names and lines."""
+
+    def moved(notes: Mapping[Expr, str]) -> dict[Expr, str]:
+        return {substitute(node, inputs): text for node, text in notes.items()}
+
+    inputs = dict(replacements)
+    result, names = substitute(fn.result, inputs), moved(fn.names)
+    names = {node: name for node, name in names.items() if node.operands}
+    return replace(fn, result=result, names=names, sources=moved(fn.sources))
 
 
 def _meanings(packing: Packing, group: Expr) -> tuple[Expr, Expr]:

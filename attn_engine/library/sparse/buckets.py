@@ -6,11 +6,18 @@ Rows are counted with heads before positions, (b H + h) N + n, so that those of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from attn_engine.library.sparse.compaction import Moves, kept_rows, permuted
+from attn_engine.library.sparse.compaction import (
+    Moves,
+    heads_first_positions,
+    heads_first_rows,
+    kept_numbers,
+    moves_of,
+)
 
 # Rows of a sequence, on average: shorter ones cost more than a mask over all rows in sorted order.
 FEWEST_ROWS = 16
@@ -20,30 +27,59 @@ SHORT = 1024
 MOST_PADDING = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Side:
-    """The rows of q, or of k and v. moves: from (B, N, H, .) into sequences. order: their numbers, (T,), those of kept
-    rows. cu_len: cumulative lengths of the sequences, int64 (n + 1,)."""
+    """The rows of q, or of k and v.
 
-    moves: Moves
+    order: the numbers of those that sequences have, one after the other, (T,). ends: cumulative lengths of the
+    sequences, int64 (n + 1,). shape: (B, N, H). dropped_before: None where sequences have all rows; else how many of
+    two more sequences end before the slot of the rows that no sequence has.
+    """
+
     order: Tensor
-    cu_len: Tensor
-    length: int
+    ends: Tensor
+    shape: tuple[int, int, int]
+    dropped_before: int | None = None
 
-    @property
+    @cached_property
+    def moves(self) -> Moves:
+        """From (B, N, H, .) into the sequences of `cu_len`."""
+        batches, length, heads = self.shape
+        return moves_of(
+            self.rows(heads_first=False), batches * length * heads, spare=self.dropped_before is not None
+        )
+
+    @cached_property
+    def cu_len(self) -> Tensor:
+        """The cumulative lengths of what is moved: with the two sequences for dropped rows."""
+        if self.dropped_before is None:
+            return self.ends
+        spare = torch.full((2,), len(self.moves.there), device=self.ends.device)
+        spare[: self.dropped_before] = len(self.order)
+        return torch.cat((self.ends, spare))
+
+    @cached_property
     def longest(self) -> int:
-        return int(self.cu_len.diff().max()) if len(self.cu_len) > 1 else 0
+        return int(self.ends.diff().max()) if len(self.ends) > 1 else 0
 
-    def positions(self, columns: int) -> Tensor:
-        """Where the rows of each sequence were along N: int32 (n, columns), 0 past a sequence's end."""
-        count, rows = len(self.cu_len) - 1, len(self.order)
-        starts = torch.arange(count, device=self.order.device) * columns - self.cu_len[:-1]
-        lengths = self.cu_len.clamp(max=rows).diff()
-        places = starts.repeat_interleave(lengths, output_size=rows)
-        places += torch.arange(rows, device=self.order.device)
-        table = torch.zeros(count * columns, dtype=torch.int32, device=self.order.device)
-        table[places] = (self.order % max(self.length, 1)).int()
-        return table.view(count, columns)
+    def rows(self, *, heads_first: bool) -> Tensor:
+        """int32 (T,): where those rows are in a tensor that lies as (B, N, H, .), or as (B, H, N, .)."""
+        if heads_first:
+            return self.order.int()
+        return heads_first_rows(*self.shape, self.order.device).index_select(0, self.order)
+
+    def positions(self, columns: int, *, moved: bool) -> Tensor:
+        """Where the rows of each sequence were along N: int32 (n, columns), 0 past a sequence's end. n is that of
+        `cu_len` where rows are moved, else that of `ends`."""
+        count, rows = len(self.ends) - 1, len(self.order)
+        device = self.order.device
+        starts = torch.arange(count, device=device) * columns - self.ends[:-1]
+        places = starts.repeat_interleave(self.ends.diff(), output_size=rows)
+        places += torch.arange(rows, device=device)
+        more = 2 if moved and self.dropped_before is not None else 0
+        table = torch.zeros((count + more) * columns, dtype=torch.int32, device=device)
+        found = heads_first_positions(*self.shape, device).index_select(0, self.order)
+        return table.scatter_(0, places, found).view(count + more, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +98,12 @@ class Pairs:
     @property
     def short(self) -> bool:
         """Whether sequences are so short that their last tile, filled in part, counts."""
-        return max(len(self.q.order), len(self.k.order)) < SHORT * (len(self.q.cu_len) - 1)
+        return max(len(self.q.order), len(self.k.order)) < SHORT * (len(self.q.ends) - 1)
 
     @property
     def worth_it(self) -> bool:
         """Whether sequences cost less than a mask over all the rows."""
-        rows, count = max(len(self.q.order), len(self.k.order)), len(self.q.cu_len) - 1
+        rows, count = max(len(self.q.order), len(self.k.order)), len(self.q.ends) - 1
         return rows >= FEWEST_ROWS * count and (self.alike or count * self.columns <= MOST_PADDING * rows)
 
 
@@ -90,16 +126,19 @@ def by_bucket(q_buckets: Tensor, k_buckets: Tensor) -> Pairs:
         buckets = torch.cat([torch.unique_consecutive(x.values) for x in found]).unique()
         lengths = [_cumulative(torch.searchsorted(x.values, buckets, right=True), summed=True) for x in found]
     sides = [
-        Side(permuted(x.indices, tuple(of.shape)), x.indices, cu_len, of.shape[1])
-        for x, of, cu_len in zip(found, given, lengths, strict=True)
+        Side(x.indices, ends, (of.shape[0], of.shape[1], of.shape[2]))
+        for x, of, ends in zip(found, given, lengths, strict=True)
     ]
     return Pairs(sides[0], sides[-1], alike)
 
 
 @torch.no_grad()
 def by_keep(q_keep: Tensor, k_keep: Tensor) -> Pairs:
-    """A sequence for the kept rows of each head, q_keep (B, Nq, H) and k_keep (B, Nk, H); two more for the slot of the
-    rows that are not: a query without keys, whose output is 0, and a key without queries, whose gradient is."""
+    """A sequence for the kept rows of each head, q_keep (B, Nq, H) and k_keep (B, Nk, H).
+
+    Where rows are moved there are two more for the slot of those that are not kept: a query without keys, whose output
+    is 0, and a key without queries, whose gradient is.
+    """
     alike = q_keep is k_keep or torch.equal(q_keep, k_keep)
     q = _kept(q_keep, before=0)
     k = _kept(k_keep, before=1)
@@ -107,11 +146,8 @@ def by_keep(q_keep: Tensor, k_keep: Tensor) -> Pairs:
 
 
 def _kept(keep: Tensor, before: int) -> Side:
-    moves, order = kept_rows(keep)
     ends = _cumulative((keep != 0).sum(1).flatten())
-    spare = torch.full((2,), len(moves.there), device=keep.device)
-    spare[:before] = len(order)
-    return Side(moves, order, torch.cat((ends, spare)), keep.shape[1])
+    return Side(kept_numbers(keep), ends, (keep.shape[0], keep.shape[1], keep.shape[2]), before)
 
 
 def _numbered(buckets: Tensor, low: int, span: int) -> Tensor:

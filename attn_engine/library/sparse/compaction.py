@@ -51,19 +51,19 @@ class Moves:
         return moved.view(*shape[:3], rows.shape[-1])  # pyright: ignore[reportOptionalMemberAccess, reportReturnType]
 
 
-def permuted(order: Tensor, shape: tuple[int, ...]) -> Moves:
-    """order: (B H N,), every row's number once, counted with heads before positions; shape: (B, N, H)."""
-    there = _heads_first_rows(*shape, order.device).index_select(0, order)
-    return Moves(there, _inverse(there, torch.empty_like(there)))
+def kept_numbers(keep: Tensor) -> Tensor:
+    """The rows where keep (B, N, H) is not 0, counted with heads before positions, in that order."""
+    return keep.transpose(1, 2).flatten().nonzero().flatten()
 
 
-def kept_rows(keep: Tensor) -> tuple[Moves, Tensor]:
-    """The rows where keep (B, N, H) is not 0, heads before positions, and one slot more; their numbers as in
-    `permuted`."""
-    order = keep.transpose(1, 2).flatten().nonzero().flatten()
-    rows = _heads_first_rows(*keep.shape, keep.device).index_select(0, order)
-    there = torch.cat((rows, rows.new_zeros(min(1, keep.numel()))))
-    return Moves(there, _inverse(rows, rows.new_full((keep.numel(),), len(rows)))), order
+def moves_of(rows: Tensor, count: int, *, spare: bool) -> Moves:
+    """The rows that sequences have, int32, out of `count`, one after the other; spare: and one slot more, for the rows
+    that none has."""
+    rows = rows.long()
+    if not spare:
+        return Moves(rows, _inverse(rows, torch.empty_like(rows)))
+    there = torch.cat((rows, rows.new_zeros(min(1, count))))
+    return Moves(there, _inverse(rows, rows.new_full((count,), len(rows))))
 
 
 def _inverse(rows: Tensor, into: Tensor) -> Tensor:
@@ -72,9 +72,16 @@ def _inverse(rows: Tensor, into: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _heads_first_rows(batches: int, length: int, heads: int, device: torch.device) -> Tensor:
-    rows = torch.arange(batches * length * heads, device=device)
+def heads_first_rows(batches: int, length: int, heads: int, device: torch.device) -> Tensor:
+    """Which row of a (B, N, H) tensor is the first, second, ... with heads before positions: int32 (B H N,)."""
+    rows = torch.arange(batches * length * heads, dtype=torch.int32, device=device)
     return rows.view(batches, length, heads).transpose(1, 2).flatten()
+
+
+@lru_cache(maxsize=16)
+def heads_first_positions(batches: int, length: int, heads: int, device: torch.device) -> Tensor:
+    """The position along N of each of them, int32."""
+    return torch.arange(length, dtype=torch.int32, device=device).repeat(batches * heads)
 
 
 def _rows(index: Tensor, length: int) -> Tensor:

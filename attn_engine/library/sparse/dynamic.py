@@ -19,6 +19,7 @@ from attn_engine.errors import FractionalKeep, UnknownSparsity, WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
 from attn_engine.library.sparse.buckets import Pairs, by_bucket, by_keep
 from attn_engine.library.sparse.compaction import order_of, take
+from attn_engine.row_calls import attend_listed
 
 NO_KEY = 1_000_000_000  # the position of a padded key: after every query
 NO_QUERY = -1  # the position of a padded query: before every key
@@ -90,7 +91,7 @@ def hash_sparse_attention(
         return _over_sequences(pairs, q, k, v, sm_scale, strict)
     sides = (pairs.q, q, q_hash), (pairs.k, k, k_hash), (pairs.k, v, k_hash)
     rows = [_heads_first(side.moves.gather(x), x) for side, x, _ in sides]
-    at = [_heads_first(side.order % max(side.length, 1), x).int() for side, x, _ in sides[:2]]
+    at = [_heads_first(side.order % max(side.shape[1], 1), x).int() for side, x, _ in sides[:2]]
     own = [_heads_first(x.flatten().index_select(0, side.moves.there), x) for side, _, x in sides[:2]]
     out = _engine(q, v, sm_scale, "hash", strict)(*rows, *at, *own)
     return pairs.q.moves.restore(out.reshape(-1, v.shape[-1]), tuple(q.shape))
@@ -172,19 +173,43 @@ def _over_sequences(
     pairs: Pairs, q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None, strict: bool
 ) -> Tensor:
     """Attention of each sequence's queries over its keys that are not after them."""
+    short = pairs.short and q.device.type == "cpu"
+    in_place = short and not torch.compiler.is_compiling()
+    mode, columns, tables = "order", 0, ()
+    if not pairs.alike:  # else what is earlier in a sequence is earlier in time
+        mode, columns = "sequences", pairs.columns
+        tables = tuple(side.positions(columns, moved=not in_place) for side in (pairs.q, pairs.k))
+    engine = _engine(q, v, sm_scale, mode, strict, columns, short)
+    if in_place:
+        return _in_place(engine, pairs, q, k, v, tables)
     sides = (pairs.q, q), (pairs.k, k), (pairs.k, v)
     rows = [side.moves.gather(x).unsqueeze(1) for side, x in sides]
-    short = pairs.short and q.device.type == "cpu"
-    of_q, of_k = pairs.q.cu_len, pairs.k.cu_len
-    if pairs.alike:  # what is earlier in a sequence is earlier in time
-        in_order = _engine(q, v, sm_scale, "order", strict, short=short)
-        out = in_order(*rows, cu_len_q=of_q, cu_len_kv=of_k)
-    else:
-        columns = pairs.columns
-        q_at, k_at = pairs.q.positions(columns), pairs.k.positions(columns)
-        by_position = _engine(q, v, sm_scale, "sequences", strict, columns, short)
-        out = by_position(*rows, q_at, k_at, cu_len_q=of_q, cu_len_kv=of_k)
+    out = engine(*rows, *tables, cu_len_q=pairs.q.cu_len, cu_len_kv=pairs.k.cu_len)
     return pairs.q.moves.restore(out.squeeze(1), tuple(q.shape))
+
+
+def _in_place(
+    engine: AttentionEngine, pairs: Pairs, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...]
+) -> Tensor:
+    """The same where the kernels look for the rows themselves. A long sequence would be looked for too often: each tile
+    of keys again for every tile of queries."""
+    of_q, of_k = (_lies_heads_first(x) for x in (q, k))
+    inputs = _as_rows(q, of_q), _as_rows(k, of_k), _as_rows(v, of_k)
+    places = pairs.q.rows(heads_first=of_q), pairs.k.rows(heads_first=of_k)
+    out = attend_listed(engine, inputs, tables, (pairs.q.ends, pairs.k.ends), places)
+    batches, length, heads, _ = q.shape
+    if of_q:
+        return out.view(batches, heads, length, v.shape[3]).transpose(1, 2)
+    return out.view(batches, length, heads, v.shape[3])
+
+
+def _lies_heads_first(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+
+
+def _as_rows(x: Tensor, heads_first: bool) -> Tensor:
+    """(rows, 1, D) of x (B, N, H, D) in the order of memory."""
+    return (x.transpose(1, 2) if heads_first else x).reshape(-1, 1, x.shape[3])
 
 
 def _heads_first(rows: Tensor, like: Tensor) -> Tensor:

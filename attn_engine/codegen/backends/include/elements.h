@@ -6,6 +6,7 @@ namespace attention {
 
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
+struct Float8 { uint8_t bits; };  // e4m3: no infinities, 0x7f is no number
 
 // -- one element to and from its compute type
 
@@ -26,6 +27,13 @@ INLINE Real value_of(Half x) {
   const float magnitude = bits_as_float(rest << 13) * 0x1p112f;  // moves the exponent's bias; exact, also for subnormals
   return bits_as_float(sign | float_as_bits(magnitude));
 #endif
+}
+
+INLINE Real value_of(Float8 x) {
+  const uint32_t sign = (x.bits & 0x80u) << 24, rest = x.bits & 0x7fu;
+  if (rest == 0x7fu) return bits_as_float(0x7fc00000u);
+  const float magnitude = bits_as_float(rest << 20) * 0x1p120f;  // as for Half
+  return bits_as_float(sign | float_as_bits(magnitude));
 }
 
 template <class T> INLINE T element_of(Real x) {
@@ -94,6 +102,12 @@ INLINE FloatVector half_values(IntVector bits) {
 #endif
 }
 
+INLINE FloatVector float8_values(IntVector bits) {
+  const IntVector sign = (bits & 0x80) << 24, rest = (bits & 0x7f) << 20;
+  const IntVector magnitude = (IntVector)((FloatVector)rest * 0x1p120f);
+  return (FloatVector)(sign | (rest == 0x7f << 20 ? 0x7fc00000 - IntVector{} : magnitude));
+}
+
 /// The 16-bit patterns next to floats.
 INLINE IntVector bfloat16_bits(FloatVector x) {
   typedef uint32_t Unsigned __attribute__((vector_size(VECTOR_BYTES)));
@@ -127,6 +141,8 @@ template <class T> INLINE VectorOf<std::remove_const_t<T>> load_vector(const T* 
 #else
     return half_values(load_halves(x));
 #endif
+  } else if constexpr (std::is_same_v<Element, Float8>) {
+    return float8_values(__builtin_convertvector(neighbours<uint8_t>(x), IntVector));
 #endif
   } else if constexpr (std::is_same_v<Element, bool>) {
     return -__builtin_convertvector(neighbours<uint8_t>(x), IntVector);

@@ -3,3 +3,6 @@
 #include "tiles.h"
 #include "pairs.h"
 #include "pages.h"
+#include "lists.h"
+#include "select.h"
+#include "scaled.h"

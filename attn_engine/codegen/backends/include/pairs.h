@@ -98,8 +98,8 @@ OUTLINE void pack_row_pairs(Pair (*to)[PADDED], const M& x, int first, int count
 }
 
 /// to[i][lane] = the pair of columns 2i and 2i + 1 of x[first + lane]; lanes from `count` on are zero.
-template <int COLUMNS>
-OUTLINE void pack_lane_pairs(Pair (*to)[LANES], const Matrix<const BFloat16>& x, int first, int count) {
+template <int COLUMNS, class M>
+OUTLINE void pack_lane_pairs(Pair (*to)[LANES], const M& x, int first, int count) {
   constexpr int PAIRS = (COLUMNS + 1) / 2, SQUARES = COLUMNS / 2 / WIDTH * WIDTH;
   const int vectors = x.column_stride == 1 ? SQUARES : 0;
   for (int lane = 0; lane < LANES; lane += WIDTH) {

@@ -9,15 +9,16 @@ constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 /// The last two dimensions of a tensor.
 template <class T> struct Matrix {
   using Element = T;
-  static constexpr bool IN_PAGES = false;
+  static constexpr bool IN_PAGES = false, SCATTERED = false;  // whether rows lie anywhere
   T* data;
   int64_t row_stride, column_stride, rows, columns = 0;
   T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
   /// Whether `row_stride` leads from each of these rows to the next.
   static constexpr bool in_steps(int64_t, int64_t) { return true; }
-  /// Asks for a row that will be read soon where the processor will not guess it by itself.
-  template <int COLUMNS> static void fetch(int64_t) {}
 };
+
+/// Whether rows of a matrix have scales (scaled.h).
+template <class M> constexpr bool SCALED = false;
 
 template <class T, int RANK, class... Index> INLINE Matrix<T> matrix(const Tensor<T, RANK>& tensor, Index... index) {
   static_assert(sizeof...(Index) == RANK - 2, "an index for each dimension but the last two");
@@ -53,17 +54,24 @@ template <int COLUMNS, class M> INLINE void fetch_rows(const M& x, int64_t first
     for (int column = 0; column < COLUMNS; column += 64 / int(sizeof(typename M::Element))) __builtin_prefetch(x.at(row, column), 0, 2);
 }
 
+/// Asks for a share of the rows first, ..., first + COUNT - 1: that of the trip `block` of a loop over ROWS of TRIPS.
+template <int COLUMNS, int COUNT, int TRIPS, class M> INLINE void fetch_share(const M& x, int64_t first, int block) {
+  const int begin = block * COUNT / TRIPS, end = (block + ROWS) * COUNT / TRIPS;
+  fetch_rows<COLUMNS>(x, first + begin, (end < COUNT ? end : COUNT) - begin);
+}
+
 /// Whether rows at that distance share few sets of a cache: a tile of them does not stay there while it is read again.
 template <class M> INLINE bool rows_collide(const M& x) {
   return x.row_stride >= FAR && x.row_stride * int64_t(sizeof(typename M::Element)) % 1024 == 0;
 }
 
 /// Rows first, ..., first + count - 1 (up to a whole block of ROWS): in place when they are there and need neither
-/// conversion nor padding and can stay in a cache, else copied to `spare` with zeros around.
-template <int COLUMNS, class M, int PADDED>
+/// conversion nor padding and can stay in a cache, else copied to `spare` with zeros around. IN_ORDER: the rows after
+/// these are read next.
+template <int COLUMNS, bool IN_ORDER = true, class M, int PADDED>
 OUTLINE Rows tile_of(const M& x, int first, int count, Real (*spare)[PADDED]) {
   const int wanted = round_up(count, ROWS);
-  if (x.row_stride >= FAR) fetch_rows<COLUMNS>(x, first + count, count);
+  if (IN_ORDER && (M::SCATTERED || x.row_stride >= FAR)) fetch_rows<COLUMNS>(x, first + count, count);
   if constexpr (std::is_same_v<std::remove_const_t<typename M::Element>, Real> && COLUMNS == PADDED)
     if (x.column_stride == 1 && first + wanted <= x.rows && x.in_steps(first, wanted) && !rows_collide(x))
       return {x.at(first, 0), x.row_stride};
@@ -101,9 +109,10 @@ INLINE void transpose(FloatVector (&v)[WIDTH]) {
 }
 
 /// to[column][lane] = x[first + lane][column] * factor; lanes from `count` on are zero.
-template <int COLUMNS, class T>
-OUTLINE void pack_lanes(Real (*to)[LANES], const Matrix<T>& x, int first, int count, Real factor) {
+template <int COLUMNS, class M>
+OUTLINE void pack_lanes(Real (*to)[LANES], const M& x, int first, int count, Real factor) {
   constexpr int SQUARES = COLUMNS / WIDTH * WIDTH;
+  if (M::SCATTERED) fetch_rows<COLUMNS>(x, first + count, LANES);
   const int vectors = x.column_stride == 1 ? SQUARES : 0;
   for (int lane = 0; lane < LANES; lane += WIDTH) {
     for (int column = 0; column < vectors; column += WIDTH) {
@@ -144,9 +153,11 @@ OUTLINE void pack_lanes_of_pairs(Real (*to)[LANES], const Matrix<T>& x, int firs
 }
 
 /// to[first + lane][column] = x[column][lane] for the first `count` lanes.
-template <int COLUMNS, class T>
-OUTLINE void unpack_lanes(const Matrix<T>& to, int first, int count, const Real (*x)[LANES]) {
+template <int COLUMNS, class M>
+OUTLINE void unpack_lanes(const M& to, int first, int count, const Real (*x)[LANES]) {
+  using T = typename M::Element;
   constexpr int SQUARES = COLUMNS / WIDTH * WIDTH;
+  if (M::SCATTERED) fetch_rows<COLUMNS>(to, first, count);
   const int vectors = to.column_stride == 1 ? SQUARES : 0;
   for (int lane = 0; lane < count; lane += WIDTH) {
     const int rows = min(WIDTH, count - lane);
@@ -165,7 +176,8 @@ OUTLINE void unpack_lanes(const Matrix<T>& to, int first, int count, const Real 
 // -- tiles with one column per lane: rows of gradients
 
 /// to[row][column, ...] = value, where the row has those columns.
-template <int COLUMNS, class T> INLINE void write_row(const Matrix<T>& to, int row, int column, Floats value) {
+template <int COLUMNS, class M> INLINE void write_row(const M& to, int row, int column, Floats value) {
+  using T = typename M::Element;
   UNROLL for (int p = 0; p < PARTS; ++p) {
     const int start = column + p * WIDTH;
     if (to.column_stride == 1) store_vector(to.at(row, start), value.part[p], COLUMNS % LANES ? COLUMNS - start : WIDTH);
@@ -174,7 +186,10 @@ template <int COLUMNS, class T> INLINE void write_row(const Matrix<T>& to, int r
 }
 
 /// to[row][column, ...] += value, where the row has those columns.
-template <int COLUMNS, class T> INLINE void add_row(const Matrix<T>& to, int row, int column, Floats value) {
+template <int COLUMNS, class M> INLINE void add_row(const M& to, int row, int column, Floats value) {
+  using T = typename M::Element;
+  if (M::SCATTERED && row + ROWS < to.rows)  // one of the next block of rows
+    UNROLL for (int p = 0; p < PARTS; ++p) __builtin_prefetch(to.at(row + ROWS, column + p * WIDTH), 1);
   UNROLL for (int p = 0; p < PARTS; ++p) {
     const int start = column + p * WIDTH;
     if (std::is_same_v<T, Real> && to.column_stride == 1 && start + WIDTH <= COLUMNS) {
