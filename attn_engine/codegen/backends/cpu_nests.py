@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from attn_engine.codegen.backends.cpu_ahead import AheadRenderer
 from attn_engine.codegen.backends.cpu_choices import ChoiceRenderer
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
-from attn_engine.codegen.backends.cpu_steps import is_long, with_summed_products
+from attn_engine.codegen.backends.cpu_steps import is_long, steps_of_entries, titled, with_summed_products
 from attn_engine.codegen.backends.cpu_tiles import TRIPS
 from attn_engine.codegen.lower.nests import Branch, Item, Nest, Schedule, Sweep
 from attn_engine.codegen.lower.paged import table_of_pages
@@ -25,7 +24,7 @@ from attn_engine.codegen.lower.steps import (
     names_read,
     stored_by_column,
 )
-from attn_engine.ir.expr import Call, Expr, Full, Reduce, variables
+from attn_engine.ir.expr import Call, Expr, Full, Reduce
 from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import (
     Accumulate,
@@ -37,39 +36,10 @@ from attn_engine.ir.tile import (
     Section,
     Stmt,
     StoreTile,
-    expressions,
-    walk,
 )
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
 EMPTY = {"max": "-INFINITY", "min": "INFINITY", "sum": "0"}
-
-
-def titled(items: tuple[Item, ...]) -> Iterator[Branch]:
-    """The branches of a loop's body that are steps of their own."""
-    for item in items:
-        if isinstance(item, Branch):
-            if item.branch.title and item.innermost:
-                yield item
-            else:
-                yield from titled(item.body)
-
-
-def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item, ...]]]:
-    """The steps of loops over tiles inside a loop over the entries of a list, which they do not know of.
-
-    Each with its loop: their functions can stand before the loop over the entries.
-    """
-    for item in sweep.body if sweep.loop.axis is None else ():
-        if not isinstance(item, Sweep):
-            continue
-        inner = (
-            [(item.loop, item.body)] if item.innermost else [(b.branch, b.body) for b in titled(item.body)]
-        )
-        own = {sweep.loop.var, *(s.name for s in sweep.loop.body if isinstance(s, Let))}
-        for step, body in inner:
-            if not own & {v.name for s in walk(step.body) for e in expressions(s) for v in variables(e)}:
-                yield item.loop, step, body
 
 
 class NestRenderer(ChoiceRenderer, AheadRenderer):
