@@ -50,6 +50,7 @@ class NestRenderer(ChoiceRenderer, AheadRenderer):
         self.start(schedule.arrays, schedule.operands)
         self.states = schedule.states
         self.pair_lengths = {}
+        self.ahead = {}
         self._declared: set[str] = set()
         self._checked_axis: str | None = (
             "kv"  # rows of this axis beyond the end are masked by the kernel itself
@@ -229,7 +230,10 @@ class NestRenderer(ChoiceRenderer, AheadRenderer):
         self.row_name = "row"
         zero = isinstance(product.init, Full) and product.init.value == 0
         added = [] if zero else [f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = {init} + sums[r];"]
-        asked = [f"  {line}" for line in (*self.fetched_rows(product), *self.fetched_sums(n))]
+        asked = [
+            f"  {line}"
+            for line in (*self.fetched_rows(product), *self.fetched_sums(n), *self.fetched_keys(product))
+        ]
         call = f"multiply_add(sums, {TRIPS[product.depth]}, {self.numbers(product)}, {self.lanes(product)});"
         kept = product.name in n.stored and len(n.steps) == 1 and not n.forms
         rest = (
@@ -340,7 +344,8 @@ class NestRenderer(ChoiceRenderer, AheadRenderer):
             case View(name, load, padding, form, within):
                 return self.view(name, load, padding, form, within)
             case Pack():
-                return [self.pack(s), *self.fetched(s)]
+                self.keep_ahead(s)
+                return [self.pack(s)]
             case Unpack(tensor, indices, name):
                 columns, matrix = BLOCKS[indices[-1].axes[0]], self.matrix(tensor, indices)
                 place = f"{self.axis}_start, {TRIPS[self.axis]}"

@@ -1,5 +1,5 @@
-"""What the C++ spelling of loops and of a row's steps asks of them beforehand: which bodies are steps, how long rows are,
-which products are only summed."""
+"""What the C++ spelling of loops and of a row's steps asks of them beforehand: which bodies are steps, how long
+rows are, which products are only summed."""
 
 from __future__ import annotations
 

@@ -269,7 +269,10 @@ class TileLangPhase(ChunkCalls):
             lines.append(
                 f'{a.tensor.name}: T.StridedTensor(({shape}), {strides}, "{a.tensor.storage.value}"),'
             )
-        kinds = {self.spelled[v.name]: dtype_name(v.dtype, self.element, self.compute) for v in self.program.scalars}
+        kinds = {
+            self.spelled[v.name]: dtype_name(v.dtype, self.element, self.compute)
+            for v in self.program.scalars
+        }
         return [*lines, *(f"{n}: T.{kinds.get(n, 'int32')}," for n in self.numbers)]
 
     def _position(self) -> list[str]:
@@ -285,7 +288,13 @@ class TileLangPhase(ChunkCalls):
             if not re.search(rf"\b{b.name}\b", text):
                 continue
             shape = ", ".join(BLOCKS[a] for a in b.axes) or "1"
-            dtype = '"float64"' if b.name in self.doubles else "ELEMENT" if b.dtype is DType.ELEMENT else "COMPUTE"
+            dtype = (
+                '"float64"'
+                if b.name in self.doubles
+                else "ELEMENT"
+                if b.dtype is DType.ELEMENT
+                else "COMPUTE"
+            )
             dtype = '"int32"' if b.dtype is DType.INT else dtype
             lines.append(f"{b.name} = memory(({shape}{',' * (len(b.axes) < 2)}), {dtype})")
         return lines
@@ -349,7 +358,11 @@ class TileLangPhase(ChunkCalls):
         name = tensor or {STATE: "states", D_STATE: "d_states"}[state]
         here = f"{name}[{dim}, head, di, dv_idx]"
         inside = " & ".join(self.inside(("d", "dv")))
-        store = [f"if {inside}:", f"    {here} = {state.name}[di, vi]"] if inside else [f"{here} = {state.name}[di, vi]"]
+        store = (
+            [f"if {inside}:", f"    {here} = {state.name}[di, vi]"]
+            if inside
+            else [f"{here} = {state.name}[di, vi]"]
+        )
         load = [f"{state.name}[di, vi] = {f'T.if_then_else({inside}, {here}, 0.0)' if inside else here}"]
         lines = self.nest_of(("d", "dv"), [], lambda _: load if what == "load" else store, {})
         if self.has_last(state):

@@ -142,7 +142,15 @@ class ChunkCalls(ChunkNests):
         return [f"T.copy({tile.name}, {name})"], name
 
     def multiplied(
-        self, to: str, a: Tile, b: Tile, *, of_a: bool = False, of_b: bool = False, sign: float = 1.0, add: bool
+        self,
+        to: str,
+        a: Tile,
+        b: Tile,
+        *,
+        of_a: bool = False,
+        of_b: bool = False,
+        sign: float = 1.0,
+        add: bool,
     ) -> list[str]:
         """to = sign a b."""
         lines, left = self.operand(a)
