@@ -30,6 +30,7 @@ def sparse_attention(
     block_table: Tensor | None = None,
     len_kv: Tensor | None = None,
     physical: bool = False,
+    check_duplicates: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -40,8 +41,8 @@ def sparse_attention(
     caches (pages, rows of a page, Hkv, D). len_kv: int (B,), how many keys there are.
     indices: int32 or int64 (B, S, Hkv or 1, topk), positions of keys; physical: places in the cache, page * rows of a
     page + row. -1, or any other number outside of the keys, counts for nothing, wherever it stands. topk_length: int
-    (B, S), the first so many entries of each list count. An entry that stands there twice counts twice. Nothing is said
-    about order or causality: that is what the indices say.
+    (B, S), the first so many entries of each list count. A token that stands there twice counts twice; with
+    check_duplicates it is refused. Nothing is said about order or causality: that is what the indices say.
     A query without keys gives o = 0 and lse = -inf. sm_scale: None is Dq^-0.5.
 
     q, kv and v get gradients, also through lse; the same bits for any number of threads. Memory beside the results:
@@ -59,7 +60,9 @@ def sparse_attention(
     engine = engine_of(q.dtype, q.shape[3], values.shape[3], scale, backend)
     given = GivenTokens("token_slots" if physical else "token_indices", indices, topk_length)
     named = {n: x for n, x in (("block_table", block_table), ("len_kv", len_kv)) if x is not None}
-    o, rows = given.attend(engine, (q, kv, values), (), named, shared=v is None, called=_called(physical))
+    o, rows = given.attend(
+        engine, (q, kv, values), (), named, shared=v is None, sets=check_duplicates, called=_called(physical)
+    )
     return (o, rows["lse"]) if return_lse else o
 
 
