@@ -100,8 +100,8 @@ class TokenLists:
         return int(self.limit.min())
 
     def _entries_first(self, found: Tensor, tokens: slice, i: int) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """Lists (n, longest) with their entries in front and 0 behind; which places are entries, how many there are, and
-        whether all lists are equally long."""
+        """Lists (n, longest) with their entries in front and 0 behind; which places are entries, how many there are,
+        and whether all lists are equally long."""
         valid = (found >= 0) & (found < self.limit.reshape(-1)[tokens][:, None])
         if self.counts is not None:
             of_list = self.counts[:, :, min(i, self.counts.shape[2] - 1)].reshape(-1)[tokens]
