@@ -15,10 +15,8 @@ from attn_engine.errors import (
     IndexNotInteger,
     MaskIsNotBool,
     ScoreIsBool,
-    UnknownBackend,
     UnknownLayout,
     UnknownOption,
-    UnsupportedOnBackend,
     WrongArgument,
     WrongMeta,
     WrongOperands,
@@ -35,12 +33,10 @@ from attn_engine.runtime.selection_cpu import CpuSelection
 from attn_engine.runtime.selection_dense import DenseSelection
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.strides import logical_view, of_logical
-from attn_engine.selection_text import SelectionText
+from attn_engine.selection_text import SelectionText, checked_backend
 from attn_engine.sequence_calls import sequence_places
 from attn_engine.traced_program import Description
 from attn_engine.traced_selection import Importance, SelectionDescription, TracedSelection
-
-BACKENDS = ("auto", "cpu", "torch", "reference")
 
 
 class Machine(Protocol):
@@ -106,7 +102,7 @@ class SelectionEngine(SelectionText):
         if layout not in LAYOUTS:
             raise UnknownLayout(layout=layout)
         q, k = _two_metas(qk_metas)
-        self.layout, self.backend = layout, _checked_backend(backend)
+        self.layout, self.backend = layout, checked_backend(backend)
         self.custom_io = CustomIO() if custom_fwd_inputs is None else custom_fwd_inputs
         self.scale = checked_scale(scale, 1.0 if score_mod is not None else 1.0 / math.sqrt(q.dim))
         pairs = Description(score_mod, mask_mod, self.custom_io, Importance(), q.dtype, q.dim, q.dim)
@@ -273,16 +269,6 @@ def _two_metas(qk_metas: Sequence[MetaTensor]) -> tuple[MetaTensor, MetaTensor]:
         raise WrongMeta(argument="qk_metas", got=qk_metas, expected="two meta_tensors, for q and k")
     q, k, _ = three_metas((*metas, metas[1]))
     return q, k
-
-
-def _checked_backend(backend: str | None) -> str:
-    backend = "auto" if backend is None else backend
-    if backend.startswith(("tilelang", "triton")):
-        instead = 'Use backend="torch" for tensors on any device.'
-        raise UnsupportedOnBackend(backend=backend, feature="selections", instead=instead)
-    if backend not in BACKENDS:
-        raise UnknownBackend(backend=backend, known=", ".join(map(repr, BACKENDS)))
-    return backend
 
 
 def _checked_pool(pool: object) -> Overlap | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from attn_engine.errors import UnknownBackend, UnsupportedOnBackend
 from attn_engine.explain import Explanation
 from attn_engine.ir.printer import format_expr
 from attn_engine.ir.selection import Overlap, Selection
+from attn_engine.runtime.selection_cpu import CpuSelection
+
+BACKENDS = ("auto", "cpu", "torch", "reference")
 
 
 class SelectionText:
@@ -18,8 +22,14 @@ class SelectionText:
     def program(self) -> Selection:
         raise NotImplementedError
 
-    def source(self, backend: str | None = None) -> str:
-        """What computes the selection: for "torch" and "reference" its formulas."""
+    def source(self, backend: str | None = None, *, split: bool = False) -> str:
+        """What computes the selection: C++, or for the backends "torch" and "reference" its formulas.
+
+        backend: None: the engine's own. split: the two kernels that share the keys of few tokens.
+        """
+        name = checked_backend(self.backend if backend is None else backend)
+        if name in ("auto", "cpu"):
+            return CpuSelection(self.program).source(split=split)
         return formulas(self.program)
 
     def explain(self) -> Explanation:
@@ -70,3 +80,14 @@ def _candidates(pool: Overlap | None) -> str:
         f"blocks of {pool.block} tokens; a key is the window of {pool.length} tokens that begins at "
         f"{pool.stride} times its index"
     )
+
+
+def checked_backend(backend: str | None) -> str:
+    """The backend; raises UnsupportedOnBackend, UnknownBackend."""
+    backend = "auto" if backend is None else backend
+    if backend.startswith(("tilelang", "triton")):
+        instead = 'Use backend="torch" for tensors on any device.'
+        raise UnsupportedOnBackend(backend=backend, feature="selections", instead=instead)
+    if backend not in BACKENDS:
+        raise UnknownBackend(backend=backend, known=", ".join(map(repr, BACKENDS)))
+    return backend

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _OTHER_WAYS = (
     "cu_len_q", "cu_len_kv", "start_q", "len_q", "start_kv", "block_sparse_mask", "block_sparse_indices",
+    "k_scale", "v_scale",
 )  # fmt: skip
 
 

@@ -71,6 +71,7 @@ PACKAGES = {
 # The files that see frontend and runtime.
 ONLY_BOTH_BRANCHES = {
     "engine.py",
+    "engine_state.py",
     "graph_checks.py",
     "options.py",
     "traced_program.py",

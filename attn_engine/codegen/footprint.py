@@ -13,11 +13,11 @@ from functools import lru_cache
 from math import prod
 
 from attn_engine.codegen.lower.columns import cut_columns, padded
-from attn_engine.ir.expr import COLUMNS, Cast, Dot, Expr, Load, Var, postorder
+from attn_engine.ir.expr import COLUMNS, Cast, Dot, Expr, FirstColumns, Load, Var, postorder
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import If, Kernel, Let, Loop, Stmt, StoreTile, expressions, walk
 
-_WIDTH = {Storage.FLOAT64: 8, Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.BFLOAT16: 2}
+_WIDTH = {Storage.FLOAT64: 8, Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.BFLOAT16: 2, Storage.FLOAT8: 1}
 _ROLES = ("resident", "staged", "made")
 
 
@@ -156,7 +156,9 @@ class _Reader:
         """(name, role, tensor that it is loaded from) of an operand of a product."""
         x = operand.x if isinstance(operand, Cast) else operand
         name = x.name if isinstance(x, Var) else f"tile over {', '.join(x.axes)}"
-        if isinstance(found := self.inner.get(name), Load):
+        if isinstance(found := self.inner.get(name), FirstColumns):
+            return self.role(found.x)
+        if isinstance(found, Load):
             return name, "staged", found.tensor
         if name not in self.inner and isinstance(found := self.outer.get(name), Load):
             return name, "resident", found.tensor

@@ -17,6 +17,7 @@ from attn_engine.codegen.lower.pair_gradient import lower_pair_gradients
 from attn_engine.codegen.lower.pooled import lower_pooled_forward
 from attn_engine.codegen.lower.scaled import with_scales
 from attn_engine.codegen.lower.sequences import over_sequences
+from attn_engine.codegen.lower.shared import share_tiles, values_from_keys
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.passes.merge_rule import MergeRule, derive_merge
 from attn_engine.ir.passes.pooled_gradient import backward_program
@@ -65,6 +66,8 @@ def lower(
             kernels = (*first, lower_adjoints(program, schedule), *module.kernels[len(first) :])
             module = replace(module, kernels=kernels)
         module = replace(module, kernels=module.kernels + lower_pair_gradients(program, schedule, learned))
+    if direction != "backward" and share_tiles(program):
+        module = replace(module, kernels=tuple(values_from_keys(k) for k in module.kernels))
     module = replace(module, kernels=tuple(without_unread(k) for k in module.kernels))
     if program.sequences is not None:
         # Sums for captured tensors, and what users are given per block of keys, keep a row for every position.

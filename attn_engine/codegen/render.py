@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
+from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, FirstColumns, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Number, Op
 from attn_engine.ir.printer import INFIX, PREFIX
 from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
@@ -147,6 +147,8 @@ class Renderer:
                 return self.load(e, axes)
             case Cast(x, like):
                 return self.cast(self.expr(x, None, ATOM), like)
+            case FirstColumns(x):  # all of a piece: where heads are cut, a value is a piece of its key
+                return self.expr(x, None, parent)
             case Reduce(kind, x, axis):
                 text = self.reduce(kind, self.expr(x), self.span(x).index(axis))
                 return text + self.broadcast(self.span(e), axes)

@@ -1,7 +1,7 @@
 """Expressions: scalar mathematics over variables that may span tile axes.
 
     expr = Const(value) | Var(name, dtype, axes) | Load(tensor, dtype, indices) | Call(op, args)
-         | Full(value, axes) | Dot(a, b) | Reduce(kind, x, axis) | Cast(x, like)
+         | Full(value, axes) | Dot(a, b) | Reduce(kind, x, axis) | Cast(x, like) | FirstColumns(x, axis)
 
 Nodes are immutable and interned: building the same node twice returns the same object, so `is` is structural
 equality, hashing is O(1) and common subexpressions are shared for free. Names and source lines belong to the
@@ -274,6 +274,24 @@ class Cast(Expr):
 
     def with_operands(self, operands: tuple[Expr, ...]) -> Expr:
         return Cast(operands[0], self.like)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FirstColumns(Expr):
+    """The first columns of the tile x, as those of `axis`, which has as many or fewer: a value that is part of its key."""
+
+    x: Expr
+    axis: str
+
+    def _type(self) -> tuple[DType, tuple[str, ...]]:
+        return self.x.dtype, in_order(self.axis if a in COLUMNS else a for a in self.x.axes)
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+    def with_operands(self, operands: tuple[Expr, ...]) -> Expr:
+        return FirstColumns(operands[0], self.axis)
 
 
 Operand = Expr | bool | int | float

@@ -11,7 +11,7 @@ KERNEL_WORDS = frozenset(
     batch_begin batch_end kv_head_begin kv_head_end
     row_is_empty tile_is_whole entry q_block kv_block partial_begin partial_end full_begin full_end partial_listed
     full_listed listed_blocks blocks_per_split partial_count partial_first partial_stop full_first full_stop
-    partial_words seen part
+    partial_words seen part dQ_sums dK_parts dV_parts q_tiles q_next kv_next
     partial_out part_out scale_log2 turn tile_count tile_start tile_list tile_ranges tiles_of_head place sequence_order
     block_table K_scale V_scale kv_page kv_pages page_start
     token token_end first_token last_token first_tile tile_tokens tokens candidates indices topk importance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, Full, Load, Reduce, Var
+from attn_engine.ir.expr import Call, Cast, Const, Dot, Expr, FirstColumns, Full, Load, Reduce, Var
 from attn_engine.ir.ops import Op
 from attn_engine.ir.program import Attention, OnlineRule, RowPass, ScalarFn
 from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
@@ -57,6 +57,8 @@ def format_expr(e: Expr, outer: int = 0) -> str:  # noqa: C901  one line per kin
             return f"{kind}({format_expr(x)} over {axis})"
         case Cast(x, like):
             return f"round({format_expr(x)} as {like})"
+        case FirstColumns(x, axis):
+            return f"first_columns({format_expr(x)} as {axis})"
         case _:
             raise TypeError(f"no text for {type(e).__name__}")
 
@@ -118,6 +120,7 @@ def format_program(program: Attention) -> str:
         parts.append(
             f"sequences of their own lengths, {'packed' if program.sequences.packed else 'in a batch'}{pages}"
         )
+    parts += ["values are the first columns of the keys, in one memory"] if program.values_in_keys else []
     return "\n".join([*parts, f"normaliser {format_rule(program.rule)}"])
 
 

@@ -231,6 +231,7 @@ class Attention:
     listed: the sizes of the blocks whose lists a call brings; None: the mask alone says what is visible.
     sequences: how sequences lie whose tables a call brings; None: every row of the batch is one, of the same length.
     cache: how k and v lie where a call brings scales for them (docs/adr/0029); None: as q does.
+    values_in_keys: V is the first columns of K, in the same memory, and forward kernels load its tiles once.
     Everything else (batch, heads, lengths, strides, scale, captured numbers) is a run-time argument.
     """
 
@@ -244,6 +245,7 @@ class Attention:
     listed: ListedBlocks | None = None
     sequences: Sequences | None = None
     cache: Storage | None = None
+    values_in_keys: bool = False
 
     @property
     def functions(self) -> tuple[ScalarFn, ...]:

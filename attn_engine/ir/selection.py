@@ -3,7 +3,7 @@
     importance[b, t, g, u] = sum over query heads h of kv head g of score_mod(scale * q_h . k_u, b, h, t, u)
     pooled: importance of block j = sum over windows u of W[u, j] * importance of u
 
-There are no values and no normaliser; what is kept of a row are the indices of its best candidates (docs/adr/0029).
+There are no values and no normaliser; what is kept of a row are the indices of its best candidates (docs/adr/0030).
 """
 
 from __future__ import annotations

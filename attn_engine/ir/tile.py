@@ -1,6 +1,6 @@
 """Tile programs: what one program instance does, in loops over tiles.
 
-    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title)
+    stmt   = Section(title) | Let(name, value, source) | Loop(var, lo, hi, axis, body, title, following)
            | If(condition, body, title) | StoreTile(tensor, indices, value) | Accumulate(tensor, indices, value)
            | Narrow(tensor, axis, first, length, page, places)
            | Choose(choice, states, row, value, result, place, blocks)
@@ -48,6 +48,7 @@ class Loop:
 
     Bounds of a tile loop are multiples of the tile. Inside, "<axis>_idx" is the tile's positions: var, var + 1, ...
     `title` names the body ("full_step", "partial_step") where a backend prints equal bodies once.
+    following: the first position of the tile that is read after these, where no processor could guess it.
     """
 
     var: str
@@ -56,6 +57,7 @@ class Loop:
     axis: str | None
     body: tuple[Stmt, ...]
     title: str = ""
+    following: Expr | None = None
 
     def is_one_tile(self, block: int) -> bool:
         """Whether the body runs once: from lo to lo + block."""
@@ -122,7 +124,9 @@ class Choice(Enum):
     BEGIN = "begin"  # nothing has been offered yet; value: the first key that will be
     OFFER = "offer"  # value (kv): the numbers of the tile's keys; what is -inf or NaN is none
     FORCE = "force"  # value (kv): whether each candidate of the tile is taken first
-    SETTLE = "settle"  # the best of all are written; value: how many states, of shares of the keys, the row has
+    SETTLE = (
+        "settle"  # the best of all are written; value: how many states, of shares of the keys, the row has
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,8 +304,10 @@ def map_expressions(body: tuple[Stmt, ...], change: Callable[[Expr], Expr]) -> t
         match s:
             case Let(_, value):
                 done.append(replace(s, value=change(value)))
-            case Loop(_, lo, hi, _, inner):
-                done.append(replace(s, lo=change(lo), hi=change(hi), body=map_expressions(inner, change)))
+            case Loop(_, lo, hi, _, inner, _, following):
+                then = None if following is None else change(following)
+                inner = map_expressions(inner, change)
+                done.append(replace(s, lo=change(lo), hi=change(hi), body=inner, following=then))
             case If(condition, inner):
                 done.append(replace(s, condition=change(condition), body=map_expressions(inner, change)))
             case StoreTile(tensor, indices, value):

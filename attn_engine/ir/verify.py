@@ -6,7 +6,19 @@ from functools import partial
 
 from attn_engine.ir.expr import AXES, COLUMNS, Cast, Const, Dot, Expr, Load, Reduce, Var, postorder
 from attn_engine.ir.ops import DType
-from attn_engine.ir.tile import Accumulate, Choice, Choose, If, Kernel, Let, Loop, Narrow, Section, Stmt, StoreTile
+from attn_engine.ir.tile import (
+    Accumulate,
+    Choice,
+    Choose,
+    If,
+    Kernel,
+    Let,
+    Loop,
+    Narrow,
+    Section,
+    Stmt,
+    StoreTile,
+)
 
 SIZES = ("batches", "heads", "kv_heads", "q_len", "kv_len")
 _TILED = ("q", "kv")
@@ -104,7 +116,9 @@ class _Verifier:
         self.expression(s.value)
         self.require(s.value.axes == (("kv",) if wide else ()), f"{s.choice.value} spans axes {s.value.axes}")
         self.require(_kind(s.value) == kind, f"{s.choice.value} takes a {kind}, not a {_kind(s.value)}")
-        for tensor, indices, missing in ((s.states, s.row, 1 + settles), (s.result, s.place, 1))[: 1 + settles]:
+        for tensor, indices, missing in ((s.states, s.row, 1 + settles), (s.result, s.place, 1))[
+            : 1 + settles
+        ]:
             self.access(tensor, (*indices, *[Const(0)] * missing))
             self.require(self.params[tensor].output, f"{tensor!r} is written, but is not an output")
 

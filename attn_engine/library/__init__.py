@@ -49,6 +49,7 @@ from attn_engine.library.nsa.rotary import Rotary
 from attn_engine.library.serving.append import append_to_cache, write_to_slots
 from attn_engine.library.serving.masks import causal_with_offset
 from attn_engine.library.serving.mla import flash_mla_with_kvcache, get_mla_metadata
+from attn_engine.library.serving.mla_caches import latent_bytes, pack_latent_bytes, unpack_latent_bytes
 from attn_engine.library.serving.prologs import indexer_prolog, mla_prolog
 from attn_engine.library.serving.quantisation import dequantise, hadamard, to_fp8, to_int8
 from attn_engine.library.serving.sparse_attention_pto import npu_sparse_attention_pto, sparse_attention_pto
@@ -63,7 +64,7 @@ from attn_engine.library.sparse.dynamic import (
     qk_sparse_attention_kernel,
     sort_bucketed_attention,
 )
-from attn_engine.library.sparse.indexer import indexer_scores, lightning_indexer
+from attn_engine.library.sparse.indexer import indexer_scores, lightning_indexer, mqa_logits
 from attn_engine.library.sparse.patterns import (
     LocalStrideSparseAttention,
     SparseAttention,
@@ -113,14 +114,14 @@ __all__ = [
     "get_sparse_attn_mask_from_nz_ratio", "get_sparse_attn_mask_from_threshold",
     "get_sparse_attn_mask_from_threshold_grouped", "get_sparse_attn_mask_from_token_budget",
     "global_window", "hadamard", "hash_sparse_attention", "hash_sparse_attention_kernel",
-    "indexer_loss", "indexer_prolog", "indexer_scores", "lightning_indexer", "linear_compress",
-    "mean_pooling", "mla_prolog", "native_sparse_attention", "neighbourhood", "not_mask",
-    "npu_sparse_attention_pto", "or_masks", "pad_index", "pair_bias", "parallel_nsa",
-    "parallel_nsa_compression", "parallel_nsa_topk", "prefix", "qk_sparse_attention",
-    "qk_sparse_attention_kernel", "relative_bias", "repeat_kv", "repeat_kv_varlen", "retention_decay",
-    "retention_decays", "shared_prefix", "sink_softmax", "sliding_tile", "sliding_window", "soft_cap",
-    "softmax_plus_one", "sort_bucketed_attention", "sparse_attention", "sparse_attention_pto",
-    "sparse_flash_attention", "streaming", "t5_bias", "to_fp8", "to_int8", "to_nz",
-    "topk_sparse_attention", "topk_sparse_attention_decode", "tree", "vision_cross",
-    "weightedpool_compress", "write_to_slots",
+    "indexer_loss", "indexer_prolog", "indexer_scores", "latent_bytes", "lightning_indexer",
+    "linear_compress", "mean_pooling", "mla_prolog", "mqa_logits", "native_sparse_attention",
+    "neighbourhood", "not_mask", "npu_sparse_attention_pto", "or_masks", "pack_latent_bytes",
+    "pad_index", "pair_bias", "parallel_nsa", "parallel_nsa_compression", "parallel_nsa_topk", "prefix",
+    "qk_sparse_attention", "qk_sparse_attention_kernel", "relative_bias", "repeat_kv",
+    "repeat_kv_varlen", "retention_decay", "retention_decays", "shared_prefix", "sink_softmax",
+    "sliding_tile", "sliding_window", "soft_cap", "softmax_plus_one", "sort_bucketed_attention",
+    "sparse_attention", "sparse_attention_pto", "sparse_flash_attention", "streaming", "t5_bias",
+    "to_fp8", "to_int8", "to_nz", "topk_sparse_attention", "topk_sparse_attention_decode", "tree",
+    "unpack_latent_bytes", "vision_cross", "weightedpool_compress", "write_to_slots",
 ]  # fmt: skip

@@ -46,6 +46,9 @@ from attn_engine.library.nsa.packed import (
     topk_sparse_attention,
     topk_sparse_attention_decode,
 )
+from attn_engine.library.serving.mla import flash_mla_with_kvcache
+from attn_engine.library.serving.prologs import indexer_prolog, mla_prolog
+from attn_engine.library.serving.sparse_attention_pto import sparse_attention_pto
 from attn_engine.library.sparse.dynamic import (
     dynamic_sparse_attention,
     hash_sparse_attention,
@@ -68,6 +71,7 @@ from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 USE_TYPES = ("Train", "Prefill", "Decode")
 Arguments = dict[str, Any]  # of an AttentionEngine
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -201,7 +205,7 @@ _MASKS = (
     Entry("VisionCross", vision_cross, vision_cross, use_types=("Train",)),
     Entry("Tree", tree, tree, use_types=("Train",)),
 )
-_DECODE = ("Decode",)
+_DECODE, _SERVED = ("Decode",), ("Prefill", "Decode")
 # Functions and modules that are called themselves, with the names and arguments of their papers' code.
 _CALLED = (
     _called(dynamic_sparse_attention, _SEQUENCES),
@@ -225,6 +229,10 @@ _CALLED = (
     _called(indexer_loss, ("Train",)),
     _called(flash_mla_sparse_fwd, ("Prefill",)),
     _called(sparse_flash_attention, ("Prefill", "Decode")),
+    _called(flash_mla_with_kvcache, _SERVED),
+    _called(mla_prolog),
+    _called(indexer_prolog),
+    _called(sparse_attention_pto, _SERVED),
 )
 ATTENTIONS: Mapping[str, Entry] = {e.name: e for e in _ATTENTIONS}
 MASKS: Mapping[str, Entry] = {e.name: e for e in _MASKS}

@@ -209,20 +209,26 @@ class BlockSparse:
         assert self.indices is not None
         rows = self.indices[:, :, : units.q_units].long()
         counted = rows >= 0
-        if self.counts is not None:
-            counts = self.counts[:, :, : units.q_units, None]
-            self._check_counts(counts)
-            counted &= torch.arange(rows.shape[3], device=rows.device) < counts
-        room = -(-extent.kv_rows // units.block_kv)
-        if counted.numel() and (largest := int(torch.where(counted, rows, -1).max())) >= room:
-            _refuse(
-                NAMES[1],
-                "a kv block",
-                largest,
-                f"less than {room}, the number of kv blocks, or -1 for none",
-                _INDICES,
-            )
+        counts = self.checked_counts(units)
+        if counts is not None:
+            counted &= torch.arange(rows.shape[3], device=rows.device) < counts[..., None]
+        if counted.numel():
+            self.check_largest(int(torch.where(counted, rows, -1).max()), units, extent)
         return torch.where(counted & (rows < units.kv_units), rows, units.kv_units)
+
+    def check_largest(self, largest: int, units: Units, extent: Extent) -> None:
+        """Raises WrongBlockSparse where an index that counts is out of range."""
+        room = -(-extent.kv_rows // units.block_kv)
+        wanted = f"less than {room}, the number of kv blocks, or -1 for none"
+        _require(largest < room, NAMES[1], "a kv block", largest, wanted, _INDICES)
+
+    def checked_counts(self, units: Units) -> Tensor | None:
+        """How many entries of each row that exists count. Raises WrongBlockSparse where a row has not so many."""
+        if self.counts is None:
+            return None
+        counts = self.counts[:, :, : units.q_units]
+        self._check_counts(counts)
+        return counts
 
     def _check_counts(self, counts: Tensor) -> None:
         assert self.indices is not None

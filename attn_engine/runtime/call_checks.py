@@ -30,6 +30,7 @@ from attn_engine.runtime.paged_checks import check_caches, check_table
 from attn_engine.runtime.scaled import check_scales, like_queries, refuse_bare
 from attn_engine.runtime.sequence_checks import check_sequences
 from attn_engine.runtime.sequences import sequences_of_call
+from attn_engine.runtime.shared_values import values_in_keys
 from attn_engine.runtime.strides import logical_view
 
 MOST_REMEMBERED = 1024
@@ -77,6 +78,8 @@ class CallChecks:
         if passed is None or passed.program is not program:
             passed = self._latest = self._passed_of(program)
         kind: tuple[object, ...] = (shape_signature(q), shape_signature(k), shape_signature(v))
+        if len(kind[1]) > 1 and kind[1][1:] == kind[2][1:] and values_in_keys(k, v):
+            kind += ("values in keys",)  # a plan's kernels read one memory
         for name, x in custom.items():
             kind += (name, *call_signature(x, name in passed.contents))
         for name, x in tensors.items():

@@ -22,6 +22,7 @@ from attn_engine.codegen.lower.capture import (
 )
 from attn_engine.codegen.lower.decode import PARTIAL_OUT, partial_state
 from attn_engine.codegen.lower.row_values import row_gradient_param
+from attn_engine.codegen.lower.shares import DK_PARTS
 from attn_engine.codegen.lower.values import saved_param
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import (
@@ -40,6 +41,7 @@ from attn_engine.ir.program import GROUP, Attention, OnlineRule
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.capture_sums import captured_gradient
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
+from attn_engine.runtime.key_parts import KeyParts
 from attn_engine.runtime.parameter_sums import row_sums
 from attn_engine.runtime.pools import empty_pools, joined_pools
 from attn_engine.runtime.query_parts import ROOM, QueryParts
@@ -51,6 +53,7 @@ from attn_engine.runtime.sequences import (
     grouped,
     sequences_of_call,
 )
+from attn_engine.runtime.shared_values import values_in_keys
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
@@ -91,7 +94,7 @@ class Backend(Protocol):
 class Direction:
     """The kernels of the forward or the backward pass in order, the tables that each of them reads, and the captured
     gradients that they compute. rule: with the gradients of row values that this direction has.
-    with_query_parts: which kernel adds to parts of dQ."""
+    with_query_parts: which kernel adds to parts of dQ. shares_queries: one stores parts of dK and dV."""
 
     rule: OnlineRule
     kernels: tuple[Launchable, ...]
@@ -99,6 +102,7 @@ class Direction:
     captures: tuple[CaptureGradient, ...]
     with_query_parts: int | None
     adjoints: tuple[str, ...] = ()  # rows that the first of them leave for the others
+    shares_queries: bool = False
 
 
 @dataclass(eq=False)
@@ -137,7 +141,8 @@ class CompiledAttention:
             query = (i for i, k in enumerate(kernels) if any(p.name == "dQ_parts" for p in k.params))
             between = tuple(p.name for k in kernels if k.name == "adjoints" for p in k.params if p.output)
             tables = tuple(k.tables for k in kernels)
-            found = Direction(program.rule, compiled, tables, captures, next(query, None), between)
+            shares = any(p.name == DK_PARTS for k in kernels for p in k.params)
+            found = Direction(program.rule, compiled, tables, captures, next(query, None), between, shares)
             self._directions[direction, learned, rows] = found
         return found
 
@@ -149,6 +154,8 @@ class CompiledAttention:
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in order, and pooled weights."""
+        if (compiled := self.of_values(k, v)) is not self:
+            return compiled.forward(q, k, v, captured, scalars, out)
         if self.schedule.folded and scalars["scale"] <= 0:
             return self.unfolded.forward(q, k, v, captured, scalars, out)
         tables = sequences_of_call(self.program, captured)
@@ -167,6 +174,17 @@ class CompiledAttention:
     def unfolded(self) -> CompiledAttention:
         """The kernels for a scale that is not positive: it cannot be taken out of a maximum."""
         return CompiledAttention(self.program, self.backend, replace(self.schedule, folded=False))
+
+    def of_values(self, k: Tensor, v: Tensor) -> CompiledAttention:
+        """The kernels of a forward pass over such values: those that load tiles once where v lies in k."""
+        return self._sharing if values_in_keys(k, v) and not self.program.values_in_keys else self
+
+    @cached_property
+    def _sharing(self) -> CompiledAttention:
+        program, schedule = replace(self.program, values_in_keys=True), self.schedule
+        if program.listed is None and schedule == self.backend.schedule(self.program):
+            schedule = self.backend.schedule(program)  # one tile less to hold
+        return CompiledAttention(program, self.backend, schedule)
 
     def of_rows(self, packing: Packing, rows: int) -> CompiledAttention:
         """The kernels of a forward pass whose heads have this many query rows each."""
@@ -286,8 +304,12 @@ class CompiledAttention:
         }
         if tables is not None:
             fill_other_rows(tables, "kv", {"dK": dk, "dV": dv}, {})
-        splits, parts = 1, None
-        if self.schedule.gradients is Gradients.ONE_KERNEL:
+        splits, parts, key_parts = 1, None, None
+        if direction.shares_queries:
+            splits = numbers["splits"] = sizes["splits"] = self.query_splits(sizes)
+            key_parts = KeyParts(dq, dk, dv, splits, self.compute)
+            tensors.update(key_parts.tensors())
+        elif self.schedule.gradients is Gradients.ONE_KERNEL:
             parts = self._query_parts(dq, sizes, direction.captures, captured)
             splits = numbers["splits"] = sizes["splits"] = parts.splits
         else:
@@ -298,6 +320,8 @@ class CompiledAttention:
             {c.buffer: self._buffer(c, sizes, captured, splits, q.device) for c in direction.captures}
         )
         self._launch(direction, tensors, captured, numbers, sizes, parts)
+        if key_parts is not None:
+            key_parts.finish(scalars["scale"])
         numbers.update(sizes)
         self._order_diagonals(direction.captures, tensors)
         if tables is not None and self.program.sequences is not None and learned:
@@ -326,6 +350,12 @@ class CompiledAttention:
         tasks = 1 if "batch" in shared else sizes["batches"]
         tasks *= 1 if "kv_head" in shared else sizes["kv_heads"]
         tiles = -(-sizes["kv_len"] // self.schedule.backward_kv)
+        return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
+
+    def query_splits(self, sizes: Mapping[str, int]) -> int:
+        """Shares of the queries, from the sizes alone as well."""
+        tasks = sizes["batches"] * sizes["kv_heads"]
+        tiles = -(-sizes["q_len"] // self.schedule.backward_q)
         return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
 
     def _query_parts(

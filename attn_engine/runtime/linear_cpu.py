@@ -18,6 +18,7 @@ from attn_engine.ir.chunk import ChunkKernel
 from attn_engine.ir.linear import LinearProgram
 from attn_engine.ir.ops import Number
 from attn_engine.linear_errors import DecayInfinite, DecayPositive
+from attn_engine.runtime import large_outputs
 from attn_engine.runtime.cpu_compile import compile_library, host_target
 from attn_engine.runtime.cpu_launch import run_in_slots
 from attn_engine.runtime.linear_inputs import LinearInputs
@@ -167,8 +168,8 @@ class CpuChunks:
         for w in kernel.outputs:
             dtype = TORCH_DTYPES[output_storage(kernel, w)]
             rows = (inputs.v.shape[0], inputs.heads) if "q" in w.axes else shape[:2]
-            made = torch.empty if "q" in w.axes else torch.zeros
-            outputs[w.tensor] = made((*rows, *(sizes[axis] for axis in w.axes)), dtype=dtype)
+            made = large_outputs.empty if "q" in w.axes else torch.zeros
+            outputs[w.tensor] = made(*rows, *(sizes[axis] for axis in w.axes), dtype=dtype)
         tensors = inputs.for_kernels() | {
             "dO": d_out,
             "d_final": d_states.to(compute),
@@ -234,7 +235,7 @@ class Step:
 
 def _empty_like(v: Tensor) -> Tensor:
     """In v's order of dimensions, where it repeats nothing."""
-    return torch.empty_like(v) if 0 not in v.stride() else torch.empty(v.shape, dtype=v.dtype)
+    return large_outputs.empty_like(v) if 0 not in v.stride() else torch.empty(v.shape, dtype=v.dtype)
 
 
 def _about(inputs: LinearInputs, chunk: int) -> Tensor:

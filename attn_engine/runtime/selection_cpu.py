@@ -136,5 +136,3 @@ def state_words(program: Selection, topk: int, lanes: int) -> int:
     slots = 2 * topk + 3 * lanes
     words = 8 + windows * width + slots * (width + 1) + topk
     return -(-words // 16) * 16
-
-

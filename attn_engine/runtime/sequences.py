@@ -203,6 +203,6 @@ class Launchable(Protocol):
 
 def _for_each(x: Tensor, dimension: int, count: int) -> Tensor:
     """Rows that all sequences share, as seen by each of them; without a copy."""
-    if x.shape[dimension] != 1:
+    if x.shape[dimension] != 1 or count == 1:
         return x
     return x.expand(*x.shape[:dimension], count, *x.shape[dimension + 1 :])

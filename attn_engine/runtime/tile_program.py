@@ -21,6 +21,7 @@ from attn_engine.ir.expr import (
     Const,
     Dot,
     Expr,
+    FirstColumns,
     Full,
     Load,
     Reduce,
@@ -29,7 +30,19 @@ from attn_engine.ir.expr import (
     postorder,
 )
 from attn_engine.ir.ops import INFO, Number, Storage
-from attn_engine.ir.tile import Accumulate, Choose, If, Kernel, Let, Loop, Narrow, Param, Section, Stmt, StoreTile
+from attn_engine.ir.tile import (
+    Accumulate,
+    Choose,
+    If,
+    Kernel,
+    Let,
+    Loop,
+    Narrow,
+    Param,
+    Section,
+    Stmt,
+    StoreTile,
+)
 from attn_engine.runtime.dense import apply_op, torch_kind
 
 Value = Tensor | bool | int | float
@@ -143,10 +156,8 @@ class _Instance:
                     self._narrow(statement)
                 case Choose():
                     raise AssertionError("torch carries selections out by runtime/selection_dense.py")
-                case StoreTile(name, indices, value):
-                    self._write(name, indices, value, add=False)
-                case Accumulate(name, indices, value):
-                    self._write(name, indices, value, add=True)
+                case StoreTile(name, indices, value) | Accumulate(name, indices, value):
+                    self._write(name, indices, value, add=isinstance(statement, Accumulate))
 
     def _narrow(self, s: Narrow) -> None:
         rows = self.params[s.tensor].shape.index(f"{s.axis}_len")
@@ -239,6 +250,9 @@ class _Instance:
                 return rounded.to(self.compute) if node.axes else rounded.item()
             case Load():
                 return self._load(node, values)
+            case FirstColumns(x, axis):
+                tile = self._tile(values[x], x, x.axes)
+                return tile.narrow(node.axes.index(axis), 0, self.sizes[axis])
             case _:
                 raise TypeError(f"{type(node).__name__} does not occur in a tile program")
 

@@ -45,10 +45,6 @@ class TileLangBackend:
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
         refuse_caches(program, self.name)
-        if program.sequences is not None and program.sequences.page:
-            raise UnsupportedOnBackend(
-                backend=self.name, feature="keys in pages", instead='Use backend="triton" or "cpu".'
-            )
         wide = program.element in (Storage.FLOAT32, Storage.FLOAT64)
         if wide != self.on_cpu:
             instead = 'Use backend="triton", or bfloat16 or float16 tensors: TileLang would round products to 10 bits.'

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +27,8 @@ from attn_engine.runtime.tilelang_aot import import_tilelang
 from attn_engine.runtime.tilelang_arguments import argument_values
 
 NAME = "tilelang-cpu"
+# Small shapes run for no time at all; optimised, the loops of a large kernel would compile for ten seconds.
+LITTLE = ("-O1", "-w")
 _NUMBERS: dict[str, Any] = {
     "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double,
 }  # fmt: skip
@@ -81,13 +85,19 @@ def library_of(name: str, source: str) -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise BackendNotInstalled(backend=NAME, needs="a C++ compiler", instead="Install g++ or clang++.")
-    key = key_of(source, name, version("tilelang"), *compiler.command, compiler.version, *compiler.flags)
+    key = key_of(source, name, version("tilelang"), *compiler.command, compiler.version, *compiler.flags, *LITTLE)
     return stored(f"tilelang_{name}_{key}", lambda path: _build(path, name, source, tilelang, compiler))
+
+
+@lru_cache(maxsize=2)
+def _module(source: str) -> ModuleType:
+    """A generated file, whose functions TileLang traces when it is loaded: once for all of them."""
+    return load_source(source, "tilelang")
 
 
 def lower_to_c(name: str, source: str, tilelang: Any) -> str:
     """The C text that TileLang makes of a rendered function."""
-    function = getattr(load_source(source, name), name)
+    function = getattr(_module(source), name)
     with tilelang.tvm.target.Target("c"):
         return str(tilelang.lower(function, target="c", target_host="c").kernel_source)
 
@@ -100,7 +110,7 @@ def _build(folder: Path, name: str, source: str, tilelang: Any, compiler: Compil
     command = [
         *compiler.command,
         *compiler.flags,
-        "-w",
+        *LITTLE,
         f"-I{include}",
         str(text),
         "-o",

@@ -35,7 +35,6 @@ def rows(tokens: int = 10):
         ({"phase": "before"}, errors.UnknownOption, "phase"),
         ({"chunk": 48}, errors.UnknownOption, "chunk"),
         ({"decay_rank": "matrix"}, errors.UnknownOption, "decay_rank"),
-        ({"backend": "tilelang"}, errors.UnsupportedOnBackend, "linear attention"),
         ({"backend": "gpu"}, errors.UnknownBackend, "gpu"),
         ({"tuned": True}, errors.UnknownOption, "tuned"),
         ({"layout": "hsbd"}, errors.UnknownLayout, "hsbd"),

@@ -16,6 +16,7 @@ from attn_engine.runtime.block_sparse import Units
 from attn_engine.runtime.given_entries import ChosenUnits
 from attn_engine.runtime.given_lists import UnitTable
 from attn_engine.runtime.given_shapes import shape_of_blocks
+from attn_engine.runtime.native_lists import units_of_indices, units_of_mask
 from tests.lists.given import causal, closeness, drawn, engine, gradients, rows_visible, softmax_rows
 
 METAS = [meta_tensor(None, None, None, 32, dtype=torch.float32)] * 3
@@ -175,11 +176,33 @@ def test_lists_of_indices_are_those_of_the_mask(units: tuple[int, int]) -> None:
     blocks[1, 2] = False
     numbers = torch.where(blocks, torch.arange(21), 21)[..., torch.randperm(21)]
     of_mask, of_indices = UnitTable(blocks, 2, 3), ChosenUnits(numbers, 21, 2, 3)
-    assert of_mask.unions(units[0], 32) == of_indices.unions(units[0], 32)
-    wanted, found = of_mask.cut(*units).tensors(), of_indices.cut(*units).tensors()
-    assert list(wanted) == list(found)
-    for name, x in wanted.items():
-        assert torch.equal(x, found[name]) and x.dtype is found[name].dtype is torch.int32, name
+    unions, wanted = of_mask.unions(units[0], 32), of_mask.cut(*units).tensors()
+    numbers = torch.where(numbers == 21, -1, numbers)
+    wider = torch.zeros(2, 3, 37, 30, dtype=torch.bool)
+    wider[..., :21] = blocks
+    native = [
+        units_of_mask(blocks, 2, 3),
+        units_of_mask(wider[..., :21], 2, 3),
+        units_of_mask(blocks.transpose(2, 3).contiguous().transpose(2, 3), 2, 3),
+        *(units_of_indices(numbers.to(dtype), None, 21, 2, 3)[0] for dtype in (torch.int32, torch.int64)),
+        units_of_indices(*_leading(numbers), 21, 2, 3)[0],
+    ]
+    for other in (of_indices, *native):
+        assert other.unions(units[0], 32) == unions
+        found = other.cut(*units).tensors()
+        assert list(wanted) == list(found)
+        for name, x in wanted.items():
+            assert torch.equal(x, found[name]) and x.dtype is found[name].dtype is torch.int32, name
+
+
+def _leading(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The same indices with those that count first, some of them twice, in any order, then any others."""
+    order = (numbers < 0).to(torch.int8).argsort(dim=-1, stable=True)
+    first, counts = numbers.gather(-1, order), (numbers >= 0).sum(-1, dtype=torch.int32)
+    places = torch.arange(first.shape[-1])
+    twice = first.gather(-1, (places % counts.clamp(min=1)[..., None]).clamp(max=first.shape[-1] - 1))
+    wide = torch.cat((twice, torch.full_like(first, 7)), -1)
+    return wide, torch.where(counts > 0, first.shape[-1], 0)
 
 
 @pytest.mark.parametrize("lengths", [(0, 16), (16, 0), (0, 0)], ids=str)

@@ -78,7 +78,7 @@ def test_absorbed_as_unabsorbed(seed: int) -> None:
 def test_what_it_does_not_do() -> None:
     q, cache = torch.zeros(1, 1, 2, 16), torch.zeros(1, 16, 1, 16)
     given = (q, cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), 8)
-    for name, x in (("is_fp8_kvcache", True), ("extra_k_cache", torch.zeros(2)), ("attn_sink", torch.zeros(3))):
+    for name, x in (("extra_k_cache", torch.zeros(2)), ("attn_sink", torch.zeros(3))):
         options: dict[str, Any] = {name: x}
         with pytest.raises(WrongArgument) as found:
             flash_mla_with_kvcache(*given, **options)

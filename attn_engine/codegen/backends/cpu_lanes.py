@@ -82,6 +82,10 @@ class LaneRenderer(Renderer):
         self.scratch: dict[str, str] = {}
         self.packed: set[str] = set()  # tiles with one of their rows per lane
         self.views: set[str] = set()  # tiles read by rows, as they lie
+        self.next_axis: str | None = None  # whose next tile is known where the step is printed
+        self.to_fetch: dict[
+            str, tuple[str, str]
+        ] = {}  # columns and matrix of tiles whose next one is to be asked for
         self.at_hand: frozenset[str] = frozenset()  # values that the row being printed has in registers
         self.places: Mapping[str, str] = {}  # stored values that use another one's array
         self.row_name = "row"  # how the row being printed is called

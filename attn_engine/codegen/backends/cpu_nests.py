@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from attn_engine.codegen.backends.cpu_ahead import AheadRenderer
 from attn_engine.codegen.backends.cpu_choices import ChoiceRenderer
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_steps import is_long, with_summed_products
@@ -26,7 +27,19 @@ from attn_engine.codegen.lower.steps import (
 )
 from attn_engine.ir.expr import Call, Expr, Full, Reduce, variables
 from attn_engine.ir.ops import Op
-from attn_engine.ir.tile import Accumulate, Choose, If, Let, Loop, Narrow, Section, Stmt, StoreTile, expressions, walk
+from attn_engine.ir.tile import (
+    Accumulate,
+    Choose,
+    If,
+    Let,
+    Loop,
+    Narrow,
+    Section,
+    Stmt,
+    StoreTile,
+    expressions,
+    walk,
+)
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
 EMPTY = {"max": "-INFINITY", "min": "INFINITY", "sum": "0"}
@@ -59,7 +72,7 @@ def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item
                 yield item.loop, step, body
 
 
-class NestRenderer(ChoiceRenderer):
+class NestRenderer(ChoiceRenderer, AheadRenderer):
     """Prints a schedule's items."""
 
     def scheduled(self, schedule: Schedule) -> list[str]:
@@ -94,7 +107,8 @@ class NestRenderer(ChoiceRenderer):
                 case Sweep():
                     lines += self.sweep(item, steps)
                 case Branch(branch) if loop is not None and branch.body in steps:
-                    lines.append(f"if ({self.expr(branch.condition)}) {steps[branch.body]}({loop.var});")
+                    call = self.step_call(loop, steps[branch.body])
+                    lines.append(f"if ({self.expr(branch.condition)}) {call}")
                 case Branch(branch, body):
                     head = f"if ({self.expr(branch.condition)}) {{"
                     lines += [head, *self.indented(self.items(body, steps, loop)), "}"]
@@ -107,7 +121,7 @@ class NestRenderer(ChoiceRenderer):
             lines = self.step_function(loop, loop, body, steps)
             if self.is_one_tile(loop):
                 return [*lines, f"{steps[loop.body]}({self.expr(loop.lo)});"]
-            return [*lines, *self.opening(sweep)[:-1], f"  {steps[loop.body]}({loop.var});"]
+            return [*lines, *self.opening(sweep)[:-1], f"  {self.step_call(loop, steps[loop.body])}"]
         if self.is_one_tile(loop):
             start = f"const int {loop.var} = {self.expr(loop.lo)};"
             return [start, *self.in_tile(loop, self.items(body, steps, loop))]
@@ -116,7 +130,17 @@ class NestRenderer(ChoiceRenderer):
             lines += self.step_function(loop, branch.branch, branch.body, steps)
         for loop_of_step, step, step_body in steps_of_entries(sweep):
             lines += self.step_function(loop_of_step, step, step_body, steps)
-        return [*lines, *self.opening(sweep), *self.inside(loop, self.items(body, steps, loop)), "}"]
+        inner = [*self.next_tile(sweep), *self.inside_tile(loop, body, steps)]
+        return [*lines, *self.opening(sweep), *self.inside(loop, inner), "}"]
+
+    def inside_tile(
+        self, loop: Loop, body: tuple[Item, ...], steps: dict[tuple[Stmt, ...], str]
+    ) -> list[str]:
+        """A body, with what is known there of the next tile."""
+        outer, self.next_axis = self.next_axis, loop.axis if loop.following is not None else self.next_axis
+        lines = self.items(body, steps, loop)
+        self.next_axis, self.to_fetch = outer, {}
+        return lines
 
     def opening(self, sweep: Sweep) -> list[str]:
         loop = sweep.loop
@@ -134,9 +158,10 @@ class NestRenderer(ChoiceRenderer):
         title = title if title not in steps.values() else f"{title}_{len(steps) + 1}"
         steps[step.body] = title
         outer, self._checked_axis = self._checked_axis, loop.axis
-        inner = self.items(body, {})
+        inner = self.inside_tile(loop, body, {})
         self._checked_axis = outer
-        head = f"const auto {title} = [&](int {loop.var}) __attribute__((noinline)) {{"
+        following = "" if loop.following is None else f", int {loop.axis}_next"
+        head = f"const auto {title} = [&](int {loop.var}{following}) __attribute__((noinline)) {{"
         return [head, *self.inside(loop, inner), "};"]
 
     def is_one_tile(self, loop: Loop) -> bool:
@@ -234,6 +259,7 @@ class NestRenderer(ChoiceRenderer):
         self.row_name = "row"
         zero = isinstance(product.init, Full) and product.init.value == 0
         added = [] if zero else [f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = {init} + sums[r];"]
+        asked = [f"  {line}" for line in (*self.fetched_rows(product), *self.fetched_sums(n))]
         call = f"multiply_add(sums, {TRIPS[product.depth]}, {self.numbers(product)}, {self.lanes(product)});"
         kept = product.name in n.stored and len(n.steps) == 1 and not n.forms
         rest = (
@@ -250,6 +276,7 @@ class NestRenderer(ChoiceRenderer):
         )
         return [
             f"for (int block = 0; block < {TRIPS[n.shape.rows]}; block += ROWS) {{",
+            *asked,
             "  Floats sums[ROWS];",
             f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill({self.number(0.0)});",
             f"  {call}",
@@ -340,8 +367,8 @@ class NestRenderer(ChoiceRenderer):
 
     def flat(self, s: Step) -> list[str]:
         match s:
-            case View(name, load, padding, form):
-                return self.view(name, load, padding, form)
+            case View(name, load, padding, form, within):
+                return self.view(name, load, padding, form, within)
             case Pack():
                 return [self.pack(s), *self.fetched(s)]
             case Unpack(tensor, indices, name):

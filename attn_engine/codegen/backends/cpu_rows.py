@@ -141,9 +141,13 @@ class RowNestRenderer(NestRenderer):
                 self.scratch[f"{name}_packed"] = f"Real {name}_packed[BLOCK_Q][round_up({columns}, WIDTH)]"
                 matrix, times = self.matrix(load.tensor, load.indices), self.expr(factor)
                 return [f"pack_rows<{columns}>({name}_packed, {matrix}, q_start, q_rows, {times});"]
-            case View(name, load):
+            case View(name, load, within=within):
                 self.views.add(name)
+                if within:
+                    return [f"const auto {name} = {within};  // its first columns"]
                 matrix = self.matrix(load.tensor, load.indices)
-                return [f"const auto {name} = from_row({matrix}, {load.axes[0]}_start);"]
+                axis = load.axes[0]
+                next_tile = f", {axis}_next" if axis == self.next_axis else ""
+                return [f"const auto {name} = from_row({matrix}, {axis}_start{next_tile});"]
             case _:
                 return super().flat(s)

@@ -30,11 +30,17 @@ class TileRenderer(LaneRenderer):
             return f"pack_lanes_of_pairs<{columns}>({array}, {place}, kv_start, kv_rows);"
         return f"pack_lanes<{columns}>({array}, {place}, {self.expr(s.factor)});"
 
-    def view(self, name: str, load: Load, padding: str, form: Form) -> list[str]:
+    def view(self, name: str, load: Load, padding: str, form: Form, within: str = "") -> list[str]:
+        if within:
+            self.views.add(name)
+            return [f"const Rows {name} = {within};  // its first columns"]
         row_axis, column_axis = load.axes[0], load.axes[-1]
         rows, columns = BLOCKS[row_axis], BLOCKS[column_axis]
         padded = f"round_up({columns}, {padding})" if padding else columns
-        place = f"{self.matrix(load.tensor, load.indices)}, {row_axis}_start, {TRIPS[row_axis]}"
+        matrix = self.matrix(load.tensor, load.indices)
+        place = f"{matrix}, {row_axis}_start, {TRIPS[row_axis]}"
+        if row_axis == self.next_axis:
+            self.to_fetch[name] = columns, matrix
         if form is Form.PAIRS:
             self.pair_lengths[name] = padded
             self.scratch[f"{name}_pairs"] = f"Pair {name}_pairs[round_up({rows}, 2) / 2][{padded}]"
@@ -44,7 +50,8 @@ class TileRenderer(LaneRenderer):
             return [f"const ElementRows {name}_rows = element_rows_of<{columns}>({place}, {name}_spare);"]
         self.scratch[f"{name}_spare"] = f"Real {name}_spare[{rows}][{padded}]"
         self.views.add(name)
-        return [f"const Rows {name} = tile_of<{columns}>({place}, {name}_spare);"]
+        order = ", false" if row_axis == self.next_axis else ""
+        return [f"const Rows {name} = tile_of<{columns}{order}>({place}, {name}_spare);"]
 
     def matrix(self, tensor: str, indices: tuple[Expr, ...]) -> str:
         """The rows of a tensor at the leading indices."""

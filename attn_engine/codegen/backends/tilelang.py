@@ -17,6 +17,7 @@ from attn_engine.codegen.backends.tilelang_sequences import NUMBERS, first_rows,
 from attn_engine.codegen.backends.tilelang_types import COUNTERS, TileLangOptions, block_sizes
 from attn_engine.codegen.backends.triton_layout import wrapped
 from attn_engine.codegen.backends.triton_types import TYPES, element_storage, widened
+from attn_engine.codegen.lower.paged import with_tables_at_hand
 from attn_engine.codegen.lower.placed import (
     Branch,
     Copy,
@@ -32,6 +33,7 @@ from attn_engine.codegen.lower.placed import (
     Steps,
 )
 from attn_engine.codegen.lower.placement import place
+from attn_engine.codegen.lower.shared import values_from_memory
 from attn_engine.ir.expr import Expr, Load, transform
 from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import (
@@ -70,7 +72,7 @@ class TileLangRenderer(TileLangFile):
         rounds = TYPES[self.element] != self.compute
         if rounds:
             kernel = replace(kernel, body=map_expressions(kernel.body, lambda e: transform(e, widened)))
-        self.kernel = kernel = self.renamed(sized(kernel))
+        self.kernel = kernel = self.renamed(sized(_as_read(kernel)))
         self.firsts = first_rows(kernel)
         self.sizes = block_sizes(kernel, self.options.cpu)
         self.placed = place(kernel, rounds=rounds)
@@ -193,6 +195,11 @@ class TileLangRenderer(TileLangFile):
     def element_of(self, name: str) -> str:
         buffer = self.buffers.get(name)
         return name if buffer is None else f"{name}[{', '.join(COUNTERS[a] for a in buffer.axes)}]"
+
+
+def _as_read(kernel: Kernel) -> Kernel:
+    """The kernel whose elements say where they lie: each in its page, values in memory."""
+    return values_from_memory(with_tables_at_hand(kernel, within_tiles=True))
 
 
 def wrapped_in(line: str, depth: int) -> list[str]:

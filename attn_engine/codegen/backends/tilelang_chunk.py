@@ -7,6 +7,7 @@ done. The same text without threads runs on the CPU.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from attn_engine.codegen.backends.triton_chunk_params import (
     ChunkTensor,
     phase_tensors,
 )
+from attn_engine.codegen.backends.triton_layout import WIDTH
 from attn_engine.codegen.lower.chunk_phases import ChunkPhase, names_read
 from attn_engine.codegen.lower.columns import padded
 from attn_engine.codegen.lower.emit import Names
@@ -101,8 +103,17 @@ def _dynamic(arguments: Sequence[Argument]) -> list[str]:
     lines = [f'{s} = T.dynamic("{s}")' for s in sizes]
     for a in dict.fromkeys(arguments):
         if a.strides:
-            lines.append(f'{a.tensor.name}_strides = T.dynamic("{", ".join(a.strides)}", "int64")')
+            lines += _stride_lines(a)
     return lines
+
+
+def _stride_lines(a: Argument) -> list[str]:
+    line = f'{a.tensor.name}_strides = T.dynamic("{", ".join(a.strides)}", "int64")'
+    if len(line) <= WIDTH:
+        return [line]
+    names = textwrap.wrap(", ".join(a.strides), WIDTH - 8, drop_whitespace=False)
+    quoted = [f'    "{n}"' for n in names]
+    return [f"{a.tensor.name}_strides = T.dynamic(", *quoted[:-1], f"{quoted[-1]},", '    "int64",', ")"]
 
 
 class TileLangPhase(ChunkCalls):
@@ -122,7 +133,7 @@ class TileLangPhase(ChunkCalls):
             "d": padded(self.program.dim_qk) != self.program.dim_qk,
             "dv": self.program.dim_v % columns != 0,
         }
-        self.firsts, self.kept, self.doubles, self.buffers = {}, {}, set(), {}
+        self.firsts, self.doubles, self.buffers = {}, set(), {}
         tiles = phase.tiles()
         taken = {n for t in tiles for n in (t.name, t.last.name, f"{t.name}_rounded", f"{t.name}_before")}
         taken |= _OWN | set(device_functions(LIBRARY))
@@ -310,7 +321,7 @@ class TileLangPhase(ChunkCalls):
         state, forward = self.phase.carried, self.phase.carried is STATE
         first, last = ("initial", "final") if forward else ("d_final", "d_initial")
         inner = [
-            f"place = {'turn' if forward else 'chunk_count - 1 - turn'}",
+            *([] if forward else ["place = chunk_count - 1 - turn"]),
             "chunk = first_chunk + place",
             "chunk_start = place * CHUNK",
             *self._tokens(),
@@ -324,7 +335,7 @@ class TileLangPhase(ChunkCalls):
             *(self._begin_faults() if self.phase.reports else []),
             *self._kept(state, "load", "sequence", first),
             "chunk_count = T.ceildiv(length, CHUNK)",
-            "for turn in T.serial(chunk_count):",
+            f"for {'place' if forward else 'turn'} in T.serial(chunk_count):",
             *(f"    {line}" if line else "" for line in inner),
             "",
             *self._kept(state, "store", "sequence", last),

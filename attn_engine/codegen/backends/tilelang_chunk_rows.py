@@ -32,7 +32,6 @@ class ChunkNests(TileLangRenderer):
     tensors: Mapping[str, ChunkTensor]
     spelled: Mapping[str, str]  # captured names that the file has taken, and what they are called there
     masked: Mapping[str, bool]  # whether a tile of columns has some that the tensors lack
-    kept: dict[str, tuple[tuple[str, ...], DType]]  # buffers besides the tiles: axes and type
     reserved: Names  # names that belong to the file
     depth: int
 
@@ -253,9 +252,8 @@ class ChunkNests(TileLangRenderer):
     # -- buffers
 
     def buffer(self, wish: str, axes: tuple[str, ...], dtype: DType, fresh: bool = False) -> str:
-        """A buffer besides the tiles; one without axes has one element."""
-        name = self.reserved.fresh(wish) if fresh or wish not in self.kept else wish
-        self.kept[name] = (axes, dtype)
+        """A buffer besides the tiles; one without axes has one element. fresh: another one where the name is taken."""
+        name = self.reserved.fresh(wish) if fresh else wish
         self.buffers[name] = Buffer(name, Scope.SHARED, axes, dtype)
         return name
 

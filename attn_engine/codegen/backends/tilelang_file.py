@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 
-from attn_engine.codegen.backends.tilelang_sequences import LENGTHS
+from attn_engine.codegen.backends.tilelang_sequences import LENGTHS, PAGES
 from attn_engine.codegen.backends.tilelang_types import (
     BLOCKS,
     BYTES,
@@ -343,8 +343,10 @@ class TileLangFile(Renderer):
         return [found[0][1:-1]] if len(found) == 1 else found
 
     def place(self, tensor: str, index: Expr, size: str) -> str:
-        """Where along a dimension a position lies: those of a sequence begin at its first row."""
+        """Where along a dimension a position lies: those of a sequence begin at its first row, or in pages."""
         s = self.firsts.get(tensor)
+        if s is not None and s.page is not None and size == PAGES:
+            return self.expr(s.page)
         if s is None or LENGTHS.get(size) != f"{s.axis}_len":
             return self.expr(index)
         return f"{self.expr(s.first)} + {self.expr(index)}"

@@ -1,5 +1,5 @@
 """Kernels over sequences in TileLang: a tensor keeps all of its rows, and what is read of it begins at a sequence's
-first row and ends at its last."""
+first row and ends at its last. Of a cache, each position is read from the row of its page."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from attn_engine.ir.tile import Kernel, Narrow, Param, walk
 NUMBERS = frozenset("batch place tiles_of_head tile_start head kv_head q_first q_len kv_first kv_len".split())
 _ROWS = {"q_len": "q_rows", "kv_len": "kv_rows"}
 _LONGEST = {"q_len": "longest_q", "kv_len": "longest_kv"}
+_IN_PAGES = {"kv_len": "page_rows"}
+PAGES = "pages"  # the first dimension of a cache
 # What the rows of a sequence end at, by the name of the dimension that they lie along.
-LENGTHS = {name: length for names in (_ROWS, _LONGEST) for length, name in names.items()}
+LENGTHS = {name: length for names in (_ROWS, _LONGEST, _IN_PAGES) for length, name in names.items()}
 
 
 @lru_cache(maxsize=1024)
@@ -35,5 +37,5 @@ def first_rows(kernel: Kernel) -> dict[str, Narrow]:
 def _sized(p: Param, narrowed: dict[str, int]) -> Param:
     if p.name == TILE_LIST:  # one entry for all heads, while the launch counts tiles of each
         return replace(p, shape=("listed_tiles",))
-    names = _ROWS if p.name in narrowed else _LONGEST
+    names = _IN_PAGES if p.shape[0] == PAGES else _ROWS if p.name in narrowed else _LONGEST
     return replace(p, shape=tuple(names.get(size, size) for size in p.shape))

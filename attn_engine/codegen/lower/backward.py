@@ -21,7 +21,7 @@ from attn_engine.codegen.lower.capture import (
 from attn_engine.codegen.lower.emit import Emitter, Names, base_two, rounded
 from attn_engine.codegen.lower.forward import ORDER_Q, later_rows_see_more, tuple_of_tiles
 from attn_engine.codegen.lower.listed import list_params
-from attn_engine.codegen.lower.ranges import masking, split_bounds
+from attn_engine.codegen.lower.ranges import masking
 from attn_engine.codegen.lower.row_values import RowReads, main_rows, row_bindings, uses_delta
 from attn_engine.codegen.lower.score import (
     Masked,
@@ -32,22 +32,27 @@ from attn_engine.codegen.lower.score import (
     score_lets,
     visibility,
 )
+from attn_engine.codegen.lower.shares import (
+    D_KEY,
+    D_VALUE,
+    KeyShares,
+    QueryShares,
+    d_key_value,
+    d_key_value_stores,
+    shares_queries,
+)
 from attn_engine.codegen.lower.tile_classes import TileTests, tile_tests
 from attn_engine.codegen.lower.values import (
-    D_IDX,
     D_OUT,
     FLOAT,
     GROUP_OF_HEADS,
     KEY,
     KV_HEAD,
-    KV_LEN,
     Q_ROW,
     QUERY,
     SCALE,
-    SPLIT,
     VALUE,
     captured_params,
-    compute_storage,
     indices,
     load_tile,
     rows,
@@ -57,7 +62,7 @@ from attn_engine.codegen.lower.values import (
 )
 from attn_engine.codegen.lower.visited import phases_of
 from attn_engine.codegen.schedule import Gradients, Schedule
-from attn_engine.ir.expr import Call, Const, Dot, Expr, Full, Reduce, Var, postorder, where
+from attn_engine.ir.expr import Call, Dot, Expr, Full, Reduce, Var, postorder, where
 from attn_engine.ir.passes.autodiff import gradients
 from attn_engine.ir.passes.mask_range import plan_mask
 from attn_engine.ir.passes.row_gradients import backward_roots
@@ -68,7 +73,6 @@ from attn_engine.ir.program import (
     HEAD,
     KV_IDX,
     PROBS,
-    Q_IDX,
     SCORE,
     Attention,
 )
@@ -81,8 +85,7 @@ ORDER_KV = (
     "d",
 )  # tiles are [kv, q]: both accumulating products read their left operand as it lies
 D_LOGIT, D_SCORE = tile("d_logit", "q", "kv"), tile("d_score", "q", "kv")
-D_QUERY, D_KEY, D_VALUE = tile("d_query", "q", "d"), tile("d_key", "kv", "d"), tile("d_value", "kv", "dv")
-DQ_PARTS_SHAPE = ("splits", "batches", "heads", "q_len", "dim_qk")
+D_QUERY = tile("d_query", "q", "d")
 
 
 def lower_backward(program: Attention, schedule: Schedule, learned: tuple[str, ...] = ()) -> Module:
@@ -161,45 +164,24 @@ def lower_d_key_value(
     tiles = {"q": schedule.backward_q, "kv": schedule.backward_kv}
     columns = [c for c in captures if c.route is Route.COLUMN]
     parts = [c for c in captures if added_beside_keys(c)] if with_query else []
-    sweep = Sweep(program, schedule, names, "q", tiles, sums_own_axis=with_query)
-    shared = shared_axes(parts)
-    tile_body = kv_tile(program, sweep, columns, parts, part_of_query(shared) if with_query else None)
-    body = [Section("kv tile of this program"), *tile_body]
-    outputs = [wide(program, "dK", output=True), wide(program, "dV", output=True)]
-    outputs += [buffer_param(program, c) for c in columns]
-    if not with_query:
+    shares = None
+    if with_query:
+        cut = QueryShares if shares_queries(program, captures) else KeyShares
+        shares = cut(program, tiles, shared_axes(parts))
+    within = shares.queries if shares else None
+    sweep = Sweep(program, schedule, names, "q", tiles, sums_own_axis=with_query, within=within)
+    body = [Section("kv tile of this program"), *kv_tile(program, sweep, columns, parts, shares)]
+    if shares is None:
+        outputs = (*d_key_value(program), *(buffer_param(program, c) for c in columns))
         grid = ("kv", "kv_head", "batch")
         return backward_kernel(
-            program,
-            name,
-            grid,
-            ORDER_KV,
-            tiles,
-            tuple(outputs),
-            body,
-            tests=sweep.tests,
-            sections=schedule.sections,
+            program, name, grid, ORDER_KV, tiles, outputs, body, tests=sweep.tests, sections=schedule.sections
         )
-    outputs.append(Param("dQ_parts", compute_storage(program), DQ_PARTS_SHAPE, True))
-    outputs += {c.buffer: buffer_param(program, c, parts=True) for c in parts}.values()
-    n = tiles["kv"]
-    shares = split_bounds(n, Const(0), scalar("kv_tiles") * n, (KV_LEN + (n - 1)) // n)
-    split = [Section("kv tiles of this split"), *shares]
-    for axis in shared:
-        body = [Loop(axis, scalar(f"{axis}_begin"), scalar(f"{axis}_end"), None, tuple(body))]
-    loop = Loop("kv_start", scalar("split_begin"), scalar("split_end"), "kv", tuple(body), "kv_tile")
-    grid = ("split", *(axis for axis in ("kv_head", "batch") if axis not in shared))
-    own = [*split, loop]
-    numbers = (scalar("splits"), *(scalar(f"{axis}_{end}") for axis in shared for end in ("begin", "end")))
-    kernel = backward_kernel(program, name, grid, ORDER_KV, tiles, tuple(outputs), own, numbers, sweep.tests)
+    buffers = {c.buffer: buffer_param(program, c, parts=True) for c in parts}.values()
+    outputs = (*shares.outputs(), *(buffer_param(program, c) for c in columns), *buffers)
+    own, tests = shares.over(body), sweep.tests
+    kernel = backward_kernel(program, name, shares.grid, ORDER_KV, tiles, outputs, own, shares.numbers, tests)
     return replace(kernel, lanes=schedule.backward_lanes)
-
-
-def part_of_query(shared: tuple[str, ...]) -> tuple[Expr, ...]:
-    """Where a split adds to dQ: its own slice, which starts at the first of the batches and heads of this launch."""
-    batch = BATCH - scalar("batch_begin") if "batch" in shared else BATCH
-    head = HEAD - scalar("kv_head_begin") * GROUP_OF_HEADS if "kv_head" in shared else HEAD
-    return (SPLIT, batch, head, Q_IDX, D_IDX)
 
 
 def kv_tile(
@@ -207,19 +189,19 @@ def kv_tile(
     sweep: Sweep,
     columns: list[CaptureGradient],
     parts: list[CaptureGradient],
-    query_part: tuple[Expr, ...] | None,
+    shares: KeyShares | QueryShares | None,
 ) -> list[Stmt]:
     """Everything that one kv tile owns: loads, the sweep over heads and q tiles, stores.
 
-    parts: captured gradients added up in memory. query_part: where dQ is.
+    parts: captured gradients added up in memory. shares: of a kernel that makes dQ too.
     """
     update: list[Stmt] = [
         Let("d_value", D_VALUE + Dot(rounded(PROBS, "V"), D_OUT)),
         Let("d_key", D_KEY + Dot(rounded(D_SCORE, "K"), QUERY)),
     ]
     update += [Let(c.total.name, c.total + Reduce("sum", c.value, "q")) for c in columns]
-    if query_part is not None:
-        update.append(Accumulate("dQ_parts", query_part, Dot(rounded(D_SCORE, "K"), KEY)))
+    if shares is not None:
+        update.append(Accumulate(*shares.query_part(), Dot(rounded(D_SCORE, "K"), KEY)))
         update += [add_part(c, sweep.lanes_axis) for c in parts]
     per_head = (
         *sweep.before,
@@ -238,8 +220,7 @@ def kv_tile(
         Let("first_head", KV_HEAD * group),
         Loop("head", first, first + group, None, per_head),
         Section("store"),
-        StoreTile("dK", indices("dK"), D_KEY * SCALE),
-        StoreTile("dV", indices("dV"), D_VALUE),
+        *(d_key_value_stores() if shares is None else shares.stores()),
     ]
 
 
@@ -255,14 +236,16 @@ class Sweep:
         tiles: dict[str, int],
         *,
         sums_own_axis: bool = False,
+        within: tuple[Expr, Expr] | None = None,
     ) -> None:
-        """sums_own_axis: something is summed over the rows of the program's own tile, so its ragged end is masked."""
+        """sums_own_axis: something is summed over the rows of the program's own tile, so its ragged end is masked.
+        within: the positions that the loop keeps to, multiples of its tile; None: all."""
         self.program, self.names, self.loop = program, names, loop
         self.lanes_axis = schedule.backward_lanes.axis
         self.masked_axes = ("q", "kv") if sums_own_axis else (loop,)
         self.tests = tile_tests(program, names, loop, tiles, own_rows_count=sums_own_axis)
         self.phases = phases_of(
-            program, loop, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis
+            program, loop, tiles, schedule.edges, self.tests, own_rows_count=sums_own_axis, within=within
         )
         self.before, self.known = hoisted(program, names, loop, backward_roots(program.rule))
         if program.rule.powers_of_two and loop == "kv":

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from attn_engine.codegen.lower.emit import Names
-from attn_engine.ir.expr import Dot, Expr, Full, Reduce, Var, call, rebuild
+from attn_engine.ir.expr import Dot, Expr, FirstColumns, Full, Reduce, Var, call, rebuild
 from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Stmt, StoreTile, walk
 
@@ -55,7 +55,7 @@ def piece_axes(axis: str, count: int) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def cut_columns(kernel: Kernel) -> Kernel:
     """The kernel with "d" and "dv" in pieces; the kernel itself where one piece each will do."""
-    for axis, size in kernel.tile:
+    for axis, size in reversed(kernel.tile):  # "dv" first: pieces of a value are found among those of its key
         if axis in ("d", "dv") and len(pieces(size)) > 1:
             kernel = _Cut(kernel, axis, pieces(size)).kernel()
     return kernel
@@ -136,6 +136,10 @@ class _Cut:
             case Var(name, dtype, axes) if self.axis in axes:
                 own = f"{piece}_idx" if name == f"{self.axis}_idx" else self._names[name, piece]
                 return Var(own, dtype, self._spans(axes, piece))
+            case FirstColumns(x, axis) if axis == self.axis:
+                return FirstColumns(x, piece)
+            case FirstColumns(x, axis) if self.axis in x.axes:
+                return FirstColumns(self._of(x, f"{self.axis}{axis.removeprefix('dv')}"), axis)
             case Full(value, axes) if self.axis in axes:
                 return Full(value, self._spans(axes, piece))
             case _:

@@ -100,7 +100,7 @@ def forward_kernel(
         name=name,
         params=(*(wide(program, t) for t in "QKV"), *inputs, *outputs),
         scalars=(SCALE, *program.scalars, *([SPLITS] if split else [])),
-        grid=(*(["split"] if split else []), "q", "head", "batch"),
+        grid=("q", "head", "batch", *(["split"] if split else [])),
         order=ORDER_Q,
         tile=tuple_of_tiles(program, {"q": schedule.block_q, "kv": schedule.block_kv}),
         body=(*keys.body, *end),

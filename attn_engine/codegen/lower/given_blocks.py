@@ -34,8 +34,8 @@ BITS = 32
 class GivenRun:
     """The tiles of the blocks in entries begin to end of a list, as far as `runs` visit them.
 
-    block: positions of each; 0: one holds all. word: the bits of its entry where they are one word; there: whether a
-    pair is in a part that is visible, None where all are.
+    block: positions of each; 0: one holds all. tile: positions of a tile. word: the bits of its entry where they are
+    one word; there: whether a pair is in a part that is visible, None where all are.
     """
 
     title: str
@@ -44,6 +44,7 @@ class GivenRun:
     begin: Expr
     end: Expr
     block: int
+    tile: int
     runs: tuple[Run, ...]
     word: Expr | None = None
     there: Expr | None = None
@@ -62,17 +63,29 @@ class GivenRun:
             if self.block:
                 lo, hi = call(Op.MAX, first, run.lo), call(Op.MIN, first + self.block, run.hi)
                 run = replace(run, lo=lo, hi=hi)
-            body.append(run.loop(axis, on_tile))
+            tiles = run.loop(axis, on_tile)
+            if self.block == self.tile:
+                next_block = Load(self.blocks, INT, (call(Op.MIN, ENTRY + 1, self.end - 1),))
+                tiles = replace(tiles, following=next_block * self.block)
+            body.append(tiles)
         return Loop(ENTRY.name, self.begin, self.end, None, tuple(body))
 
 
 def given_runs(
-    program: Attention, listed: ListedBlocks, loop: str, within: tuple[Run, ...], *, one_split: bool
+    program: Attention,
+    listed: ListedBlocks,
+    loop: str,
+    tile: int,
+    within: tuple[Run, ...],
+    *,
+    one_split: bool,
 ) -> tuple[list[Stmt], tuple[GivenRun, ...]]:
     """Bounds of the lists as Lets, then the runs over their entries; within: those of the mask."""
     bounds, ends = list_bounds(program, listed, loop, one_split=one_split)
     block = listed.block(loop)
-    whole = GivenRun(f"given {loop} blocks", "step", blocks_param(loop, "full"), *ends["full"], block, within)
+    whole = GivenRun(
+        f"given {loop} blocks", "step", blocks_param(loop, "full"), *ends["full"], block, tile, within
+    )
     if "partial" not in listed.kinds:
         return bounds, (whole,)
     if loop == "kv" and listed.parts[0] > 1:
@@ -82,7 +95,10 @@ def given_runs(
     every = replace(first, title="", step="partial_step", hi=last.hi, masked=True, branch=True)
     word, there = _bits(listed, loop)
     blocks, title = blocks_param(loop, "partial"), f"given {loop} blocks of which parts are visible"
-    return bounds, (GivenRun(title, "step", blocks, *ends["partial"], block, (every,), word, there), whole)
+    return bounds, (
+        GivenRun(title, "step", blocks, *ends["partial"], block, tile, (every,), word, there),
+        whole,
+    )
 
 
 def _bits(listed: ListedBlocks, loop: str) -> tuple[Expr | None, Expr]:

@@ -29,6 +29,7 @@ from attn_engine.ir.tile import If, Kernel, Let, Loop, Narrow, Param, Stmt, expr
 
 PAGED = ("K", "V")
 BLOCK_TABLE = "block_table"
+PAGES_OF_TILE = "kv_pages"
 PAGE, PAGE_START, KV_START = scalar("kv_page"), scalar("page_start"), scalar("kv_start")
 
 
@@ -75,13 +76,17 @@ def _one_page(tensors: list[str], page: int) -> list[Stmt]:
 
 def _pages_of_positions(tensors: list[str], page: int) -> list[Stmt]:
     """The page of every position."""
-    found = Let("kv_pages", Load(BLOCK_TABLE, INT, (BATCH, KV_IDX // page)))
+    found = Let(PAGES_OF_TILE, Load(BLOCK_TABLE, INT, (BATCH, KV_IDX // page)))
     return [found, *(Narrow(name, "kv", -(KV_IDX // page * page), KV_LEN, found.var) for name in tensors)]
 
 
-def with_tables_at_hand(kernel: Kernel) -> Kernel:
-    """The kernel whose Narrows say by themselves in which table pages are found, for backends that do so row by row."""
-    made = (s for s in walk(kernel.body) if isinstance(s, Let) and s.name in ("kv_page", "kv_pages"))
+def with_tables_at_hand(kernel: Kernel, *, within_tiles: bool = False) -> Kernel:
+    """The kernel whose Narrows say by themselves in which table pages are found, for backends that do so row by row.
+
+    within_tiles: only those whose pages differ from position to position.
+    """
+    names = (PAGES_OF_TILE,) if within_tiles else (PAGE.name, PAGES_OF_TILE)
+    made = (s for s in walk(kernel.body) if isinstance(s, Let) and s.name in names)
     pages = {s.var: s.value for s in made}
     if not pages:
         return kernel

@@ -68,12 +68,14 @@ def phases(
     *,
     own_rows_count: bool = False,
     one_split: bool = False,
+    within: tuple[Expr, Expr] | None = None,
 ) -> Phases:
     """Bounds as Lets, then the runs over them. The ragged last tile of the loop is never a full one.
 
     own_rows_count: rows past the end of the program's own tile would count too (they are summed over, not just not
     stored), so where the own tile is ragged, no tile is a full one.
     one_split: the program has one of several shares of what its tile can see.
+    within: the positions that the loop keeps to, multiples of its tile; None: all.
     """
     loop, axis = plan.loop, OTHER[plan.loop]
     n, length = tiles[loop], scalar(f"{loop}_len")
@@ -86,9 +88,12 @@ def phases(
     bounds += own
     first = Const(0) if hull_lo is None else call(Op.MAX, floor_to(hull_lo, n), 0)
     stop = length if hull_hi is None else call(Op.MIN, hull_hi, length)
-    bounds += [_let(f"{loop}_begin", first), _let(f"{loop}_end", call(Op.MAX, ceil_to(stop, n), begin))]
+    stop = ceil_to(stop, n)
+    if within is not None:
+        first, stop = call(Op.MAX, first, within[0]), call(Op.MIN, stop, within[1])
+    bounds += [_let(f"{loop}_begin", first), _let(f"{loop}_end", call(Op.MAX, stop, begin))]
     if one_split:
-        bounds += split_bounds(n, begin, end, (end - begin) // n)
+        bounds += split_bounds(loop, n, begin, end, (end - begin) // n)
         begin, end = scalar("split_begin"), scalar("split_end")
     if tests is not None:
         title = f"{loop} tiles in sight: none, some or all of the pairs visible"
@@ -118,12 +123,12 @@ def phases(
     return Phases(tuple(bounds), runs)
 
 
-def split_bounds(n: int, begin: Expr, end: Expr, tiles: Expr) -> list[Stmt]:
-    """Contiguous shares, one per split, of the kv tiles of n rows from `begin` to `end`."""
+def split_bounds(axis: str, n: int, begin: Expr, end: Expr, tiles: Expr) -> list[Stmt]:
+    """Contiguous shares, one per split, of the tiles of n rows from `begin` to `end`."""
     share = scalar("tiles_per_split")
     return [
-        Let("kv_tiles", tiles),
-        Let("tiles_per_split", (scalar("kv_tiles") + SPLITS - 1) // SPLITS),
+        Let(f"{axis}_tiles", tiles),
+        Let("tiles_per_split", (scalar(f"{axis}_tiles") + SPLITS - 1) // SPLITS),
         _let("split_begin", begin + SPLIT * share * n),
         _let("split_end", call(Op.MIN, scalar("split_begin") + share * n, end)),
     ]

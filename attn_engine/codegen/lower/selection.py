@@ -8,8 +8,8 @@ that importances are its column sums:
             for tiles of heads:  importance += sum over rows of score_mod(query . key)
             offer importance to the token's state
 
-A grid of few programs splits the keys; a second kernel then takes the best of all shares. Which are best does not depend
-on how keys and tokens are cut, so neither does the result on the number of threads (docs/adr/0029).
+A grid of few programs splits the keys; a second kernel then takes the best of all shares. Which are best does not
+depend on how keys and tokens are cut, so neither does the result on the number of threads (docs/adr/0030).
 """
 
 from __future__ import annotations
@@ -130,7 +130,10 @@ class _Selection:
             order=("q", "kv", "d", "dv"),
             tile=(("q", s.heads), ("kv", s.keys), ("d", program.dim_qk)),
             body=body,
-            header=(f"{self.program.name}: {name}", "rows of a tile are the query heads that share a kv head"),
+            header=(
+                f"{self.program.name}: {name}",
+                "rows of a tile are the query heads that share a kv head",
+            ),
             lanes=Lanes.KEYS,
         )
 
@@ -173,7 +176,7 @@ class _Selection:
     def bounds(self) -> list[Stmt]:
         """The kv tiles that a token of this program sees."""
         hull = _hull(self.program.pairs)
-        ends = {scalar("q_start"): FIRST_TOKEN, scalar("q_last"): LAST_TOKEN}
+        ends: dict[Expr, Expr] = {scalar("q_start"): FIRST_TOKEN, scalar("q_last"): LAST_TOKEN}
         lo, hi = (None if e is None else substitute(e, ends) for e in (hull.lo, hull.hi))
         n, begin, end = self.schedule.keys, scalar("kv_begin"), scalar("kv_end")
         first = Const(0) if lo is None else call(Op.MAX, floor_to(lo, n), 0)
@@ -208,7 +211,7 @@ class _Selection:
         fn = in_terms_of(fn, {Q_IDX: TOKEN, HEAD: KV_HEAD})
         emitter = Emitter(self.names(), {}, base_two)
         count = self.candidates()
-        taken = emitter.value(fn.result, fn.names, fn.sources) & (KV_IDX < count)
+        taken = emitter.value(fn.result, fn.names, fn.sources) & (count > KV_IDX)
         own = [*emitter.lets, self.choose(Choice.FORCE, taken)]
         tiles = Loop("kv_start", Const(0), ceil_to(count, self.schedule.keys), "kv", tuple(own), "force_tile")
         body: list[Stmt] = [self.over_tokens([tiles])]
@@ -232,7 +235,9 @@ class _Selection:
         names = self.names()
         by_head = _asks_for_the_head(self.program.pairs)
         seen = visibility(self.pairs, names, {}, ("kv",))
-        heads = Loop("q_start", Const(0), ceil_to(Q_LEN, self.schedule.heads), "q", (*self.heads(names, by_head),))
+        heads = Loop(
+            "q_start", Const(0), ceil_to(Q_LEN, self.schedule.heads), "q", (*self.heads(names, by_head),)
+        )
         start: list[Stmt] = [Let(IMPORTANCE.name, Full(0.0, ("kv",)))]
         if by_head:
             there: Expr = SEEN > 0.0
@@ -264,9 +269,7 @@ class _Selection:
     def settled(self, shares: Expr) -> list[Stmt]:
         token = TOKEN if self.program.sequences is None else scalar("q_first") + TOKEN
         place = (BATCH, KV_HEAD, token)
-        step = Choose(
-            Choice.SETTLE, STATES, self.state[1:], shares, INDICES, place, self.blocks
-        )
+        step = Choose(Choice.SETTLE, STATES, self.state[1:], shares, INDICES, place, self.blocks)
         return [self.over_tokens([step])]
 
     def names(self) -> Names:
@@ -308,5 +311,3 @@ def _hull(pairs: Attention) -> Interval:
 
 def _settles(body: tuple[Stmt, ...]) -> bool:
     return any(isinstance(s, Choose) and s.choice is Choice.SETTLE for s in walk(body))
-
-

@@ -22,12 +22,14 @@ from attn_engine.codegen.lower.steps import (
     step_shape,
     stored_by_column,
 )
+from attn_engine.codegen.lower.values import DV_IDX
 from attn_engine.ir.expr import (
     Call,
     Cast,
     Const,
     Dot,
     Expr,
+    FirstColumns,
     Full,
     Load,
     Reduce,
@@ -149,6 +151,7 @@ class Splitter:
         self.lanes = kernel.lanes
         self.steps: list[Step] = []
         self._taken: set[str] = set()
+        self._tiles: dict[str, Load] = {}
 
     def block(self, body: Iterable[Stmt]) -> list[Step]:
         """The steps of statements that contain no others."""
@@ -173,7 +176,10 @@ class Splitter:
 
     def let(self, name: str, value: Expr, source: str = "") -> None:
         match value:
+            case FirstColumns(Var(whole)):
+                self.first_columns(name, whole)
             case Load() if is_tile_load(value):
+                self._tiles[name] = value
                 for form in self._uses.packed.get(name, ()):
                     self.steps.append(Pack(name, value, self._factors.get(name, Const(1.0)), form))
                 for form, padding in self._uses.views.get(name, {}).items():
@@ -190,6 +196,15 @@ class Splitter:
                 self.steps.append(Let(name, Reduce(kind, self.split(x), axis), source))
             case _:
                 self.steps.append(Let(name, self.split(value), source))
+
+    def first_columns(self, name: str, whole: str) -> None:
+        """The rows of the tile `whole` where they are numbers; pairs are made from the tensor's own columns."""
+        load = self._tiles[whole]
+        load = Load(load.tensor, load.kind, (*load.indices[:-1], DV_IDX))
+        shared = self._uses.views.get(whole, {})
+        for form, padding in self._uses.views[name].items():
+            within = whole if form is Form.NUMBERS and form in shared else ""
+            self.steps.append(View(name, load, padding, form, within))
 
     def _far_apart(self, e: Expr) -> bool:
         """Whether neighbouring lanes read elements of different rows."""
@@ -245,7 +260,9 @@ class TileUses:
 
     def __init__(self, kernel: Kernel, paired: bool = False) -> None:
         body = kernel.body
-        self._loaded = {s.name for s in walk(body) if isinstance(s, Let) and is_tile_load(s.value)}
+        lets = [s for s in walk(body) if isinstance(s, Let)]
+        parts = {s.name: s.value.x for s in lets if isinstance(s.value, FirstColumns)}
+        self._loaded = {s.name for s in lets if is_tile_load(s.value)} | parts.keys()
         self._axis = kernel.lanes.packed
         self._paired = paired
         self.views: dict[str, dict[Form, str]] = {}
@@ -255,10 +272,14 @@ class TileUses:
             for e in expressions(s):
                 for node in postorder(e):
                     self._operands(node, by_column)
+        for name, whole in parts.items():  # what is read of the part holds for all of it
+            for form, padding in self.views.get(name, {}).items():
+                if isinstance(whole, Var) and form in self.views.get(whole.name, {}):
+                    self._by_rows(whole.name, form, padding)
 
     def _operands(self, node: Expr, by_column: bool) -> None:
         for x in node.operands:
-            if not (isinstance(x, Var) and x.name in self._loaded):
+            if not (isinstance(x, Var) and x.name in self._loaded) or isinstance(node, FirstColumns):
                 continue
             if isinstance(node, Dot):
                 self._in_product(x, node, by_column)

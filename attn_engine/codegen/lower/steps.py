@@ -84,12 +84,16 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The rows of a tensor; `padding` says to what its columns must be filled up ("", "ROWS", "LANES")."""
+    """The rows of a tensor; `padding` says to what its columns must be filled up ("", "ROWS", "LANES").
+
+    within: the view whose first columns these are.
+    """
 
     name: str
     load: Load
     padding: str
     form: Form = Form.NUMBERS
+    within: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +170,8 @@ def names_read(step: Step) -> set[str]:
     match step:
         case Product(_, init, a, b):
             return {v.name for v in variables(init)} | {a.name, b.name}
-        case View(_, load):
-            return {v.name for v in variables(load)}
+        case View(_, load, within=within):
+            return {v.name for v in variables(load)} | ({within} if within else set())
         case Pack(_, load, factor):
             return {v.name for e in (load, factor) for v in variables(e)}
         case Unpack(_, indices, name):

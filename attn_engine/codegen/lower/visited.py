@@ -12,6 +12,7 @@ from attn_engine.codegen.lower.ranges import phases
 from attn_engine.codegen.lower.score import Masked
 from attn_engine.codegen.lower.tile_classes import TileTests
 from attn_engine.codegen.schedule import Edges
+from attn_engine.ir.expr import Expr
 from attn_engine.ir.passes.mask_range import plan_mask
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Loop, Stmt
@@ -43,10 +44,12 @@ def phases_of(
     *,
     own_rows_count: bool = False,
     one_split: bool = False,
+    within: tuple[Expr, Expr] | None = None,
 ) -> Visited:
     """The runs of a program's loop over `loop`. Parameters as in `phases`."""
     listed = program.listed
     if listed is not None and not listed.tested:
+        assert within is None, "lists that know of the mask are not cut in shares of queries"
         bounds, runs = listed_runs(
             program, listed, loop, tiles, edges, own_rows_count=own_rows_count, one_split=one_split
         )
@@ -55,6 +58,6 @@ def phases_of(
     if listed is None:
         found = phases(plan, tiles, edges, tests, own_rows_count=own_rows_count, one_split=one_split)
         return Visited(found.bounds, found.runs)
-    seen = phases(plan, tiles, edges, tests, own_rows_count=own_rows_count)
-    bounds, given = given_runs(program, listed, loop, seen.runs, one_split=one_split)
+    seen = phases(plan, tiles, edges, tests, own_rows_count=own_rows_count, within=within)
+    bounds, given = given_runs(program, listed, loop, tiles[loop], seen.runs, one_split=one_split)
     return Visited((*seen.bounds, *bounds), given)

@@ -85,18 +85,15 @@ class NSACache:
         WrongPages and WrongArgument before anything is written.
         """
         slc = k if k_slc is None else k_slc, v if v_slc is None else v_slc
-        win = k if k_win is None else k_win, v if v_win is None else v_win
-        if self.window is self.selected and (win[0] is not slc[0] or win[1] is not slc[1]):
+        one = self.window is self.selected
+        rest = slc if one else (k, v)
+        win = rest[0] if k_win is None else k_win, rest[1] if v_win is None else v_win
+        if one and (win[0] is not slc[0] or win[1] is not slc[1]):
             instead = "Make the cache with own_pairs=True."
             refuse("k_win, v_win", "others than k_slc, v_slc", "the same: the cache has one pair", instead)
         if k.shape != slc[0].shape or v.shape != slc[1].shape:
-            refuse(
-                "k, v",
-                (tuple(k.shape), tuple(v.shape)),
-                "shaped as k_slc, v_slc",
-                "They are the same tokens.",
-            )
-        one = self.window is self.selected
+            got = tuple(k.shape), tuple(v.shape)
+            refuse("k, v", got, "shaped as k_slc, v_slc", "They are the same tokens.")
         new, caches = (slc, self.selected) if one else ((*slc, *win), (*self.selected, *self.window))
         lengths = append_to_cache(new, caches, self.lengths, counts=counts)
         self._compress((k, v), lengths)

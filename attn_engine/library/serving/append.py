@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.errors import NotATensor, UnknownLayout
+from attn_engine.library.serving.quantisation import BLOCK, to_fp8
 from attn_engine.runtime.paged_checks import CacheNotDifferentiable, WrongPages
 
 _SLOTS = "Slot page * rows of a page + row is written at most once in a call; nothing was written."
@@ -22,18 +23,21 @@ def append_to_cache(
     counts: Tensor | None = None,
     cu_len: Tensor | None = None,
     layout: str = "bshd",
+    scales: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Write new rows behind the `lengths` rows that each sequence has; the new lengths, int32 (sequences,).
 
     new, caches: one tensor or several, such as (k, v) and (k_cache, v_cache). new: (sequences, rows, heads, dim), the
     first counts[b] rows of each (all, where counts is None), or with cu_len (sequences + 1,) packed (rows, heads, dim).
     caches: (sequences, capacity, heads, dim), or (pages, rows of a page, heads, dim) with a block_table int32
-    (sequences, pages of one). Layout "bhsd": heads before rows in all of them.
+    (sequences, pages of one). Layout "bhsd": heads before rows in all of them. scales: of float8 caches, one tensor
+    for each, float32, of its shape without the last dimension or with one scale for every 128 columns in it: new rows
+    are quantised on the way (`to_fp8`), and their scales are written beside them.
 
     Everything is checked before anything is written: typed errors name the tensor for pages outside of the cache, rows
     beyond the end, other dtypes, shapes and devices, and for two rows that would be written to one slot.
     """
-    pairs = _pairs_of(new, caches)
+    pairs = _with_scales(_pairs_of(new, caches), scales)
     _check_layout(layout)
     pieces = [_logical(x, layout) for x, _ in pairs]
     targets = [_logical(c, layout) for _, c in pairs]
@@ -47,14 +51,19 @@ def append_to_cache(
 
 
 def write_to_slots(
-    new: Tensor | Sequence[Tensor], caches: Tensor | Sequence[Tensor], slots: Tensor, *, layout: str = "bshd"
+    new: Tensor | Sequence[Tensor],
+    caches: Tensor | Sequence[Tensor],
+    slots: Tensor,
+    *,
+    layout: str = "bshd",
+    scales: Tensor | Sequence[Tensor] | None = None,
 ) -> None:
     """Write new rows to given places: slot = page * rows of a page + row, and -1 for a row that is left out.
 
-    new, caches: as of `append_to_cache`. slots: int32 or int64, of the shape of the rows of new: (sequences, rows), or
-    (rows,) where they are packed. Checked and written as there.
+    new, caches, scales: as of `append_to_cache`. slots: int32 or int64, of the shape of the rows of new: (sequences,
+    rows), or (rows,) where they are packed. Checked and written as there.
     """
-    pairs = _pairs_of(new, caches)
+    pairs = _with_scales(_pairs_of(new, caches), scales)
     _check_layout(layout)
     pieces = [_logical(x, layout) for x, _ in pairs]
     targets = [_logical(c, layout) for _, c in pairs]
@@ -75,16 +84,41 @@ def write_to_slots(
 
 
 def _pairs_of(
-    new: Tensor | Sequence[Tensor], caches: Tensor | Sequence[Tensor]
+    new: Tensor | Sequence[Tensor], caches: Tensor | Sequence[Tensor], called: str = "caches"
 ) -> list[tuple[Tensor, Tensor]]:
     given = [(x,) if isinstance(x, Tensor) else tuple(x) for x in (new, caches)]
-    for argument, tensors in zip(("new", "caches"), given, strict=True):
+    for argument, tensors in zip(("new", called), given, strict=True):
         for x in tensors:
             if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise NotATensor(argument=argument, got=type(x).__name__)
     if len(given[0]) != len(given[1]) or not given[0]:
-        _refuse("caches", "their number", len(given[1]), f"{max(len(given[0]), 1)}, as of the new tensors")
+        _refuse(called, "their number", len(given[1]), f"{max(len(given[0]), 1)}, as of the new tensors")
     return list(zip(*given, strict=True))
+
+
+def _with_scales(
+    pairs: list[tuple[Tensor, Tensor]], scales: Tensor | Sequence[Tensor] | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Rows of float8 caches as codes, and as further rows the scales of them."""
+    if scales is None:
+        for x, cache in pairs:
+            if cache.dtype is torch.float8_e4m3fn and x.dtype is not cache.dtype:
+                instead = "Give scales=(k_scale, v_scale), or codes and scales as tensors of their own."
+                _refuse("scales", "it", "left out", "given: a cache is float8_e4m3fn", instead)
+        return pairs
+    found: list[tuple[Tensor, Tensor]] = []
+    for (x, cache), (_, scale) in zip(pairs, _pairs_of([c for _, c in pairs], scales, "scales"), strict=True):
+        blocks = -(-x.shape[-1] // BLOCK)
+        scale = scale if scale.ndim == cache.ndim else scale.unsqueeze(-1)
+        if cache.dtype is not torch.float8_e4m3fn or not x.dtype.is_floating_point:
+            _refuse("caches", "the dtype of one with scales", cache.dtype, "torch.float8_e4m3fn")
+        if scale.shape[:-1] != cache.shape[:-1] or scale.shape[-1] not in (1, blocks):
+            of_cache = ", ".join(map(str, cache.shape[:-1]))
+            expected = f"({of_cache}), or ({of_cache}, {blocks})"
+            _refuse("scales", "the shape of one", tuple(scale.shape), expected)
+        codes = to_fp8(x, block=x.shape[-1] if scale.shape[-1] == 1 else BLOCK)
+        found += [(codes.codes, cache), (codes.scales, scale)]
+    return found
 
 
 def _check_layout(layout: str) -> None:

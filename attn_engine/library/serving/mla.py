@@ -15,9 +15,14 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
+from attn_engine.library.arguments import integers
 from attn_engine.library.serving.masks import causal_with_offset
+from attn_engine.library.serving.mla_caches import unpack_latent_bytes
 from attn_engine.library.tokens.flash_mla_sparse import with_sink
 from attn_engine.library.tokens.sparse_attention import sparse_attention
+from attn_engine.runtime.paged_checks import check_table
+
+PIECE = 2**23  # numbers of float8 rows that are converted at a time, where queries bring indices
 
 
 def get_mla_metadata(*_: Any, **__: Any) -> tuple[None, None]:
@@ -29,7 +34,7 @@ def flash_mla_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
     block_table: Tensor | None,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | None,
     head_dim_v: int = 512,
     tile_scheduler_metadata: Any = None,
     num_splits: Any = None,
@@ -51,27 +56,35 @@ def flash_mla_with_kvcache(
     the end, query i sees keys up to cache_seqlens[b] - s_q + i. A row without keys gives 0 and lse = -inf (FlashMLA
     says +inf).
 
-    indices: int32 or int64 (b, s_q, topk), the keys that each query sees: places in the cache, page * rows of a page +
-    row, -1 for none; block_table, cache_seqlens and causal are then not read, as there. topk_length: int (b,), entries
-    of a sequence's lists that count. attn_sink: (h_q,), one logit more in every row's sum, which has no value; it is
-    not in lse.
+    is_fp8_kvcache: rows of the cache are bytes, as `pack_latent_bytes` makes them (656 for d = 576 and head_dim_v =
+    512); those that a call reads become numbers of q's type in a copy. indices: int (b, s_q, topk), the keys of each
+    query as places in the cache, page * rows of a page + row; -1 or any other number outside counts for nothing, and
+    topk_length, int (b,), says how many entries count. Then block_table and cache_seqlens are not read, and causal is
+    for the indices to say. attn_sink: float (h_q,), a logit that takes its share of every row and gives nothing; it
+    is not in lse.
 
-    tile_scheduler_metadata and num_splits are not needed. float8 caches and second caches are refused: WrongArgument.
+    tile_scheduler_metadata and num_splits are not needed. Second caches are refused: WrongArgument.
     """
-    given = {"is_fp8_kvcache": is_fp8_kvcache or None, **others}
-    for name, x in given.items():
+    for name, x in others.items():
         if x is not None:
-            kind = x if isinstance(x, bool) else type(x).__name__
-            instead = "Keys of q's type, all of those in sight, are what this function is for."
-            raise WrongArgument(argument=name, got=kind, expected="left out", instead=instead)
+            instead = "One cache is what this function is for."
+            raise WrongArgument(argument=name, got=type(x).__name__, expected="left out", instead=instead)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if indices is not None:
-        counts = None if topk_length is None else topk_length[:, None].expand(-1, q.shape[1])
-        out, lse = sparse_attention(
-            q, k_cache, indices, dim_v=head_dim_v, sm_scale=scale, topk_length=counts,
-            physical=True, return_lse=True, backend=backend,
-        )  # fmt: skip
+        out, lse = _over_slots(
+            q, k_cache, indices, topk_length, head_dim_v, scale, is_fp8_kvcache, causal, backend
+        )
         return with_sink(out, lse, attn_sink), lse
+    if cache_seqlens is None or topk_length is not None:
+        argument, got = ("cache_seqlens", None) if cache_seqlens is None else ("topk_length", "a Tensor")
+        expected, instead = (
+            "given where indices are not",
+            "topk_length is about indices, cache_seqlens about all keys.",
+        )
+        expected = expected if cache_seqlens is None else "left out where indices are"
+        raise WrongArgument(argument=argument, got=got, expected=expected, instead=instead)
+    if is_fp8_kvcache:
+        k_cache, block_table = _converted(k_cache, block_table, cache_seqlens, q.dtype, head_dim_v)
     engine = _engine(q.dtype, q.shape[-1], head_dim_v, scale, causal, backend)
     offset = {"q_offset": cache_seqlens - q.shape[1]} if causal else {}
     pages = {} if block_table is None else {"block_table": block_table}
@@ -80,6 +93,61 @@ def flash_mla_with_kvcache(
         len_kv=cache_seqlens, return_final_rowscales=True, **offset, **pages,
     )  # fmt: skip
     return with_sink(out, rows["lse"], attn_sink), rows["lse"]
+
+
+def _over_slots(
+    q: Tensor,
+    k_cache: Tensor,
+    indices: Tensor,
+    topk_length: Tensor | None,
+    head_dim_v: int,
+    scale: float,
+    is_fp8: bool,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention over places in the cache."""
+    if causal:
+        instead = "Leave out what a query may not see."
+        raise WrongArgument(argument="causal", got=True, expected="False beside indices", instead=instead)
+    integers("indices", indices, (3,))
+    counts = None if topk_length is None else topk_length[:, None].expand(indices.shape[:2])
+    options: dict[str, Any] = {"dim_v": head_dim_v, "sm_scale": scale, "return_lse": True, "backend": backend}
+    if not is_fp8:
+        chosen = indices[:, :, None]
+        return sparse_attention(q, k_cache, chosen, topk_length=counts, physical=True, **options)
+    rows, topk = k_cache.flatten(0, 2), indices.shape[2]
+    inside = (indices >= 0) & (indices < len(rows))
+    if counts is not None:
+        inside = inside & (torch.arange(topk, device=q.device) < counts[..., None])
+    places = torch.where(inside, indices, 0).flatten(0, 1)
+    local = torch.where(inside, torch.arange(topk, device=q.device), -1).flatten(0, 1)[:, None, None]
+    queries, step = q.flatten(0, 1)[:, None], max(1, PIECE // max(1, topk * q.shape[3]))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, max(1, len(queries)), step):
+        piece = slice(first, first + step)
+        keys = unpack_latent_bytes(rows[places[piece]], q.dtype, head_dim_v)[:, :, None]
+        parts.append(sparse_attention(queries[piece], keys, local[piece], **options))
+    out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
+    return out.unflatten(0, q.shape[:2]).squeeze(2), lse.unflatten(0, q.shape[:2])[..., 0].transpose(1, 2)
+
+
+def _converted(
+    k_cache: Tensor, block_table: Tensor | None, lengths: Tensor, dtype: torch.dtype, head_dim_v: int
+) -> tuple[Tensor, Tensor | None]:
+    """The pages of a float8 cache that are read, in q's type, and the table that finds them there."""
+    if block_table is None:
+        return unpack_latent_bytes(k_cache, dtype, head_dim_v), None
+    integers("block_table", block_table, (2,))
+    integers("cache_seqlens", lengths, (1,))
+    check_table(block_table, lengths.detach().to("cpu", torch.int64), k_cache.shape[1], k_cache.shape[0])
+    first = torch.arange(block_table.shape[1], device=lengths.device) * k_cache.shape[1]
+    read = first < lengths[:, None]
+    pages, place = torch.unique(block_table[read], return_inverse=True)
+    table = torch.full_like(block_table, -1)
+    table[read] = place.to(table.dtype)
+    rows = k_cache[pages] if len(pages) else k_cache[:1]
+    return unpack_latent_bytes(rows, dtype, head_dim_v), table
 
 
 @lru_cache(maxsize=64)

@@ -1,5 +1,5 @@
-"""What comes before latent attention over chosen tokens (DeepSeek-V3.2-Exp, sections 2.1 and 2.2): queries and keys of
-the attention and of its indexer, from the hidden states.
+"""What comes before latent attention over chosen tokens (DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3.2,
+arXiv:2512.02556, section 2.1): queries and keys of the attention and of its indexer, from the hidden states.
 
 Matrix products, norms and rotations, in plain torch. Absorbed: the up-projection of the keys is applied to the queries,
 so that every head reads the same latent row.

@@ -1,4 +1,4 @@
-"""The attention of DeepSeek-V3.2-Exp at inference as one operator over 20 tensors, as Ascend's
+"""The attention of DeepSeek-V3.2 (arXiv:2512.02556, section 2.1) at inference as one operator over 20 tensors, as Ascend's
 custom.npu_sparse_attention_pto takes them: prologs, caches, the indexer's choice, latent attention over it.
 
 Each part is a function of its own: `mla_prolog`, `indexer_prolog`, `write_to_slots`, `lightning_indexer`,
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from attn_engine.library.serving.append import write_to_slots
-from attn_engine.library.sparse.indexer import lightning_indexer
 from attn_engine.library.serving.prologs import indexer_prolog, mla_prolog
 from attn_engine.library.serving.pto_checks import check_call
+from attn_engine.library.sparse.indexer import lightning_indexer
 from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 
@@ -59,8 +59,8 @@ def sparse_attention_pto(
     act_seqs[b] - s1 + 1 + i positions, and chooses topk of them by the indexer's scores, the lowest position where
     scores tie. A query that sees none gives zeros. Where keys are read is up to block_table alone.
 
-    softmax_scale: None is (nope... of the operator) (kv_rank + rope)^-0.5; DeepSeek's models use (nope + rope)^-0.5 and
-    a factor. indexer_rope, hadamard, quantisation: as of `indexer_prolog`. eps: of RMSNorm. rounding: what a kernel
+    softmax_scale: None is (kv_rank + rope)^-0.5, as Ascend's operator has it; DeepSeek's models use (nope + rope)^-0.5
+    and a factor. indexer_rope, hadamard, quantisation: as of `indexer_prolog`. eps: of RMSNorm. rounding: what a kernel
     stores in between is rounded to x's type; False: everything is computed in float32, also from caches of other types
     (copies of them: for tests).
 

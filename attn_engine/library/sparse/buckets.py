@@ -134,9 +134,11 @@ def by_bucket(q_buckets: Tensor, k_buckets: Tensor) -> Pairs:
 
 @torch.no_grad()
 def by_keep(q_keep: Tensor, k_keep: Tensor) -> Pairs:
-    """A sequence for the kept rows of each head, q_keep (B, Nq, H) and k_keep (B, Nk, H). Where rows are moved there are
-    two more for the slot of those that are not kept: a query without keys, whose output is 0, and a key without
-    queries, whose gradient is."""
+    """A sequence for the kept rows of each head, q_keep (B, Nq, H) and k_keep (B, Nk, H).
+
+    Where rows are moved there are two more for the slot of those that are not kept: a query without keys, whose output
+    is 0, and a key without queries, whose gradient is.
+    """
     alike = q_keep is k_keep or torch.equal(q_keep, k_keep)
     q = _kept(q_keep, before=0)
     k = _kept(k_keep, before=1)

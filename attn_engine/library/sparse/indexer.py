@@ -85,6 +85,38 @@ def indexer_scores(
     return engine.importance(query, key, dtype=dtype, **arguments)[:, :, 0]
 
 
+def mqa_logits(
+    q: Tensor, kv: Tensor | tuple[Tensor, Tensor], weights: Tensor, ks: Tensor, ke: Tensor
+) -> Tensor:
+    """I of one sequence as DeepGEMM's fp8_mqa_logits gives it: float32 (m, n), -inf outside of keys ks[i] to ke[i] - 1.
+
+    q: (m, heads, D), kv: (n, D), or with a scale for each key (n,): I is multiplied by it. Elements of any floating
+    type, float8 too. weights: (m, heads). ks, ke: int (m,). O(m * n) memory. Raises the errors of SelectionEngine.
+    """
+    k, scale = kv if isinstance(kv, tuple) else (kv, torch.ones(kv.shape[0], device=kv.device))
+    query, key = (x.float() if x.dtype.itemsize == 1 else x for x in (q, k))
+    engine = _logits_engine(query.dtype, query.shape[2])
+    found = engine.importance(
+        query[None], key[None, :, None], weights=weights[None], scale=scale, first=ks[None], end=ke[None]
+    )
+    return found[0, :, 0]
+
+
+@lru_cache(64)
+def _logits_engine(dtype: torch.dtype, dim: int) -> SelectionEngine:
+    def scaled(score: Any, custom: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return relu_of_heads(score, custom, b, h, q_idx, kv_idx) * custom.input_tensors["scale"][kv_idx]
+
+    def in_range(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
+        first, end = custom.input_tensors["first"], custom.input_tensors["end"]
+        return (kv_idx >= first[b, q_idx]) & (kv_idx < end[b, q_idx])
+
+    rows = ("batch", "seq_len")
+    shapes = {"weights": (*rows, "heads"), "scale": ("seq_len_kv",), "first": rows, "end": rows}
+    metas = [meta_tensor(None, None, None, dim, dtype=dtype)] * 2
+    return SelectionEngine(metas, scaled, in_range, CustomIO(shapes))
+
+
 def _call(
     query: Tensor,
     key: Tensor,
@@ -118,6 +150,10 @@ def _check(query: Any, key: Any, block_table: Any, lengths_key: Any, sparse_mode
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             expected = "a tensor of 4 dimensions, (b, s, heads, D) or a cache (pages, rows of a page, 1, D)"
             raise WrongArgument(argument=name, got=got, expected=expected, instead="See lightning_indexer.")
+    if key.shape[2] != 1:
+        expected = "a tensor with 1 head"
+        instead = "The heads of the indexer share their keys; a SelectionEngine takes any number of heads."
+        raise WrongArgument(argument="key", got=tuple(key.shape), expected=expected, instead=instead)
     if block_table is not None and lengths_key is None:
         expected = "given with block_table"
         instead = "It says how many of the keys in a sequence's pages there are."

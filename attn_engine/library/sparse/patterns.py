@@ -67,30 +67,38 @@ class BlockPatternAttention(nn.Module):
         Differentiable on every path. Raises WrongArgument and the engine's typed errors.
         """
         q, k, v = _three(q, k, v, split_qkv)
-        engine = self._engine(q, k, v, sm_scale)
+        places: dict[str, Any]
         if q.ndim == 3:
             places, offset = self._packed(q, k, cu_seqlen_q, cu_seqlen_k)
         else:
             places, offset = self._in_batch(q, k, left_paddings, seqlens)
-        o, rows = engine(q, k, v, offset, return_final_rowscales=True, **places)
-        return (o, rows["lse"]) if return_lse else o
+        moved = () if offset is None else (offset,)
+        engine = self._engine(q, k, v, sm_scale, bool(moved))
+        if not return_lse:
+            return engine(q, k, v, *moved, **places)
+        o, rows = engine(q, k, v, *moved, return_final_rowscales=True, **places)
+        return o, rows["lse"]
 
-    def mask(self, heads: int, kv_heads: int) -> MaskMod:
-        """The mask_mod of the pattern; the custom input "offset" says where each sequence's first query stands.
+    def mask(self, heads: int, kv_heads: int, moved: bool = True) -> MaskMod:
+        """The mask_mod of the pattern; moved: the custom input "offset" says where each sequence's first query stands,
+        which is at the first key otherwise.
 
         Raises WrongArgument where the pattern is not for that many heads of q and k.
         """
         raise NotImplementedError
 
-    def _engine(self, q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None) -> AttentionEngine:
+    def _engine(
+        self, q: Tensor, k: Tensor, v: Tensor, sm_scale: float | None, moved: bool
+    ) -> AttentionEngine:
         scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
         axis = q.ndim - 1 - self.seq_dim if q.ndim == 4 else 2 - self.seq_dim
         heads = q.shape[axis], k.shape[axis]
-        key = (q.dtype, q.shape[-1], v.shape[-1], scale, heads)
+        key = (q.dtype, q.shape[-1], v.shape[-1], scale, heads, moved)
         if key not in self._engines:
             metas = [meta_tensor(None, None, None, x.shape[-1], dtype=x.dtype) for x in (q, q, v)]
-            offset, layout = CustomIO({"offset": ("batch",)}), "bshd" if self.seq_dim == 1 else "bhsd"
-            mask = self.mask(*heads)
+            offset = CustomIO({"offset": ("batch",)}) if moved else None
+            layout = "bshd" if self.seq_dim == 1 else "bhsd"
+            mask = self.mask(*heads, moved)
             self._engines[key] = AttentionEngine(metas, None, offset, None, mask, layout=layout, scale=scale)
         return self._engines[key]
 
@@ -117,18 +125,20 @@ class BlockPatternAttention(nn.Module):
 
     def _in_batch(
         self, q: Tensor, k: Tensor, left: Tensor | None, lengths: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         axis = self.seq_dim
         rows, keys, batch = q.shape[axis], k.shape[axis], q.shape[0]
         if left is None and lengths is None:
             self._check_length(keys)
+            if rows == keys:
+                return {}, None
             return {}, torch.full((batch,), keys - rows, dtype=torch.int32, device=q.device)
         left = torch.zeros(batch, dtype=torch.int32, device=q.device) if left is None else left
         lengths = keys - left if lengths is None else lengths
         self._check_length(int(lengths.max()) if batch else 0)
         places = {"start_kv": left, "len_kv": lengths}
         if rows == keys:
-            return {**places, "start_q": left, "len_q": lengths}, torch.zeros_like(lengths).int()
+            return {**places, "start_q": left, "len_q": lengths}, None
         return places, (lengths - rows).int()
 
     def _check_length(self, keys: int) -> None:
@@ -171,7 +181,7 @@ class SparseAttention(BlockPatternAttention):
         blocks = (pattern if pattern.ndim == 3 else pattern[None]) != 0
         self.register_buffer("sparse_pattern", blocks.contiguous(), persistent=False)
 
-    def mask(self, heads: int, kv_heads: int) -> MaskMod:
+    def mask(self, heads: int, kv_heads: int, moved: bool = True) -> MaskMod:
         found = self.sparse_pattern.shape[0]
         if found not in (1, heads, kv_heads):
             expected = f"one head, {heads} (of q) or {kv_heads} (of k)"
@@ -180,9 +190,10 @@ class SparseAttention(BlockPatternAttention):
                 argument="heads of sparse_pattern", got=found, expected=expected, instead=instead
             )
         size, causal, group, alike = self.block_size, self.causal, heads // found, found == 1
+        position = _moved if moved else _in_place
 
         def in_pattern(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
-            at = q_idx + custom.input_tensors["offset"][b]
+            at = position(b, q_idx, custom)
             kept = self.sparse_pattern[0 if alike else h // group, at // size, kv_idx // size] & (at >= 0)
             return kept & (kv_idx <= at) if causal else kept
 
@@ -240,7 +251,7 @@ class LocalStrideSparseAttention(BlockPatternAttention):
         self.num_dense_heads, self.head_sliding_offset = num_dense_heads, head_sliding_offset
         self.active_heads = (0, num_heads) if active_head_range is None or homo_head else active_head_range
 
-    def mask(self, heads: int, kv_heads: int) -> MaskMod:
+    def mask(self, heads: int, kv_heads: int, moved: bool = True) -> MaskMod:
         first_head, last = self.active_heads
         if not self.homo_head and heads != last - first_head:
             expected = f"{last - first_head}, as the module was made for"
@@ -250,13 +261,13 @@ class LocalStrideSparseAttention(BlockPatternAttention):
         group = self.num_heads // self.num_kv_heads
         first_dense = self.num_kv_heads - self.num_dense_heads
         step, shift, alike = max(1, stride // self.num_heads), self.head_sliding_offset, self.homo_head
-        some_dense = self.num_dense_heads > 0
+        some_dense, position = self.num_dense_heads > 0, _moved if moved else _in_place
 
         def past(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
-            return kv_idx <= q_idx + custom.input_tensors["offset"][b]
+            return kv_idx <= position(b, q_idx, custom)
 
         def past_blocks(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
-            at = q_idx + custom.input_tensors["offset"][b]
+            at = position(b, q_idx, custom)
             kv_head = 0 if alike else (h + first_head) // group
             q_block, kv_block = at // size, kv_idx // size
             kept = (q_block - kv_block < local) | ((kv_block + kv_head * step + shift) % stride == 0)
@@ -264,7 +275,7 @@ class LocalStrideSparseAttention(BlockPatternAttention):
             return kept & (kv_idx <= at)
 
         def blocks_around(b: Any, h: Any, q_idx: Any, kv_idx: Any, custom: Any) -> Any:
-            at = q_idx + custom.input_tensors["offset"][b]
+            at = position(b, q_idx, custom)
             kv_head = 0 if alike else (h + first_head) // group
             distance = (at // size - kv_idx // size).abs()
             kept = (distance < local) | ((distance - local + 1) % stride == 0)
@@ -290,6 +301,15 @@ def combine_attn_partitions(*parts: tuple[Tensor, Tensor], hdim: int = 1) -> Ten
     outs = torch.stack([out for out, _ in parts])
     weights = shares[..., None] if hdim == 1 else shares.transpose(-1, -2)[..., None]
     return (outs * weights.to(outs.dtype)).sum(0)
+
+
+def _moved(b: Any, q_idx: Any, custom: Any) -> Any:
+    """Where a query stands among the keys."""
+    return q_idx + custom.input_tensors["offset"][b]
+
+
+def _in_place(b: Any, q_idx: Any, custom: Any) -> Any:
+    return q_idx
 
 
 def _three(

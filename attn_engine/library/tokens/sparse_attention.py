@@ -1,6 +1,8 @@
-"""Attention over chosen tokens (DeepSeek-V3.2, section 2.1): each query brings the indices of its keys.
+"""Attention over chosen tokens (DeepSeek-V3.2, arXiv:2512.02556, section 2.1): each query brings indices of its keys.
 
-o[t, h] = sum over u in S_t of softmax_u(sm_scale * q[t, h] . k[u]) v[u]
+    o[t, h] = sum over u in S_t of softmax_u(sm_scale * q[t, h] . k[u]) v[u]
+
+S_t is any list of tokens; what chose them is elsewhere.
 """
 
 from __future__ import annotations

@@ -29,7 +29,10 @@ template <class T> struct ListedMatrix {
   T* at(int64_t row, int64_t column) const { return data + places[row] * row_stride + column * column_stride; }
   static constexpr bool in_steps(int64_t, int64_t) { return false; }
 
-  template <int COLUMNS> inline __attribute__((always_inline)) void fetch(int64_t row) const { fetch_rows<COLUMNS>(*this, row, 1); }
+  /// Where rows 0, ..., count - 1 begin; behind the last row, where that does.
+  void addresses(T** to, int count) const {
+    for (int row = 0; row < count; ++row) to[row] = at(row < rows ? row : rows - 1, 0);
+  }
 };
 
 template <class T, int RANK, class... Index> INLINE ListedMatrix<T> matrix(const ListedTensor<T, RANK>& x, Index... index) {

@@ -31,11 +31,14 @@ template <class T, int PAGE> struct PagedMatrix {
   }
   bool in_steps(int64_t row, int64_t count) const { return (uint64_t)(row + first) % PAGE + count <= PAGE; }
 
-  /// Pages lie anywhere, which the processor cannot guess: without this, pages in no order cost 20 to 40 %.
-  template <int COLUMNS> inline __attribute__((always_inline)) void fetch(int64_t row) const {
-    if (row >= rows) return;
-    const char* place = (const char*)at(row, 0);
-    UNROLL for (int byte = 0; byte < COLUMNS * (int)sizeof(T); byte += 64) __builtin_prefetch(place + byte);
+  /// Where rows 0, ..., count - 1 begin; behind the last row, where that does.
+  void addresses(T** to, int count) const {
+    for (int row = 0; row < count;) {
+      T* place = at(row < rows ? row : rows - 1, 0);
+      const int end = row < rows ? min(count, row + PAGE - int((uint64_t)(row + first) % PAGE)) : count;
+      const int64_t step = row < rows ? row_stride : 0;
+      for (; row < end; ++row, place += step) to[row] = place;
+    }
   }
 };
 

@@ -8,10 +8,39 @@ namespace attention {
 constexpr int smaller_of(int a, int b) { return a < b ? a : b; }
 constexpr int at_least_one(int n) { return n < 1 ? 1 : n; }
 
-constexpr int AHEAD = 32;  // rows between the one that is read and the one that is asked for
+constexpr int AHEAD = 32;  // rows between the one that is read and the one that is asked for (8 to 128 measured)
+
+/// Asks for the line of a row that begins at this column, if one does. Not for the first cache: rows of one head lie far
+/// apart, and share so few sets of it that they would throw each other out before they are read.
+template <class T> INLINE void ask_for_line(const T* row, int column) {
+  if (column * (int)sizeof(T) % 64 == 0) __builtin_prefetch(row + column, 0, 2);
+}
 
 template <class T> INLINE Matrix<T> from_row(const Matrix<T>& x, int first) {
   return {x.at(first, 0), x.row_stride, x.column_stride, x.rows - first};
+}
+
+/// Rows of a tile, and where the next one lies that no prefetcher guesses: each of its rows is asked for while one of
+/// these is read. `next`: rows from the first of these to the first of that.
+template <class T> struct MatrixBefore : Matrix<T> {
+  int64_t next;
+  const T* other(int64_t row) const { return this->at(next + row < this->rows ? next + row : this->rows - 1, 0); }
+};
+
+template <class M> constexpr bool BEFORE_OTHER = false;
+template <class T> constexpr bool BEFORE_OTHER<MatrixBefore<T>> = true;
+
+template <class T> INLINE MatrixBefore<T> from_row(const Matrix<T>& x, int first, int next) {
+  return {from_row(x, first), next - first};
+}
+
+/// Where rows are asked for as they are read, what lies after the tile is not.
+template <class M> INLINE M from_row(const M& x, int first, int) { return from_row(x, first); }
+
+/// The row to ask for while this one is read.
+template <class M> INLINE auto row_ahead(const M& x, int row) {
+  if constexpr (BEFORE_OTHER<M>) return x.other(row);
+  else return x.at(min(row + AHEAD, (int)x.rows - 1), 0);
 }
 
 // -- a row as vectors: slices of WIDTH columns; where the width does not divide the row, the last slice ends with the row
@@ -80,30 +109,48 @@ template <int STEP = WIDTH / 2> INLINE FloatVector sums_of(FloatVector (&v)[WIDT
   else return v[0];
 }
 
-template <class F> INLINE Real fold_halves(Floats x, F f) {
-  Real lanes[LANES];
-  store(lanes, x);
-  UNROLL for (int n = LANES / 2; n > 0; n /= 2)
-    UNROLL for (int i = 0; i < n; ++i) lanes[i] = f(lanes[i], lanes[i + n]);
-  return lanes[0];
+/// Lane l of the result is x[l ^ STEP].
+template <int STEP> INLINE FloatVector swapped(FloatVector x) {
+  FloatVector result;
+#if defined(__clang__)
+  UNROLL for (int l = 0; l < WIDTH; ++l) result[l] = x[l ^ STEP];
+#else
+  IntVector from;
+  UNROLL for (int l = 0; l < WIDTH; ++l) from[l] = l ^ STEP;
+  result = __builtin_shuffle(x, from);
+#endif
+  return result;
 }
-INLINE Real sum_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { return a + b; }); }
-INLINE Real max_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { return a > b ? a : b; }); }
-INLINE Real min_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { return a < b ? a : b; }); }
+
+template <int STEP = WIDTH / 2, class F> INLINE Real fold_vector(FloatVector x, F f) {
+  if constexpr (STEP == 0) return x[0];
+  else return fold_vector<STEP / 2>(f(x, swapped<STEP>(x)), f);
+}
+
+template <class F> INLINE Real fold_halves(Floats x, F f) {
+  UNROLL for (int n = PARTS / 2; n > 0; n /= 2)
+    UNROLL for (int i = 0; i < n; ++i) x.part[i] = f(x.part[i], x.part[i + n]);
+  return fold_vector(x.part[0], f);
+}
+INLINE Real sum_lanes(Floats x) { return fold_halves(x, [](FloatVector a, FloatVector b) { return a + b; }); }
+INLINE Real max_lanes(Floats x) { return fold_halves(x, [](FloatVector a, FloatVector b) { return a > b ? a : b; }); }
+INLINE Real min_lanes(Floats x) { return fold_halves(x, [](FloatVector a, FloatVector b) { return a < b ? a : b; }); }
 
 // -- query . key: the columns of both in lanes
 
 /// sums[r * KEYS + j] += query[r] . key[j] over COUNT slices from `first` on. Key after key: one pointer walks, and the
-/// processor overlaps the sums of neighbouring keys.
+/// processor overlaps the sums of neighbouring keys. For each key a row from `next` on is asked for, one line at a time:
+/// a whole row at once, or 16 of them, would wait for each other.
 template <int COLUMNS, int QUERIES, int COUNT, int PADDED, class T>
 INLINE void multiply_slices(FloatVector (&sums)[WIDTH], const Real (*query)[PADDED], const T* key, int64_t stride,
-                            int first) {
+                            int first, const T* next) {
   constexpr int KEYS = WIDTH / QUERIES;
   FloatVector numbers[QUERIES][COUNT];
   UNROLL for (int r = 0; r < QUERIES; ++r)
     UNROLL for (int c = 0; c < COUNT; ++c) numbers[r][c] = *(const FloatVector*)(query[r] + (first + c) * WIDTH);
-  UNROLL for (int j = 0; j < KEYS; ++j, key += stride)
+  UNROLL for (int j = 0; j < KEYS; ++j, key += stride, next += stride)
     UNROLL for (int c = 0; c < COUNT; ++c) {
+      ask_for_line(next, (first + c) * WIDTH);
       const FloatVector columns = without_overlap<COLUMNS>(load_slice<COLUMNS>(key, first + c), first + c);
       UNROLL for (int r = 0; r < QUERIES; ++r) sums[r * KEYS + j] = fma(numbers[r][c], columns, sums[r * KEYS + j]);
     }
@@ -111,14 +158,15 @@ INLINE void multiply_slices(FloatVector (&sums)[WIDTH], const Real (*query)[PADD
 
 /// scores[r][j] for QUERIES rows r and as many keys j as fill a vector with results: an accumulator for each pair.
 template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
-INLINE void multiply_keys(Real (*scores)[LENGTH], const Real (*query)[PADDED], const T* key, int64_t stride) {
+INLINE void multiply_keys(Real (*scores)[LENGTH], const Real (*query)[PADDED], const T* key, int64_t stride,
+                          const T* next) {
   constexpr int KEYS = WIDTH / QUERIES, AT_ONCE = at_least_one(ROWS / QUERIES);
   constexpr int REST = (SLICES<COLUMNS> - 1) % AT_ONCE + 1;  // with the last slice, which may need a mask
   FloatVector sums[WIDTH] = {};
   int first = 0;
   for (; first < SLICES<COLUMNS> - REST; first += AT_ONCE)
-    multiply_slices<COLUMNS, QUERIES, AT_ONCE>(sums, query, key, stride, first);
-  multiply_slices<COLUMNS, QUERIES, REST>(sums, query, key, stride, SLICES<COLUMNS> - REST);
+    multiply_slices<COLUMNS, QUERIES, AT_ONCE>(sums, query, key, stride, first, next);
+  multiply_slices<COLUMNS, QUERIES, REST>(sums, query, key, stride, SLICES<COLUMNS> - REST, next);
   Real results[WIDTH];
   *(FloatVector*)results = sums_of(sums);
   UNROLL for (int r = 0; r < QUERIES; ++r) __builtin_memcpy(scores[r], results + r * KEYS, KEYS * sizeof(Real));
@@ -131,7 +179,7 @@ OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)
   constexpr int TOGETHER = smaller_of(QUERIES, WIDTH), KEYS = WIDTH / TOGETHER;
   for (int j = 0; j < count; j += KEYS) {
     const bool in_place = !SCALED<M> && keys.column_stride == 1 && j + KEYS <= count && keys.in_steps(j, KEYS);
-    for (int i = 0; i < KEYS; ++i) keys.template fetch<COLUMNS>(j + AHEAD + i);
+    const auto* next = row_ahead(keys, j);
     Real copied[KEYS][COLUMNS];
     if (!in_place)
       for (int i = 0; i < KEYS; ++i) read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
@@ -139,10 +187,10 @@ OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)
       Real(*to)[LENGTH] = (Real(*)[LENGTH])(scores[r] + j);
       if constexpr (!SCALED<M>)
         if (in_place) {
-          multiply_keys<COLUMNS, TOGETHER>(to, query + r, keys.at(j, 0), keys.row_stride);
+          multiply_keys<COLUMNS, TOGETHER>(to, query + r, keys.at(j, 0), keys.row_stride, next);
           continue;
         }
-      multiply_keys<COLUMNS, TOGETHER>(to, query + r, copied[0], COLUMNS);
+      multiply_keys<COLUMNS, TOGETHER>(to, query + r, copied[0], COLUMNS, copied[0]);
     }
   }
   for (int r = 0; r < QUERIES; ++r)
@@ -195,7 +243,7 @@ INLINE void add_copies(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERI
     const int rows = min(COPIED, count - j);
     Real copied[COPIED][COLUMNS], weight[QUERIES][COPIED];
     for (int i = 0; i < rows; ++i) {
-      if constexpr (M::IN_PAGES) values.template fetch<COLUMNS>(j + i + AHEAD);
+      if constexpr (M::IN_PAGES) fetch_rows<COLUMNS>(values, j + i + AHEAD, 1);
       read_row(copied[i], values, j + i, COLUMNS);
       for (int r = 0; r < QUERIES; ++r) weight[r][i] = weights[r][j + i];
     }
@@ -211,11 +259,17 @@ OUTLINE void add_products(Real (&out)[QUERIES][PADDED], const Real (&weights)[QU
     if (values.column_stride == 1) {
       const auto* first = values.at(0, 0);
       if constexpr (M::IN_PAGES) {
-        decltype(first) rows[LENGTH];
-        for (int j = 0; j < count; ++j) rows[j] = values.at(j, 0);
-        const auto row = [&](int j) {
-          values.template fetch<COLUMNS>(j + AHEAD);
+        decltype(first) rows[LENGTH + AHEAD];
+        values.addresses(rows, count + AHEAD);
+        const auto row = [&](int j) __attribute__((always_inline)) {
+          UNROLL for (int s = 0; s < SLICES<COLUMNS>; ++s) ask_for_line(rows[j + AHEAD], s * WIDTH);
           return rows[j];
+        };
+        add_rows<COLUMNS>(out, weights, row, count);
+      } else if constexpr (BEFORE_OTHER<M>) {
+        const auto row = [&](int j) __attribute__((always_inline)) {
+          UNROLL for (int s = 0; s < SLICES<COLUMNS>; ++s) ask_for_line(values.other(j), s * WIDTH);
+          return first + j * values.row_stride;
         };
         add_rows<COLUMNS>(out, weights, row, count);
       } else {

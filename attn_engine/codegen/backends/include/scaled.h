@@ -23,9 +23,6 @@ template <class X, class S> struct ScaledMatrix {
   const Element* at(int64_t row, int64_t column) const { return numbers.at(row, column); }
   /// Never to be read in place.
   static constexpr bool in_steps(int64_t, int64_t) { return false; }
-  template <int COLUMNS> inline __attribute__((always_inline)) void fetch(int64_t row) const {
-    numbers.template fetch<COLUMNS>(row);
-  }
 };
 
 template <class X, class S> constexpr bool SCALED<ScaledMatrix<X, S>> = true;

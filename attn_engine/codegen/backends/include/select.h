@@ -59,6 +59,23 @@ INLINE State<STEP, REACH> state_of(const Tensor<int32_t, 5>& states, int topk, i
 
 // -- pruning
 
+/// How many of the orders are `bar` or higher.
+INLINE int count_from(const Int* orders, int count, Int bar) {
+  int i = 0, n = 0;
+#if defined(__AVX512F__) && !defined(COMPUTE_IN_DOUBLE)
+  for (; i < count; i += WIDTH) {
+    const unsigned there = i + WIDTH <= count ? 0xffff : (1 << (count - i)) - 1;
+    n += __builtin_popcount(_mm512_mask_cmpge_epi32_mask(there, _mm512_loadu_si512(orders + i), _mm512_set1_epi32(bar)));
+  }
+#else
+  IntVector found = {};
+  for (; i + WIDTH <= count; i += WIDTH) found -= *(const IntVector*)(orders + i) >= bar;
+  UNROLL for (int lane = 0; lane < WIDTH; ++lane) n += found[lane];
+  for (; i < count; ++i) n += orders[i] >= bar;
+#endif
+  return n;
+}
+
 /// The k-th largest of the orders, bit by bit from the highest. 1 <= k <= count.
 INLINE Int kth_largest(const Int* orders, int count, int k) {
   constexpr int BITS = 8 * sizeof(Int);
@@ -66,12 +83,7 @@ INLINE Int kth_largest(const Int* orders, int count, int k) {
   Int found = SIGN;  // the lowest of all
   for (int bit = BITS - 1; bit >= 0; --bit) {
     const Int higher = bit == BITS - 1 ? 0 : found | (Int)1 << bit;
-    IntVector reached = {};
-    int i = 0, n = 0;
-    for (; i + WIDTH <= count; i += WIDTH) reached -= *(const IntVector*)(orders + i) >= higher;
-    for (; i < count; ++i) n += orders[i] >= higher;
-    UNROLL for (int lane = 0; lane < WIDTH; ++lane) n += reached[lane];
-    if (n >= k) found = higher;
+    if (count_from(orders, count, higher) >= k) found = higher;
   }
   return found;
 }

@@ -15,8 +15,6 @@ template <class T> struct Matrix {
   T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
   /// Whether `row_stride` leads from each of these rows to the next.
   static constexpr bool in_steps(int64_t, int64_t) { return true; }
-  /// Asks for a row that will be read soon where the processor will not guess it by itself.
-  template <int COLUMNS> static void fetch(int64_t) {}
 };
 
 /// Whether rows of a matrix have scales (scaled.h).
@@ -56,17 +54,24 @@ template <int COLUMNS, class M> INLINE void fetch_rows(const M& x, int64_t first
     for (int column = 0; column < COLUMNS; column += 64 / int(sizeof(typename M::Element))) __builtin_prefetch(x.at(row, column), 0, 2);
 }
 
+/// Asks for a share of the rows first, ..., first + COUNT - 1: that of the trip `block` of a loop over ROWS of TRIPS.
+template <int COLUMNS, int COUNT, int TRIPS, class M> INLINE void fetch_share(const M& x, int64_t first, int block) {
+  const int begin = block * COUNT / TRIPS, end = (block + ROWS) * COUNT / TRIPS;
+  fetch_rows<COLUMNS>(x, first + begin, (end < COUNT ? end : COUNT) - begin);
+}
+
 /// Whether rows at that distance share few sets of a cache: a tile of them does not stay there while it is read again.
 template <class M> INLINE bool rows_collide(const M& x) {
   return x.row_stride >= FAR && x.row_stride * int64_t(sizeof(typename M::Element)) % 1024 == 0;
 }
 
 /// Rows first, ..., first + count - 1 (up to a whole block of ROWS): in place when they are there and need neither
-/// conversion nor padding and can stay in a cache, else copied to `spare` with zeros around.
-template <int COLUMNS, class M, int PADDED>
+/// conversion nor padding and can stay in a cache, else copied to `spare` with zeros around. IN_ORDER: the rows after
+/// these are read next.
+template <int COLUMNS, bool IN_ORDER = true, class M, int PADDED>
 OUTLINE Rows tile_of(const M& x, int first, int count, Real (*spare)[PADDED]) {
   const int wanted = round_up(count, ROWS);
-  if (M::SCATTERED || x.row_stride >= FAR) fetch_rows<COLUMNS>(x, first + count, count);
+  if (IN_ORDER && (M::SCATTERED || x.row_stride >= FAR)) fetch_rows<COLUMNS>(x, first + count, count);
   if constexpr (std::is_same_v<std::remove_const_t<typename M::Element>, Real> && COLUMNS == PADDED)
     if (x.column_stride == 1 && first + wanted <= x.rows && x.in_steps(first, wanted) && !rows_collide(x))
       return {x.at(first, 0), x.row_stride};
