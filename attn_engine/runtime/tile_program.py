@@ -248,11 +248,8 @@ class _Instance:
             case Cast(x, like):
                 rounded = self._tile(values[x], x, x.axes).to(_torch_storage(self.params[like].storage))
                 return rounded.to(self.compute) if node.axes else rounded.item()
-            case Load():
+            case Load() | FirstColumns():
                 return self._load(node, values)
-            case FirstColumns(x, axis):
-                tile = self._tile(values[x], x, x.axes)
-                return tile.narrow(node.axes.index(axis), 0, self.sizes[axis])
             case _:
                 raise TypeError(f"{type(node).__name__} does not occur in a tile program")
 
@@ -277,7 +274,10 @@ class _Instance:
 
     # Memory
 
-    def _load(self, node: Load, values: Mapping[Expr, Value]) -> Value:
+    def _load(self, node: Load | FirstColumns, values: Mapping[Expr, Value]) -> Value:
+        if isinstance(node, FirstColumns):
+            tile = self._tile(values[node.x], node.x, node.x.axes)
+            return tile.narrow(node.axes.index(node.axis), 0, self.sizes[node.axis])
         tensor = self.tensors[node.tensor]
         clamped = self._captured(node.tensor)
         region = self._region(node.indices, values, tensor, clamped, self.shifts.get(node.tensor))

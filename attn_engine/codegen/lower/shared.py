@@ -3,8 +3,8 @@
     key = K[batch, kv_head, kv_idx, d_idx]
     value = the first columns of key
 
-Latent attention has them: 512 of 576 columns. Where the columns are cut into powers of two (`columns.py`), a value is the
-first pieces of its key, so that no backend ever has to take a part of a tile.
+Latent attention has them: 512 of 576 columns. Where the columns are cut into powers of two (`columns.py`), a value is
+the first pieces of its key, so that no backend ever has to take a part of a tile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attn_engine.ir.tile import If, Kernel, Let, Loop, Stmt, map_expressions
 
 
 def share_tiles(program: Attention) -> bool:
-    """Whether values are read from the tiles of their keys: where the pieces of their columns are pieces of the keys'."""
+    """Whether values are read from the tiles of their keys: their pieces of columns are the first ones of the keys."""
     keys, values = pieces(program.dim_qk), pieces(program.dim_v)
     return program.values_in_keys and keys[: len(values)] == values
 
