@@ -190,12 +190,15 @@ def program_of(kind: Kind) -> Attention:
 
 
 def kernels_of(kind: Kind, target: str) -> Iterator[tuple[Kernel, Schedule]]:
-    """The forward pass as a call runs it: heads side by side, keys whole and in splits."""
+    """The forward pass as a call runs it: few rows of heads side by side, keys whole and in splits."""
     program, group = program_of(kind), kind.heads // kind.kv_heads
-    schedule = short_query_schedule(default_schedule(program, target_named(target)), kind.rows * group)
-    packed = pack_heads(program, Packing.ONE_QUERY if kind.rows == 1 else Packing.QUERIES)
-    for direction in ("forward", "decode"):
-        for kernel in lower(packed, schedule, direction).kernels:
+    schedule = default_schedule(program, target_named(target))
+    few = 2 * kind.rows <= schedule.block_q
+    if few:
+        program = pack_heads(program, Packing.ONE_QUERY if kind.rows == 1 else Packing.QUERIES)
+        schedule = short_query_schedule(schedule, kind.rows * group)
+    for direction in ("forward", "decode") if few else ("forward",):
+        for kernel in lower(program, schedule, direction).kernels:
             yield kernel, schedule
 
 

