@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.lower.capture import Route, capture_gradients
+from attn_engine.codegen.schedule import SMALLEST_BLOCK, SMALLEST_ROWS
 from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads, packable
 from attn_engine.ir.program import Attention, ListedBlocks
+from attn_engine.runtime.backends import backend_for
 from attn_engine.runtime.block_sparse import BlockSparse, Extent, Units, WrongBlockSparse, taken
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.compiled import sizes_of
@@ -81,7 +83,9 @@ def attend(
     group = packed_group(traced.program, captured, extent)
     # What no gradient needs is not made: lists by block of keys.
     loops = LOOPS[:1] if stays_direct((q, k, v, *captured.values())) else LOOPS
-    lists = lists_of_call(given, extent, group, q.device, loops)
+    on_cpu = backend_for(engine.backend, q.device.type) == "cpu"
+    smallest = SMALLEST_ROWS if on_cpu else SMALLEST_BLOCK
+    lists = lists_of_call(given, extent, group, q.device, loops, smallest)
     call, key = engine._call(traced.with_lists(lists.blocks), q.device.type)
     rows = PackedRows(engine.layout, lists.blocks.group)
     tensors = _in_order(captured, lists, traced.program)
@@ -141,18 +145,26 @@ _kept: OrderedDict[
 
 
 def lists_of_call(
-    given: BlockSparse, extent: Extent, group: int, device: torch.device, loops: tuple[str, ...] = LOOPS
+    given: BlockSparse,
+    extent: Extent,
+    group: int,
+    device: torch.device,
+    loops: tuple[str, ...] = LOOPS,
+    smallest: int = SMALLEST_BLOCK,
 ) -> GivenLists:
-    """The lists of a call of this extent; those of the same tensors, unchanged, are remembered."""
+    """The lists of a call of this extent; those of the same tensors, unchanged, are remembered.
+
+    smallest: rows that a tile of queries needs.
+    """
     sources = given.sources
     versions = tuple(version_of(x) if isinstance(x, Tensor) else None for x in sources)
-    key = (given.name, str(given.size), extent, group, loops, *map(id, sources))
+    key = (given.name, str(given.size), extent, group, loops, smallest, *map(id, sources))
     found = _kept.get(key)
     same = found is not None and found[1] == versions and None not in versions
     if found is not None and same and all(r() is x for r, x in zip(found[0], sources, strict=True)):
         _kept.move_to_end(key)
         return found[2]
-    made = _made(given, extent, group, device, loops)
+    made = _made(given, extent, group, device, loops, smallest)
     _kept[key] = tuple(weakref.ref(x, lambda _: _kept.pop(key, None)) for x in sources), versions, made
     while len(_kept) > MOST_KEPT:
         _kept.popitem(last=False)
@@ -161,13 +173,18 @@ def lists_of_call(
 
 @torch.no_grad()
 def _made(
-    given: BlockSparse, extent: Extent, group: int, device: torch.device, loops: tuple[str, ...]
+    given: BlockSparse,
+    extent: Extent,
+    group: int,
+    device: torch.device,
+    loops: tuple[str, ...],
+    smallest: int,
 ) -> GivenLists:
     units = given.units(extent, device)
     shared = given.main.shape[1] in (1, extent.kv_heads)
     heads = extent.kv_heads if shared else extent.heads
     chosen = _units_chosen(given, units, extent, heads, native=device.type == "cpu" and usable())
-    shape = shape_of_blocks(chosen, units, extent.q_len, group if shared else 1)
+    shape = shape_of_blocks(chosen, units, extent.q_len, group if shared else 1, smallest)
     cut = chosen.cut(shape.q_units, shape.kv_units)
     return GivenLists(shape.listed("kv_heads" if shared else "heads"), cut.tensors(loops))
 

@@ -160,6 +160,7 @@ def tile_of_few_rows(schedule: Schedule, rows: int) -> int:
 
 
 SMALLEST_BLOCK = 16  # listed blocks are multiples of this many positions
+SMALLEST_ROWS = 8  # of a block of queries that a call gives, on a CPU
 
 
 def tile_within(block: int, most: int) -> int:
@@ -189,6 +190,11 @@ def within_blocks(schedule: Schedule, listed: ListedBlocks | None) -> Schedule:
         backward_q=tile_within(listed.q, schedule.backward_q),
         backward_kv=tile_within(listed.kv, schedule.backward_kv),
     )
+    if 0 < listed.q < SMALLEST_BLOCK:  # one token's rows: too few for lanes
+        kv = tile_within(listed.kv, 128)
+        return replace(
+            tiles, block_kv=kv, lanes=Lanes.FEW_ROWS, delta_rows=schedule.delta_rows or schedule.block_q
+        )
     # Whichever axis keeps more lanes; keys where both do, for they leave the queries in place.
     if schedule.backward_lanes is Lanes.KEYS and tiles.backward_q > tiles.backward_kv:
         return replace(tiles, backward_lanes=Lanes.QUERIES, backward_kv=tile_within(listed.kv, 64))

@@ -18,6 +18,7 @@ FEW = 16  # rows that one block holds together, whatever their units: they are o
 ENOUGH_ROWS = 32  # a unit of so many rows makes full tiles by itself
 MOST_UNITS = 32  # of queries in a block
 HALF_TILES = 1.05  # measured: rows in tiles of 16 against rows in tiles of 32
+SHORT_TILES = 1.5  # measured: rows in tiles of 8
 AS_GOOD = 1.02  # larger blocks for so much more work: they have fewer entries
 
 
@@ -49,23 +50,25 @@ class BlockShape:
         return ListedBlocks(q, kv, heads, tested=True, parts=parts, part_rows=rows, group=self.group)
 
 
-def shape_of_blocks(given: Unions, units: Units, q_len: int, group: int) -> BlockShape:
-    """The shape for these units; group: query heads that may lie side by side."""
+def shape_of_blocks(
+    given: Unions, units: Units, q_len: int, group: int, smallest: int = SMALLEST_BLOCK
+) -> BlockShape:
+    """The shape for these units; group: query heads that may lie side by side. smallest: rows that a tile needs."""
     group = group if units.block_q < ENOUGH_ROWS else 1
     rows = units.block_q * group
     kv_units = max(1, SMALLEST_BLOCK // units.block_kv)
     if q_len * group <= FEW:
         return BlockShape(max(1, units.q_units), kv_units, rows, units.block_kv, group, every=True)
-    q_units = _units_of_least_work(given, rows) if rows < ENOUGH_ROWS else 1
+    q_units = _units_of_least_work(given, rows, smallest) if rows < ENOUGH_ROWS else 1
     return BlockShape(q_units, kv_units, rows, units.block_kv, group, every=False)
 
 
-def _units_of_least_work(given: Unions, rows: int) -> int:
+def _units_of_least_work(given: Unions, rows: int, smallest: int) -> int:
     """How many units of so many rows share a list; one look at the table's contents on the host."""
-    smallest = 1
-    while rows * smallest % SMALLEST_BLOCK:
-        smallest *= 2
-    sizes, entries = given.unions(smallest, MOST_UNITS)
+    fewest = 1
+    while rows * fewest % smallest:
+        fewest *= 2
+    sizes, entries = given.unions(fewest, MOST_UNITS)
     best, least = sizes[0], _work(entries[0], sizes[0] * rows)
     for size, count in zip(sizes[1:], entries[1:], strict=True):
         work = _work(count, size * rows)
@@ -76,4 +79,5 @@ def _units_of_least_work(given: Unions, rows: int) -> int:
 
 def _work(entries: int, rows: int) -> float:
     """Rows times blocks of keys that tiles go over; a tile that is not full takes a little longer for each."""
-    return entries * rows * (1.0 if rows % ENOUGH_ROWS == 0 else HALF_TILES)
+    slower = SHORT_TILES if rows % SMALLEST_BLOCK else 1.0 if rows % ENOUGH_ROWS == 0 else HALF_TILES
+    return entries * rows * slower

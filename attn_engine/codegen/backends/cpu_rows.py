@@ -146,6 +146,8 @@ class RowNestRenderer(NestRenderer):
                 if within:
                     return [f"const auto {name} = {within};  // its first columns"]
                 matrix = self.matrix(load.tensor, load.indices)
-                return [f"const auto {name} = from_row({matrix}, {load.axes[0]}_start);"]
+                axis = load.axes[0]
+                next_tile = f", {axis}_next" if axis == self.next_axis else ""
+                return [f"const auto {name} = from_row({matrix}, {axis}_start{next_tile});"]
             case _:
                 return super().flat(s)

@@ -88,7 +88,7 @@ def lower_merge(program: Attention, schedule: Schedule, merge: MergeRule) -> Ker
         grid=("q", "head", "batch"),
         order=ORDER_Q,
         tile=tuple_of_tiles(
-            program, {"q": schedule.backward_q}
+            program, {"q": schedule.delta_rows or schedule.backward_q}
         ),  # a schedule for few rows may shrink block_q
         body=tuple(body),
         header=(f"{program.name}: merge of the splits",),

@@ -20,6 +20,29 @@ template <class T> INLINE Matrix<T> from_row(const Matrix<T>& x, int first) {
   return {x.at(first, 0), x.row_stride, x.column_stride, x.rows - first};
 }
 
+/// Rows of a tile, and where the next one lies that no prefetcher guesses: each of its rows is asked for while one of
+/// these is read. `next`: rows from the first of these to the first of that.
+template <class T> struct MatrixBefore : Matrix<T> {
+  int64_t next;
+  const T* other(int64_t row) const { return this->at(next + row < this->rows ? next + row : this->rows - 1, 0); }
+};
+
+template <class M> constexpr bool BEFORE_OTHER = false;
+template <class T> constexpr bool BEFORE_OTHER<MatrixBefore<T>> = true;
+
+template <class T> INLINE MatrixBefore<T> from_row(const Matrix<T>& x, int first, int next) {
+  return {from_row(x, first), next - first};
+}
+
+/// Where rows are asked for as they are read, what lies after the tile is not.
+template <class M> INLINE M from_row(const M& x, int first, int) { return from_row(x, first); }
+
+/// The row to ask for while this one is read.
+template <class M> INLINE auto row_ahead(const M& x, int row) {
+  if constexpr (BEFORE_OTHER<M>) return x.other(row);
+  else return x.at(min(row + AHEAD, (int)x.rows - 1), 0);
+}
+
 // -- a row as vectors: slices of WIDTH columns; where the width does not divide the row, the last slice ends with the row
 
 template <int COLUMNS> constexpr int SLICES = (COLUMNS + WIDTH - 1) / WIDTH;
@@ -86,16 +109,32 @@ template <int STEP = WIDTH / 2> INLINE FloatVector sums_of(FloatVector (&v)[WIDT
   else return v[0];
 }
 
-template <class F> INLINE Real fold_halves(Floats x, F f) {
-  Real lanes[LANES];
-  store(lanes, x);
-  UNROLL for (int n = LANES / 2; n > 0; n /= 2)
-    UNROLL for (int i = 0; i < n; ++i) lanes[i] = f(lanes[i], lanes[i + n]);
-  return lanes[0];
+/// Lane l of the result is x[l ^ STEP].
+template <int STEP> INLINE FloatVector swapped(FloatVector x) {
+  FloatVector result;
+#if defined(__clang__)
+  UNROLL for (int l = 0; l < WIDTH; ++l) result[l] = x[l ^ STEP];
+#else
+  IntVector from;
+  UNROLL for (int l = 0; l < WIDTH; ++l) from[l] = l ^ STEP;
+  result = __builtin_shuffle(x, from);
+#endif
+  return result;
 }
-INLINE Real sum_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { return a + b; }); }
-INLINE Real max_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { return a > b ? a : b; }); }
-INLINE Real min_lanes(Floats x) { return fold_halves(x, [](Real a, Real b) { return a < b ? a : b; }); }
+
+template <int STEP = WIDTH / 2, class F> INLINE Real fold_vector(FloatVector x, F f) {
+  if constexpr (STEP == 0) return x[0];
+  else return fold_vector<STEP / 2>(f(x, swapped<STEP>(x)), f);
+}
+
+template <class F> INLINE Real fold_halves(Floats x, F f) {
+  UNROLL for (int n = PARTS / 2; n > 0; n /= 2)
+    UNROLL for (int i = 0; i < n; ++i) x.part[i] = f(x.part[i], x.part[i + n]);
+  return fold_vector(x.part[0], f);
+}
+INLINE Real sum_lanes(Floats x) { return fold_halves(x, [](FloatVector a, FloatVector b) { return a + b; }); }
+INLINE Real max_lanes(Floats x) { return fold_halves(x, [](FloatVector a, FloatVector b) { return a > b ? a : b; }); }
+INLINE Real min_lanes(Floats x) { return fold_halves(x, [](FloatVector a, FloatVector b) { return a < b ? a : b; }); }
 
 // -- query . key: the columns of both in lanes
 
@@ -140,7 +179,7 @@ OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)
   constexpr int TOGETHER = smaller_of(QUERIES, WIDTH), KEYS = WIDTH / TOGETHER;
   for (int j = 0; j < count; j += KEYS) {
     const bool in_place = !SCALED<M> && keys.column_stride == 1 && j + KEYS <= count && keys.in_steps(j, KEYS);
-    const auto* next = keys.at(min(j + AHEAD, (int)keys.rows - 1), 0);
+    const auto* next = row_ahead(keys, j);
     Real copied[KEYS][COLUMNS];
     if (!in_place)
       for (int i = 0; i < KEYS; ++i) read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
@@ -225,6 +264,12 @@ OUTLINE void add_products(Real (&out)[QUERIES][PADDED], const Real (&weights)[QU
         const auto row = [&](int j) __attribute__((always_inline)) {
           UNROLL for (int s = 0; s < SLICES<COLUMNS>; ++s) ask_for_line(rows[j + AHEAD], s * WIDTH);
           return rows[j];
+        };
+        add_rows<COLUMNS>(out, weights, row, count);
+      } else if constexpr (BEFORE_OTHER<M>) {
+        const auto row = [&](int j) __attribute__((always_inline)) {
+          UNROLL for (int s = 0; s < SLICES<COLUMNS>; ++s) ask_for_line(values.other(j), s * WIDTH);
+          return first + j * values.row_stride;
         };
         add_rows<COLUMNS>(out, weights, row, count);
       } else {
