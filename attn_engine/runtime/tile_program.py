@@ -115,9 +115,8 @@ class _Instance:
         self.compute = compute_type(kernel)
         self.names: dict[str, Value] = dict(numbers)
         self.start: dict[str, int] = {}
-        self.shifts: dict[
-            str, tuple[int, int]
-        ] = {}  # of a page: a dimension, and where position 0 lies in it
+        # Of a page: a dimension, and where position 0 lies in it.
+        self.shifts: dict[str, tuple[int, int]] = {}
         self.listed: dict[str, tuple[int, Tensor]] = {}  # of an output: a dimension, and its rows by position
         self.sizes: dict[str, int] = dict(kernel.tile)
         for axis in COLUMNS:
@@ -214,8 +213,7 @@ class _Instance:
     # Expressions
 
     def _number(self, expr: Expr) -> Number:
-        value = self.value(expr)
-        assert not isinstance(value, Tensor), f"{expr} spans axes {expr.axes}"
+        assert not isinstance(value := self.value(expr), Tensor), f"{expr} spans axes {expr.axes}"
         return value
 
     def value(self, expr: Expr) -> Value:
@@ -250,8 +248,7 @@ class _Instance:
                 return rounded.to(self.compute) if node.axes else rounded.item()
             case Load() | FirstColumns():
                 return self._load(node, values)
-            case _:
-                raise TypeError(f"{type(node).__name__} does not occur in a tile program")
+        raise TypeError(f"{type(node).__name__} does not occur in a tile program")
 
     def _tile(self, value: Value, of: Expr, axes: tuple[str, ...]) -> Tensor:
         """`value` as a tensor that broadcasts over `axes`."""
@@ -276,8 +273,8 @@ class _Instance:
 
     def _load(self, node: Load | FirstColumns, values: Mapping[Expr, Value]) -> Value:
         if isinstance(node, FirstColumns):
-            tile = self._tile(values[node.x], node.x, node.x.axes)
-            return tile.narrow(node.axes.index(node.axis), 0, self.sizes[node.axis])
+            whole = self._tile(values[node.x], node.x, node.x.axes)
+            return whole.narrow(node.axes.index(node.axis), 0, self.sizes[node.axis])
         tensor = self.tensors[node.tensor]
         clamped = self._captured(node.tensor)
         region = self._region(node.indices, values, tensor, clamped, self.shifts.get(node.tensor))
