@@ -119,9 +119,8 @@ class _Instance:
         self.shifts: dict[str, tuple[int, int]] = {}
         self.listed: dict[str, tuple[int, Tensor]] = {}  # of an output: a dimension, and its rows by position
         self.sizes: dict[str, int] = dict(kernel.tile)
-        for axis in COLUMNS:
-            if axis in self.sizes:
-                self._place(axis, kernel.first_column(axis))
+        for axis in (a for a in COLUMNS if a in self.sizes):
+            self._place(axis, kernel.first_column(axis))
         for axis, position in place.items():
             if axis in _TILED:
                 self._place(axis, position * self.sizes[axis])
@@ -213,7 +212,8 @@ class _Instance:
     # Expressions
 
     def _number(self, expr: Expr) -> Number:
-        assert not isinstance(value := self.value(expr), Tensor), f"{expr} spans axes {expr.axes}"
+        value = self.value(expr)
+        assert not isinstance(value, Tensor), f"{expr} spans axes {expr.axes}"
         return value
 
     def value(self, expr: Expr) -> Value:

@@ -111,7 +111,8 @@ def test_gradients_go_to_both(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dims", "once"), [((576, 512), True), ((64, 64), True), ((96, 64), True), ((96, 80), False), ((40, 24), False)]
+    ("dims", "once"),
+    [((576, 512), True), ((64, 64), True), ((96, 64), True), ((96, 80), False), ((40, 24), False)],
 )
 def test_kernels_load_a_tile_once(dims: tuple[int, int], once: bool) -> None:
     """Where the pieces of a value are pieces of its key; the model of shared memory counts it once."""
