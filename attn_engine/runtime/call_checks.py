@@ -77,9 +77,7 @@ class CallChecks:
         passed = self._latest
         if passed is None or passed.program is not program:
             passed = self._latest = self._passed_of(program)
-        kind: tuple[object, ...] = (shape_signature(q), shape_signature(k), shape_signature(v))
-        if len(kind[1]) > 1 and kind[1][1:] == kind[2][1:] and values_in_keys(k, v):
-            kind += ("values in keys",)  # a plan's kernels read one memory
+        kind = _kind_of(q, k, v)
         for name, x in custom.items():
             kind += (name, *call_signature(x, name in passed.contents))
         for name, x in tensors.items():
@@ -138,6 +136,13 @@ class CallChecks:
         if found is None:
             return self._passed.setdefault(program, Passed(program, content_tensors(program)))
         return replace(found, program=program)
+
+
+def _kind_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
+    """How q, k and v lie, and whether v lies in k: a plan's kernels then read one memory."""
+    signatures = shape_signature(q), shape_signature(k), shape_signature(v)
+    same = signatures[1][1:] == signatures[2][1:] != ()
+    return (*signatures, values_in_keys(k, v)) if same else signatures
 
 
 def content_tensors(program: Attention) -> frozenset[str]:
