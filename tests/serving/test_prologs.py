@@ -90,7 +90,7 @@ def test_gradients_flow() -> None:
     given = operands([5], 2, dtype=torch.float64)
     t = {n: x.requires_grad_(x.is_floating_point() and "cache" not in n) for n, x in given.tensors.items()}
     found = mla_prolog(*(t[n] for n in MLA))
-    sum(x.square().sum() for x in found).backward()
+    torch.stack([x.square().sum() for x in found]).sum().backward()
     assert all(t[n].grad is not None for n in MLA)
 
 

@@ -176,7 +176,7 @@ class _Selection:
     def bounds(self) -> list[Stmt]:
         """The kv tiles that a token of this program sees."""
         hull = _hull(self.program.pairs)
-        ends = {scalar("q_start"): FIRST_TOKEN, scalar("q_last"): LAST_TOKEN}
+        ends: dict[Expr, Expr] = {scalar("q_start"): FIRST_TOKEN, scalar("q_last"): LAST_TOKEN}
         lo, hi = (None if e is None else substitute(e, ends) for e in (hull.lo, hull.hi))
         n, begin, end = self.schedule.keys, scalar("kv_begin"), scalar("kv_end")
         first = Const(0) if lo is None else call(Op.MAX, floor_to(lo, n), 0)
@@ -188,7 +188,7 @@ class _Selection:
             Let(end.name, simplify(call(Op.MAX, ceil_to(stop, n), begin))),
         ]
         if self.split:
-            lets += split_bounds(n, begin, end, (end - begin) // n)
+            lets += split_bounds("kv", n, begin, end, (end - begin) // n)
         return lets
 
     # -- steps

@@ -71,9 +71,10 @@ def in_terms_of(fn: ScalarFn, replacements: Mapping[Expr, Expr]) -> ScalarFn:
     """The same function of other inputs, with the user's names and lines."""
 
     def moved(notes: Mapping[Expr, str]) -> dict[Expr, str]:
-        return {substitute(node, replacements): text for node, text in notes.items()}
+        return {substitute(node, inputs): text for node, text in notes.items()}
 
-    result, names = substitute(fn.result, replacements), moved(fn.names)
+    inputs = dict(replacements)
+    result, names = substitute(fn.result, inputs), moved(fn.names)
     names = {node: name for node, name in names.items() if node.operands}
     return replace(fn, result=result, names=names, sources=moved(fn.sources))
 

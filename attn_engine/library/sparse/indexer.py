@@ -90,8 +90,8 @@ def mqa_logits(
 ) -> Tensor:
     """I of one sequence as DeepGEMM's fp8_mqa_logits gives it: float32 (m, n), -inf outside of keys ks[i] to ke[i] - 1.
 
-    q: (m, heads, D), kv: (n, D), or with a scale for each key (n,): I is multiplied by it. Elements of any floating type
-    (float8 too). weights: (m, heads). ks, ke: int (m,). O(m * n) memory. Raises the typed errors of SelectionEngine.
+    q: (m, heads, D), kv: (n, D), or with a scale for each key (n,): I is multiplied by it. Elements of any floating
+    type, float8 too. weights: (m, heads). ks, ke: int (m,). O(m * n) memory. Raises the errors of SelectionEngine.
     """
     k, scale = kv if isinstance(kv, tuple) else (kv, torch.ones(kv.shape[0], device=kv.device))
     query, key = (x.float() if x.dtype.itemsize == 1 else x for x in (q, k))
