@@ -178,7 +178,8 @@ def lower_d_key_value(
             program, name, grid, ORDER_KV, tiles, outputs, body, tests=sweep.tests, sections=schedule.sections
         )
     buffers = {c.buffer: buffer_param(program, c, parts=True) for c in parts}.values()
-    outputs = (*shares.outputs(), *(buffer_param(program, c) for c in columns), *buffers)
+    of_keys, of_queries = shares.outputs()[:2], shares.outputs()[2:]
+    outputs = (*of_keys, *(buffer_param(program, c) for c in columns), *of_queries, *buffers)
     own, tests = shares.over(body), sweep.tests
     kernel = backward_kernel(program, name, shares.grid, ORDER_KV, tiles, outputs, own, shares.numbers, tests)
     return replace(kernel, lanes=schedule.backward_lanes)
