@@ -67,11 +67,3 @@ def test_unused_entries_may_be_anything() -> None:
     assert call(block_table=table).shape == (2, 1, 4, 16)
     with torch.no_grad():
         assert call(q=torch.zeros(2, 1, 4, 16).requires_grad_()).shape == (2, 1, 4, 16)
-
-
-def test_tilelang_says_so() -> None:
-    pytest.importorskip("tilelang")
-    built = AttentionEngine(METAS, backend="tilelang-cpu")
-    cache = torch.zeros(3, 16, 2, 16)
-    with pytest.raises(errors.UnsupportedOnBackend, match="pages"):
-        built(torch.zeros(2, 1, 4, 16), cache, cache, block_table=TABLE, len_kv=LENGTHS)

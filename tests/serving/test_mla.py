@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attn_engine import AttentionEngine, meta_tensor
+from attn_engine.errors import WrongArgument
 from attn_engine.library import flash_mla_with_kvcache, get_mla_metadata
 from attn_engine.runtime.cpu_compile import find_compiler
 from tests.serving.caches import attention, filled
