@@ -80,9 +80,10 @@ def in_graph(
         blocks = astuple(found.blocks) if found.blocks else None
         layout = (found.sequences.packed, found.sequences.page) if found.sequences else None
         captured = captured + list(found.tensors.values())
+    scaled = False  # a constant of the graph
     if scales is not None:
-        captured = captured + list(scales.values())
-    key = key_of(number, q.device.type, kinds, blocks, layout, scales is not None)
+        captured, scaled = captured + list(scales.values()), True
+    key = key_of(number, q.device.type, kinds, blocks, layout, scaled)
     read = [given for trace in traced.traces for _, given in trace.custom]
     unread = [x for name, x in custom.items() if name not in read]
     scalars = [float(x) for x in (engine.scale, *traced.scalars().values())]

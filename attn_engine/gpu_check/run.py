@@ -119,7 +119,11 @@ def run(options: Options, report: Report, path: Path) -> None:
     targets = TARGETS if found is None or options.ahead_only else (found,)
     kernels = [
         *ahead.jobs(compilers, targets),
+<<<<<<< HEAD
         *((*serving.ahead_jobs(targets), *linear.ahead_jobs(targets)) if "triton" in compilers else ()),
+=======
+        *linear.ahead_jobs(compilers, targets),
+>>>>>>> integration
     ]
     carry_out("ahead of time", [job for job in kernels if re.search(options.only, job.name)], until)
     if on_gpu and options.benchmark and not options.ahead_only:
@@ -132,8 +136,13 @@ def _place_of(job: Job) -> str:
     return f"{job.backend}, {job.target}"
 
 
+<<<<<<< HEAD
 def _is_triton(backend: str) -> bool:
     return backend in ("triton", "triton-interpreter")
+=======
+def _has_linear(backend: str) -> bool:
+    return backend in ("triton", "triton-interpreter", "tilelang", "tilelang-cpu")
+>>>>>>> integration
 
 
 def _line(done: Done) -> str:

@@ -1,5 +1,5 @@
-"""The attention of DeepSeek-V3.2 (arXiv:2512.02556, section 2.1) at inference as one operator over 20 tensors, as Ascend's
-custom.npu_sparse_attention_pto takes them: prologs, caches, the indexer's choice, latent attention over it.
+"""The attention of DeepSeek-V3.2 (arXiv:2512.02556, section 2.1) at inference as one operator over 20 tensors, those of
+Ascend's custom.npu_sparse_attention_pto: prologs, caches, the indexer's choice, latent attention over it.
 
 Each part is a function of its own: `mla_prolog`, `indexer_prolog`, `write_to_slots`, `lightning_indexer`,
 `sparse_flash_attention`.
