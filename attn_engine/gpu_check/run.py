@@ -110,8 +110,9 @@ def run(options: Options, report: Report, path: Path) -> None:
     until = begin + SHARE_OF_CHECKS * (end - begin) if options.benchmark and on_gpu else end
     device = "cpu" if all(DEVICES[b] == "cpu" for b in backends) else "cuda"
     if (on_gpu or device == "cpu") and not options.ahead_only and backends:
-        triton = [(b, device, DEVICES[b] == "cpu") for b in backends if _is_triton(b)]
-        rows = [c for place in triton for c in (*serving.checks(*place), *linear.checks(*place))]
+        places = [(b, device, DEVICES[b] == "cpu") for b in backends]
+        rows = [c for p in places if _is_triton(p[0]) for c in serving.checks(*p)]
+        rows = [*rows, *(c for p in places if _has_linear(p[0]) for c in linear.checks(*p))]
         asked = [c for c in rows if re.search(options.only, c.name)]
         carry_out("checks", [*check_jobs(options, backends, device), *asked], until)
     found = target_of_device()
@@ -119,11 +120,8 @@ def run(options: Options, report: Report, path: Path) -> None:
     targets = TARGETS if found is None or options.ahead_only else (found,)
     kernels = [
         *ahead.jobs(compilers, targets),
-<<<<<<< HEAD
-        *((*serving.ahead_jobs(targets), *linear.ahead_jobs(targets)) if "triton" in compilers else ()),
-=======
+        *(serving.ahead_jobs(targets) if "triton" in compilers else ()),
         *linear.ahead_jobs(compilers, targets),
->>>>>>> integration
     ]
     carry_out("ahead of time", [job for job in kernels if re.search(options.only, job.name)], until)
     if on_gpu and options.benchmark and not options.ahead_only:
@@ -136,13 +134,12 @@ def _place_of(job: Job) -> str:
     return f"{job.backend}, {job.target}"
 
 
-<<<<<<< HEAD
 def _is_triton(backend: str) -> bool:
     return backend in ("triton", "triton-interpreter")
-=======
+
+
 def _has_linear(backend: str) -> bool:
     return backend in ("triton", "triton-interpreter", "tilelang", "tilelang-cpu")
->>>>>>> integration
 
 
 def _line(done: Done) -> str:
