@@ -176,8 +176,10 @@ class CompiledAttention:
         return CompiledAttention(self.program, self.backend, replace(self.schedule, folded=False))
 
     def of_values(self, k: Tensor, v: Tensor) -> CompiledAttention:
-        """The kernels of a forward pass over such values: those that load tiles once where v lies in k."""
-        return self._sharing if values_in_keys(k, v) and not self.program.values_in_keys else self
+        """The kernels of a forward pass over such values: those that load tiles once where v lies in k
+        and means the same there: scales are its own."""
+        other = self.program.values_in_keys or self.program.cache is not None
+        return self._sharing if not other and values_in_keys(k, v) else self
 
     @cached_property
     def _sharing(self) -> CompiledAttention:
