@@ -54,7 +54,9 @@ class LinearText:
         given += ["decay"] if traced.kind.decay is not Rank.NONE else []
         given += ["beta"] if traced.kind.beta is not None else []
         if name.startswith("tilelang"):
-            return TileLangChunks(traced.program, self.chunk, name == "tilelang-cpu").source(kernel, (*given, *floating))
+            return TileLangChunks(traced.program, self.chunk, name == "tilelang-cpu").source(
+                kernel, (*given, *floating)
+            )
         if on_gpu:
             chunks = TritonChunks(traced.program, self.chunk, name == "triton-interpreter")
             return chunks.source(kernel, (*given, *floating))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.runtime.backends import backend_for
+from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.operator import apply
 from attn_engine.runtime.sequences import PLACE_NAMES
 
@@ -33,6 +34,7 @@ def attend_listed(
     if (backend := backend_for(engine.backend, q.device.type)) not in ("cpu", "torch"):
         instead = 'Gather the rows, or use backend="cpu".'
         raise UnsupportedOnBackend(backend=backend, feature="rows that tables name", instead=instead)
+    refuse_transforms((q, k, v, *custom))
     given = {"cu_len_q": lengths[0], "cu_len_kv": lengths[1]}
     traced, captured, numbers, _ = engine._bind(q, k, v, custom, given)
     sequences = traced.program.sequences

@@ -86,12 +86,13 @@ class GivenTokens:
         dtype: torch.dtype | None = None,
         *,
         shared: bool = False,
+        sets: bool = False,
         called: Mapping[str, str] = NO_NAMES,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """o and the row values; dtype: of the dense definition, None: with the engine's kernels.
 
-        shared: v is the first columns of k, which gets the gradients of both. called: names of arguments, where the
-        caller has others.
+        shared: v is the first columns of k, which gets the gradients of both. sets: refuse lists that name a token
+        twice. called: names of arguments, where the caller has others.
         """
         if torch.compiler.is_compiling():
             raise UnsupportedOnBackend(
@@ -105,6 +106,8 @@ class GivenTokens:
         bound = self._bound(engine, inputs, custom, named, in_cache, table)
         q, k, v = (engine._logical(x) for x in inputs)
         lists = checked_lists(self.name, self.indices, self.counts, q, k, table, length, called)
+        if sets:
+            lists.refuse_duplicates()
         keys = Keys((k,), (), v.shape[3]) if shared or _is_prefix(v, k) else Keys((k,), (v,))
         o, rows = attend_over(engine, bound, lists, q, keys, dtype)
         return of_logical(o, engine.layout, False), rows

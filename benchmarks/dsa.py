@@ -3,8 +3,8 @@
     python -m benchmarks.dsa [--threads N] [--dtype float32] [--tokens 65536] [--repeats 7] [--save NAME]
 
 Absorbed latent attention, 128 heads, keys of 576 numbers of which 512 are the values, 2048 chosen tokens, an indexer
-of 64 heads of 128 numbers. Medians of interleaved runs in one process; ratios are to the dense step. One thread is measured
-in processor time, which a busy machine disturbs less. --save writes benchmarks/results/NAME.json and NAME.md.
+of 64 heads of 128 numbers. Medians of interleaved runs in one process; ratios are to the dense step. One thread is
+measured in processor time, which a busy machine disturbs less. --save writes benchmarks/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations

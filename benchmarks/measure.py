@@ -23,11 +23,13 @@ SLOW_CALL = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """run: one call. prepare: done before each stretch of calls, untimed. weight: a factor on the contender's ratio."""
+    """run: one call. prepare: done before each stretch of calls, untimed. weight: a factor on the contender's ratio.
+    most: rounds in which it takes part at most; None: as many as its time suggests."""
 
     run: Run
     prepare: Run | None = None
     weight: float = 1.0
+    most: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ def measure(
         name: max(FEWEST_ROUNDS, min(rounds, int(SECONDS_PER_CONTENDER / (t * repeats[name]))))
         for name, t in about.items()
     }
+    wanted = {name: min(n, contenders[name].most or n) for name, n in wanted.items()}
     count = max(n for name, n in wanted.items() if name != base or len(wanted) == 1)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     ratios: dict[str, list[float]] = {name: [] for name in contenders if name != base}

@@ -8,8 +8,8 @@
 For every case the contenders run in turns, round after round, and each round gives a ratio to ours; printed are
 medians. "dense" is our own dense causal attention, heads first in memory. Its time over ours, times the share of pairs
 that are visible, is the share of the bound: 100 % where a pair costs what it costs in dense attention. Sorting and
-gathering count. One thread is measured in processor time, which other processes disturb less. Freed memory is kept in
-the process (mallopt), for all alike.
+gathering count. One thread is measured in processor time, which other processes disturb less. Freed memory is
+the C library's business, unless it is asked to keep it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from benchmarks import sparse_report
 from benchmarks.measure import measure, rounded
 from benchmarks.results import FOLDER, ResultNotUsable, Results, commit, go_on, machine
-from benchmarks.sparse_cases import CASES, QUICK_LENGTH, Case, contenders
+from benchmarks.sparse_cases import CASES, QUICK_LENGTH, Case, Peers, contenders
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ def keep_freed_memory() -> bool:
     return bool(option(trim_threshold, most)) and bool(option(mmap_threshold, 2**30))
 
 
-def measured(case: Case, rounds: int, with_flex: bool) -> Found:
-    found, density = contenders(case, with_flex)
+def measured(case: Case, rounds: int, peers: Peers) -> Found:
+    found, density = contenders(case, peers)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     outcome = measure(found, rounds=rounds, clock=clock)
     return Found(outcome.ratios, outcome.seconds, rounded(density), outcome.others)
@@ -70,6 +70,9 @@ def main() -> int:
     parser.add_argument(
         "--no-flex", action="store_true", help="without flex_attention, which compiles for a minute"
     )
+    parser.add_argument("--no-sdpa", action="store_true", help="without torch's attention with a mask")
+    parser.add_argument("--peer-rounds", type=int, help="rounds with either of them at most")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="in the process, for all alike")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=FOLDER / f"sparse-{datetime.date.today()}.json")
@@ -80,15 +83,17 @@ def main() -> int:
     except ResultNotUsable as problem:
         print(problem)
         return 1
-    results.machine["freed memory"] = "kept" if keep_freed_memory() else "as the system likes"
+    kept = given.keep_freed_memory and keep_freed_memory()
+    results.machine["freed memory"] = "kept" if kept else "as the C library likes"
     chosen = [] if given.report else [c for c in CASES if re.search(given.only, str(c))]
     chosen = [c for c in chosen if not given.quick or c.length == QUICK_LENGTH]
     if chosen:
         results.commands.append(
             f"{shlex.join(['python', '-m', 'benchmarks.sparse', *sys.argv[1:]])}  # {commit()}"
         )
+    peers = Peers(not given.no_sdpa, not given.no_flex, given.peer_rounds)
     for case in chosen:
-        found = measured(case, 3 if given.quick else given.rounds, not given.no_flex)
+        found = measured(case, 3 if given.quick else given.rounds, peers)
         results.add(case, found)
         results.save(given.output)
         print(sparse_report.line(results.entries[-1]), flush=True)

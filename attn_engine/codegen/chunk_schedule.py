@@ -52,4 +52,4 @@ def tilelang_chunk_schedule(program: LinearProgram, chunk: int | None) -> ChunkS
     tokens = chunk or (64 if program.dim_qk <= 64 and not program.corrected else 32)
     forward = ChunkOptions(tokens, 64, 4)
     backward = ChunkOptions(chunk or 32, 64, 4)
-    return ChunkSchedule((forward, forward), (backward,) * 3)
+    return ChunkSchedule((forward, forward), (backward, backward, backward))

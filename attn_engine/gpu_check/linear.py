@@ -1,8 +1,8 @@
-"""Linear attentions: their Triton kernels tried on the GPU, and compiled ahead of time for every target."""
+"""Linear attentions: their kernels tried on the GPU, and compiled ahead of time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,10 @@ from attn_engine.gpu_check.checks import Failed, Place
 from attn_engine.gpu_check.jobs import timed
 from attn_engine.gpu_check.outcome import Outcome
 from attn_engine.runtime.aot_report import TARGETS
+from attn_engine.runtime.linear_tilelang import TileLangChunks
 from attn_engine.runtime.linear_triton import TritonChunks
 from attn_engine.runtime.linear_triton_aot import compile_phases_ahead
+from attn_engine.runtime.tilelang_aot import cubin_of, find_nvcc, lower_tilelang
 
 # What 16-bit kernels may differ from float64 by, as a part of each tensor's size; float32 ones.
 MOST_DIFFERENCE = {torch.bfloat16: 0.02, torch.float16: 0.01, torch.float32: 1e-5}
@@ -46,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "beta_mod": _strength,
     },
 }
+TILELANG_TARGET = "sm_90"
 WANTED = ("q", "k", "v", "decay", "beta")
 
 
@@ -160,16 +163,34 @@ class LinearAhead:
         engine = engine_of(self.kind, self.dim, torch.bfloat16, "reference")
         call(engine, inputs_of(self.kind, 1, 1, self.dim, torch.bfloat16, "cpu", 1))
         program = engine.program
+        if self.backend == "tilelang":
+            return _with_tilelang(TileLangChunks(program, None), direction, self.target)
         machine = TritonChunks(program, None, False, chunk_schedule(program, target_named(self.target), None))
         phases, options = machine.phases(direction, WANTED)
         return compile_phases_ahead(machine.source(direction, WANTED), phases, options, self.target)
 
 
+def _with_tilelang(machine: TileLangChunks, direction: str, target: str) -> tuple[Any, ...]:
+    source, (phases, _) = machine.source(direction, WANTED), machine.phases(direction, WANTED)
+    return tuple(cubin_of(lower_tilelang(source, phase.name, target)) for phase in phases)
+
+
 def checks(backend: str, device: str, small: bool) -> list[LinearCheck]:
+    """TileLang has kernels of 16-bit inputs on a GPU, and of float32 on its CPU target."""
     place = Place(backend, device, small)
+    if backend == "tilelang-cpu":
+        return [LinearCheck(kind, 64, "float32", place) for kind in KINDS]
     found = [LinearCheck(kind, 128 if i % 2 else 64, "bfloat16", place) for i, kind in enumerate(KINDS)]
+    if backend == "tilelang":
+        return found
     return [*found, LinearCheck("a decay for each dimension", 64, "float32", place)]
 
 
-def ahead_jobs(targets: tuple[str, ...] = TARGETS) -> list[LinearAhead]:
-    return [LinearAhead(kind, dim, t) for kind in KINDS for dim in (64, 128) for t in targets]
+def ahead_jobs(compilers: Sequence[str], targets: tuple[str, ...] = TARGETS) -> list[LinearAhead]:
+    """TileLang takes minutes to compile the larger ones, and is tried for one target."""
+    found: list[LinearAhead] = []
+    if "triton" in compilers:
+        found += [LinearAhead(kind, dim, t) for kind in KINDS for dim in (64, 128) for t in targets]
+    if "tilelang" in compilers and TILELANG_TARGET in targets and find_nvcc() is not None:
+        found += [LinearAhead(kind, 64, TILELANG_TARGET, "tilelang", heavy=True) for kind in KINDS]
+    return found

@@ -118,7 +118,7 @@ def run(options: Options, report: Report, path: Path) -> None:
     targets = TARGETS if found is None or options.ahead_only else (found,)
     kernels = [
         *ahead.jobs(compilers, targets),
-        *(linear.ahead_jobs(targets) if "triton" in compilers else ()),
+        *linear.ahead_jobs(compilers, targets),
     ]
     carry_out("ahead of time", [job for job in kernels if re.search(options.only, job.name)], until)
     if on_gpu and options.benchmark and not options.ahead_only:
@@ -132,7 +132,7 @@ def _place_of(job: Job) -> str:
 
 
 def _has_linear(backend: str) -> bool:
-    return backend in ("triton", "triton-interpreter")
+    return backend in ("triton", "triton-interpreter", "tilelang", "tilelang-cpu")
 
 
 def _line(done: Done) -> str:

@@ -64,6 +64,10 @@ from attn_engine.library.sparse.seer_decode import (
     block_sparse_flash_decode_gqa_mask,
 )
 from attn_engine.library.sparse.seer_pooling import attn_pooling
+from attn_engine.library.tokens.flash_mla_sparse import flash_mla_sparse_fwd
+from attn_engine.library.tokens.indexer_loss import indexer_loss
+from attn_engine.library.tokens.sparse_attention import sparse_attention
+from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 USE_TYPES = ("Train", "Prefill", "Decode")
 Arguments = dict[str, Any]  # of an AttentionEngine
@@ -221,6 +225,10 @@ _CALLED = (
     _called(topk_sparse_attention, _SEQUENCES),
     _called(compressed_attention_decode, _DECODE),
     _called(topk_sparse_attention_decode, _DECODE),
+    _called(sparse_attention),
+    _called(indexer_loss, ("Train",)),
+    _called(flash_mla_sparse_fwd, ("Prefill",)),
+    _called(sparse_flash_attention, ("Prefill", "Decode")),
     _called(flash_mla_with_kvcache, _SERVED),
     _called(mla_prolog),
     _called(indexer_prolog),

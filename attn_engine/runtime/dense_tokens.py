@@ -35,6 +35,10 @@ def dense_tokens(
         o, rows = reference(program, Rows(q).of(piece), key, value, given, numbers, dtype)
         found = [x.flatten(1, 2) for x in (o, *rows.values())]
         by_heads.setdefault(piece.kv_heads.start, []).append(found)
+    if not by_heads:
+        nothing = q[..., 0].to(dtype)  # of no rows
+        values = nothing[..., None].expand(*q.shape[:3], program.dim_v)
+        return values, [nothing] * len(program.rule.row_outputs)
     of_heads = [[torch.cat(x) for x in zip(*pieces, strict=True)] for pieces in by_heads.values()]
     both = [torch.cat(x, 1).unflatten(0, (q.shape[0], -1)) for x in zip(*of_heads, strict=True)]
     o, *rows = (x.transpose(1, 2) for x in both)

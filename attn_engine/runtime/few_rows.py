@@ -33,6 +33,8 @@ def choose_packing(
     group, q_len = q.shape[1] // max(k.shape[1], 1), q.shape[2] if rows is None else rows
     if group <= 1 or 2 * q_len > schedule.block_q or not packable(program.rule):
         return Packing.NONE
+    if program.sequences is not None and program.sequences.listed:
+        return Packing.NONE  # the tables name rows of one head
     if (listed := program.listed) and (listed.tested or program.sequences is not None):
         return Packing.NONE  # whoever made the lists has decided it
     if listed and (listed.heads != "kv_heads" or q_len > listed.q):

@@ -1,4 +1,4 @@
-"""Memory for large outputs in large pages: memory that is new to a process is given to it page by page, as it is written."""
+"""Memory for large outputs in large pages: what is new to a process is given to it page by page, as it is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear attentions in phases, the states of all chunks first, then all chunks at once: what the backends for GPUs share."""
+"""Linear attentions in phases: the states of all chunks first, then all chunks at once. What GPU backends share."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class PhaseCall:
             "initial": inputs.start(self.program.state_columns, self.compute),
         }
 
-    def launch(self, launch: ChunkLaunch) -> None:
+    def launch(self, launch: PhaseLaunch) -> None:
         heads = self.inputs.heads
         if not heads:
             return

@@ -38,9 +38,7 @@ class TileLangChunks(PhaseChunks):
             instead = 'Use backend="triton", or bfloat16 or float16 tensors: TileLang would round products to 10 bits.'
             if self.on_cpu:
                 instead = "Use float32 tensors: TileLang's CPU target has no arithmetic for this dtype."
-            raise UnsupportedOnBackend(
-                backend=self.name, feature=self.program.element.value, instead=instead
-            )
+            raise UnsupportedOnBackend(backend=self.name, feature=self.program.element.value, instead=instead)
 
     @property
     def name(self) -> str:
@@ -62,15 +60,15 @@ class TileLangChunks(PhaseChunks):
     def load(
         self, source: str, phases: Sequence[ChunkPhase], options: Sequence[ChunkOptions]
     ) -> tuple[TileLangLaunch, ...]:
-        return tuple(
-            TileLangLaunch(p, o, source, self.on_cpu) for p, o in zip(phases, options, strict=True)
-        )
+        return tuple(TileLangLaunch(p, o, source, self.on_cpu) for p, o in zip(phases, options, strict=True))
 
     def check_device(self, device: torch.device) -> None:
         needed = "cpu" if self.on_cpu else "cuda"
         if device.type != needed:
             missing = None if self.on_cpu else missing_gpu(self.name)
-            instead = 'Use backend="tilelang".' if self.on_cpu else "Move the tensors, or choose another backend."
+            instead = (
+                'Use backend="tilelang".' if self.on_cpu else "Move the tensors, or choose another backend."
+            )
             raise missing or BackendDeviceMismatch(backend=self.name, device=device, instead=instead)
         if needed == "cuda":
             check_gpu(device)

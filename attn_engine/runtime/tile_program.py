@@ -44,6 +44,7 @@ from attn_engine.ir.tile import (
     StoreTile,
 )
 from attn_engine.runtime.dense import apply_op, torch_kind
+from attn_engine.runtime.tile_spans import Span
 
 Value = Tensor | bool | int | float
 
@@ -303,25 +304,25 @@ class _Instance:
         tensor: Tensor,
         clamped: bool,
         shift: tuple[int, int] | None = None,
-    ) -> list[_Span] | None:
+    ) -> list[Span] | None:
         """The box of the tensor that plain indices (numbers and tile positions) name; None for any other indices."""
-        region: list[_Span] = []
+        region: list[Span] = []
         axes: set[str] = set()
         for dimension, (index, size) in enumerate(zip(indices, tensor.shape, strict=True)):
             value = values[index]
             moved = shift[1] if shift and shift[0] == dimension else 0
             if not isinstance(value, Tensor):
                 position = min(max(int(value), 0), size - 1) if clamped else int(value)
-                region.append(_Span("", position, 1, size))
+                region.append(Span("", position, 1, size))
                 continue
             axis = next((a for a in self.start if isinstance(index, Var) and index.name == f"{a}_idx"), None)
             if axis is None or axis in axes:
                 return None
             axes.add(axis)
-            region.append(_Span(axis, self.start[axis] + moved, self.sizes[axis], size))
+            region.append(Span(axis, self.start[axis] + moved, self.sizes[axis], size))
         return region
 
-    def _read_region(self, tensor: Tensor, region: list[_Span]) -> Tensor:
+    def _read_region(self, tensor: Tensor, region: list[Span]) -> Tensor:
         if all(r.inside for r in region):
             return tensor[tuple(r.positions for r in region)]
         tile = tensor.new_zeros([r.length for r in region if r.axis])
@@ -354,7 +355,9 @@ class _Instance:
             position = values[indices[dimension]]
             assert isinstance(position, Tensor)
             there = torch.where(position < len(rows), rows[position.clamp(max=len(rows) - 1)], -1)
-            self._scatter(tensor, indices, {**values, indices[dimension]: there}, value, stored, add)
+            batch = self.params[name].shape.index("batches")  # all sequences share the rows of one
+            values |= {indices[dimension]: there, indices[batch]: 0}
+            self._scatter(tensor.narrow(batch, 0, 1), indices, values, value, stored, add)
             return
         region = self._region(indices, values, tensor, clamped=False)
         if region is None or not set(value.axes) <= {r.axis for r in region}:
@@ -389,15 +392,3 @@ class _Instance:
         for position, size in zip(positions, tensor.shape, strict=True):
             legal &= (position >= 0) & (position < size)
         tensor.index_put_(tuple(p[legal] for p in positions), tile[legal], accumulate=add)
-
-
-class _Span:
-    """Where a tile lies along one dimension of a tensor; axis is "" for a single position."""
-
-    __slots__ = ("axis", "inside", "length", "overlap", "positions")
-
-    def __init__(self, axis: str, start: int, length: int, size: int) -> None:
-        self.axis, self.length = axis, length
-        self.overlap = max(0, min(start + length, size) - start) if start >= 0 else 0
-        self.inside = self.overlap == length
-        self.positions = slice(start, start + self.overlap) if axis else start

@@ -85,7 +85,9 @@ def library_of(name: str, source: str) -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise BackendNotInstalled(backend=NAME, needs="a C++ compiler", instead="Install g++ or clang++.")
-    key = key_of(source, name, version("tilelang"), *compiler.command, compiler.version, *compiler.flags, *LITTLE)
+    key = key_of(
+        source, name, version("tilelang"), *compiler.command, compiler.version, *compiler.flags, *LITTLE
+    )
     return stored(f"tilelang_{name}_{key}", lambda path: _build(path, name, source, tilelang, compiler))
 
 

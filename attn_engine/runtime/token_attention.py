@@ -21,9 +21,10 @@ from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.token_lists import QUERY_PLACES, TOKEN_LISTS
 from attn_engine.ir.program import Attention
 from attn_engine.runtime.call import Call
+from attn_engine.runtime.gathered_rows import GatheredRows
 from attn_engine.runtime.operator import run_backward, run_forward
 from attn_engine.runtime.sequences import SPAN_NAMES
-from attn_engine.runtime.token_lists import GatheredRows, Piece, TokenLists
+from attn_engine.runtime.token_lists import Piece, TokenLists
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +111,11 @@ class _KeysAndValues:
         keys = self._keys.read(piece)
         return keys, keys[..., : self._dim_v] if self._values is None else self._values.read(piece)
 
+    def release(self) -> None:
+        self._keys.release()
+        if self._values is not None:
+            self._values.release()
+
 
 class TokenAttention(torch.autograd.Function):
     """o and the saved row values (B, H, rows) of (call, q, parts of k and v, captured tensors)."""
@@ -128,6 +134,7 @@ class TokenAttention(torch.autograd.Function):
             )
             for whole, x in zip((out, *saved), found, strict=True):
                 Rows(whole).put(piece, x)
+        gathered.release()
         ctx.call, ctx.count, ctx.rows = call, count, len(saved)
         ctx.learned = call.full.learned(captured)
         ctx.save_for_backward(q, *tensors, out, *saved)
@@ -182,6 +189,7 @@ def _gradients(
         add_to_rows(sums, piece, d_key, d_value, call)
         for name, x in zip(learned, more, strict=True):
             of_captured[name] += x
+    gathered.release()
     of_captured = {n: x.to(captured[n].dtype) for n, x in of_captured.items()}
     return {"q": dq, "keys": [x.result() for x in sums], **of_captured}
 

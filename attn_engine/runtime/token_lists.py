@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Piece:
         return torch.arange(self.rows.shape[1], device=self.rows.device) < self.counts[:, None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TokenLists:
     """What a call says about the keys of its queries.
 
@@ -82,46 +83,65 @@ class TokenLists:
 
     def _piece(self, tokens: slice, heads: slice, kv_heads: slice, i: int) -> Piece:
         found = self.indices[:, :, i].reshape(-1, self.indices.shape[3])[tokens]
-        batch = self.batches(tokens)
+        if self.counts is None and self._all_inside(found):
+            counts, valid, full = found.new_full((len(found),), found.shape[1], dtype=torch.int64), None, True
+        else:
+            found, valid, counts, full = self._entries_first(found, tokens, i)
+        positions = found.to(torch.int64)
+        rows = self._rows(positions, self.batches(tokens), valid)
+        return Piece(tokens, heads, kv_heads, rows, counts, found.to(torch.int32), full)
+
+    def _all_inside(self, found: Tensor) -> bool:
+        low, high = found.aminmax()
+        return int(low) >= 0 and int(high) < self._least_limit
+
+    @cached_property
+    def _least_limit(self) -> int:
+        return int(self.limit.min())
+
+    def _entries_first(self, found: Tensor, tokens: slice, i: int) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Lists (n, longest) with their entries in front and 0 behind; which places are entries, how many there are,
+        and whether all lists are equally long."""
         valid = (found >= 0) & (found < self.limit.reshape(-1)[tokens][:, None])
         if self.counts is not None:
             of_list = self.counts[:, :, min(i, self.counts.shape[2] - 1)].reshape(-1)[tokens]
             valid &= torch.arange(found.shape[1], device=found.device) < of_list[:, None]
         counts = valid.sum(1)
         longest = int(counts.max())
-        full = bool((counts == longest).all()) and longest > 0
-        if not (full and longest == found.shape[1]):
-            if bool((valid[:, 1:] & ~valid[:, :-1]).any()):  # bring entries to the front, in their order
-                order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
-                found, valid = found.gather(1, order), valid.gather(1, order)
-            longest = max(1, longest)
-            found = torch.where(valid, found, 0)[:, :longest]
-        positions = found.to(torch.int64)
-        return Piece(
-            tokens, heads, kv_heads, self._rows(positions, batch, valid), counts, found.to(torch.int32), full
-        )
+        full = longest > 0 and bool((counts == longest).all())
+        if bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+            order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+            found, valid = found.gather(1, order), valid.gather(1, order)
+        columns = slice(0, max(1, longest))
+        return torch.where(valid, found, 0)[:, columns], valid[:, columns], counts, full
 
     def batches(self, tokens: slice) -> Tensor:
-        """The batch of each of these queries."""
+        """The batch of each of these queries, int64."""
         every = torch.arange(tokens.start, tokens.stop, device=self.indices.device)
         return every // max(1, self.indices.shape[1])
 
-    def _rows(self, positions: Tensor, batch: Tensor, valid: Tensor) -> Tensor:
+    def _rows(self, positions: Tensor, batch: Tensor, valid: Tensor | None) -> Tensor:
+        """The rows of K at positions (n, longest); valid: which of them count, None: all."""
         if not self.rows_of_batch:
             return positions
         if self.block_table is None:
-            return positions + batch[:, None] * self.rows_of_batch
+            return (
+                positions if self.indices.shape[0] == 1 else positions + batch[:, None] * self.rows_of_batch
+            )
         pages = self.block_table[batch].gather(1, positions // self.rows_of_batch).to(torch.int64)
         rows = pages * self.rows_of_batch + positions % self.rows_of_batch
-        valid = valid[:, : rows.shape[1]]
-        outside = valid & ((rows < 0) | (rows >= self.all_rows))
-        if bool(outside.any()):
-            n, j = divmod(int(outside.flatten().to(torch.uint8).argmax()), rows.shape[1])
-            b, page = int(batch[n]), int(positions[n, j]) // self.rows_of_batch
-            expected = f"a page of the cache, 0 to {self.all_rows // self.rows_of_batch - 1}"
-            instead = f"Token {int(positions[n, j])} of sequence {b} is in {self.name}, so its page is read."
-            raise refuse(self.table_name, f"element [{b}, {page}]", int(pages[n, j]), expected, instead)
-        return torch.where(valid, rows, 0)
+        rows = rows if valid is None else torch.where(valid, rows, 0)
+        low, high = rows.aminmax()
+        if int(low) < 0 or int(high) >= self.all_rows:
+            self._refuse_page(positions, batch, pages, (rows < 0) | (rows >= self.all_rows))
+        return rows
+
+    def _refuse_page(self, positions: Tensor, batch: Tensor, pages: Tensor, outside: Tensor) -> None:
+        n, j = divmod(int(outside.flatten().to(torch.uint8).argmax()), positions.shape[1])
+        b, page = int(batch[n]), int(positions[n, j]) // self.rows_of_batch
+        expected = f"a page of the cache, 0 to {self.all_rows // self.rows_of_batch - 1}"
+        instead = f"Token {int(positions[n, j])} of sequence {b} is in {self.name}, so its page is read."
+        raise refuse(self.table_name, f"element [{b}, {page}]", int(pages[n, j]), expected, instead)
 
     def places(self, piece: Piece) -> Tensor:
         """int32 (n, 3): batch, position and first kv head of every query of a piece."""
@@ -130,60 +150,16 @@ class TokenLists:
         first = torch.full_like(every, piece.kv_heads.start)
         return torch.stack((every // queries, every % queries, first), 1).to(torch.int32)
 
-    def check_duplicates(self) -> None:
+    def refuse_duplicates(self) -> None:
         """Raise WrongTokens for the first list that names a token twice."""
         for piece in self.pieces(1):
-            rows = torch.where(piece.inside, piece.rows, -1 - torch.arange(piece.rows.shape[1]))
-            ordered = rows.sort(1).values
-            twice = ordered[:, 1:] == ordered[:, :-1]
+            places = torch.arange(piece.rows.shape[1], device=piece.rows.device)
+            ordered = torch.where(piece.inside, piece.rows, -1 - places).sort(1).values
+            twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
             if bool(twice.any()):
-                n = int(twice.any(1).to(torch.uint8).argmax())
-                b, s = divmod(piece.tokens.start + n, self.indices.shape[1])
-                head = piece.kv_heads.start if self.indices.shape[2] > 1 else 0
-                instead = (
-                    "Each token counts as often as it is named; leave check_duplicates out to allow that."
+                b, s = divmod(piece.tokens.start + int(twice.to(torch.uint8).argmax()), self.indices.shape[1])
+                what, instead = (
+                    f"list [{b}, {s}]",
+                    "Without the check each token counts as often as it is named.",
                 )
-                raise refuse(
-                    self.name, f"list [{b}, {s}, {head}]", "one that names a token twice", "a set", instead
-                )
-
-
-class GatheredRows:
-    """Rows of tensors (N, H, R, D), numbered n * R + r, brought side by side: their columns follow each other."""
-
-    def __init__(self, parts: tuple[Tensor, ...]) -> None:
-        self._parts = parts
-        self.columns = sum(x.shape[3] for x in parts)
-        self._buffer: Tensor | None = None
-
-    def read(self, piece: Piece) -> Tensor:
-        """(n, kv heads, longest, columns) of a piece; overwritten by the next one."""
-        n, longest = piece.rows.shape
-        kv_heads = piece.kv_heads.stop - piece.kv_heads.start
-        numbers = n * longest * kv_heads * self.columns
-        first = self._parts[0]
-        if self._buffer is None or self._buffer.numel() < numbers:
-            self._buffer = first.new_empty(numbers)
-        buffer = self._buffer[:numbers].view(n * longest, kv_heads, self.columns)
-        column = 0
-        for x in self._parts:
-            self._read_part(
-                x[:, piece.kv_heads], piece.rows.flatten(), buffer[..., column : column + x.shape[3]]
-            )
-            column += x.shape[3]
-        return buffer.view(n, longest, kv_heads, self.columns).transpose(1, 2)
-
-    @staticmethod
-    def _read_part(x: Tensor, rows: Tensor, to: Tensor) -> None:
-        batches, heads, count, dim = x.shape
-        if batches * count == 0:
-            to.zero_()
-        elif 1 in (batches, count) or x.stride(0) == count * x.stride(2):
-            row = x.stride(2) if count > 1 else x.stride(0)
-            flat = x.as_strided((batches * count, heads, dim), (row, x.stride(1), x.stride(3)))
-            if heads == 1:
-                torch.index_select(flat[:, 0], 0, rows, out=to[:, 0])
-            else:
-                torch.index_select(flat, 0, rows, out=to)
-        else:
-            to.copy_(x.transpose(1, 2)[rows // count, rows % count])
+                raise refuse(self.name, what, "one that names a token twice", "a set", instead)

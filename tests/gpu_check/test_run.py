@@ -104,7 +104,7 @@ def test_errors_of_the_machine_are_no_failures() -> None:
 @pytest.fixture(autouse=True)
 def without_linear_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are in test_linear.py."""
-    monkeypatch.setattr(linear, "ahead_jobs", lambda targets: [])
+    monkeypatch.setattr(linear, "ahead_jobs", lambda compilers, targets: [])
     monkeypatch.setattr(linear, "checks", lambda backend, device, small: [])
 
 

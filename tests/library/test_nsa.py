@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -315,3 +317,42 @@ def test_blocks_of_one_token(backend: str) -> None:
     small = {"compression_block": 1, "compression_stride": 1, "selection_block": 1, "selected_blocks": 20}
     o, _ = called(shared, **small, window=20, backend=backend)
     torch.testing.assert_close(o[0], dense(x["q"][0], x["k"][0], x["v"][0]), atol=2e-5, rtol=2e-5)
+
+
+MEMORY = """
+import resource, sys, torch
+from attn_engine.library import native_sparse_attention
+def run(tokens):
+    q, k, v = (torch.randn(1, tokens, heads, 32, requires_grad=True) for heads in (4, 1, 1))
+    gates = [torch.rand(1, tokens, 4) for _ in range(3)]
+    native_sparse_attention(q, k, v, *gates, backend="cpu").sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = run(1024)
+print((run(32768) - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_of_the_square_is_in_memory() -> None:
+    """A training step of 32768 tokens: T x T / d of 4 heads would be 1 GB, T x T of one 4 GB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 700
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types(dtype: torch.dtype) -> None:
+    x = {n: t.detach().to(dtype).requires_grad_() for n, t in drawn(4, 2, 75, batch=1).items()}
+    mine, indices = called(x, backend="cpu")
+    mean = formula_of(mean_pooling)
+    exact = expected(of_sequence(x, 0), indices[0], (mean, mean))[None]
+    if dtype is torch.float64:
+        agree(mine, exact, list(x.values()), atol=1e-12)
+    else:
+        torch.testing.assert_close(mine.double(), exact, atol=0.03, rtol=0.03)
+        weights = torch.randn_like(exact)
+        ours, theirs = (
+            torch.autograd.grad((o.double() * weights).sum(), list(x.values())) for o in (mine, exact)
+        )
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=0.06, rtol=0.06)

@@ -110,7 +110,7 @@ def test_of_a_larger_dimension_of_keys_than_of_values() -> None:
     """As in the paper (192 and 128): here phi makes rows of each."""
     q, k, v = torch.randn(1, 40, 2, 24), torch.randn(1, 40, 1, 24), torch.randn(1, 40, 1, 16)
     gates = [torch.rand(1, 40, 2) for _ in range(3)]
-    whole = native_sparse_attention(q, k, v, *gates, **F.options, backend=BACKEND)
+    whole: Any = native_sparse_attention(q, k, v, *gates, **F.options, backend=BACKEND)
     cache = NSACache(1, 40, 1, 24, 16, **F.options)
     cache.append(k, v)
     torch.testing.assert_close(cache.attend(q, *gates, backend=BACKEND), whole)

@@ -25,6 +25,7 @@ from attn_engine.library import (
 )
 from tests.library.nsa_formulas import Formula, attention, branches, check_selection, importances
 
+NSA: Any = native_sparse_attention
 F = Formula(l=16, d=16, m=16, n=4, w=20)
 SCALE, DIM = 0.3, 16
 LENGTHS = [70, 1, 0, 35]
@@ -52,8 +53,9 @@ def formula(x: tuple[Tensor, ...], indices: Tensor) -> Tensor:
 
 
 def fla(x: tuple[Tensor, ...], **more: Any) -> Tensor:
-    options = {"block_counts": F.n, "block_size": 16, "window_size": F.w, "scale": SCALE, **BACKEND, **more}
-    return parallel_nsa(*x, **options)
+    sizes = {"block_counts": F.n, "block_size": 16, "window_size": F.w}
+    call: Any = parallel_nsa
+    return call(*x, **{**sizes, "scale": SCALE, **BACKEND, **more})
 
 
 def test_the_form_of_fla() -> None:
@@ -74,7 +76,7 @@ def test_the_form_of_fla() -> None:
 
 def test_the_form_of_fla_is_a_special_case() -> None:
     x = inputs(2)
-    ours = native_sparse_attention(*x, **F.options, scale=SCALE, **BACKEND)
+    ours = NSA(*x, **F.options, scale=SCALE, **BACKEND)
     torch.testing.assert_close(fla(x), ours)
 
 
@@ -243,7 +245,7 @@ def test_mistakes_name_the_argument(wrong: dict[str, Any], says: str) -> None:
     names = ("q", "k", "v", "g_cmp", "g_slc", "g_win")
     given = dict(zip(names, inputs(1, 20), strict=True)) | options | wrong
     with pytest.raises(errors.WrongArgument, match=says) as error:
-        native_sparse_attention(**given)
+        NSA(**given)
     assert len(str(error.value).split(". ")) > 1  # and what to do
 
 
@@ -257,7 +259,7 @@ def test_mistakes_of_packed_calls() -> None:
         ((torch.tensor([0, 20]), torch.tensor([0, 19])), "a key for every query"),
     ):
         with pytest.raises(errors.WrongArgument, match=says):
-            native_sparse_attention(*x, cu_seqlens=cu, **BACKEND)
+            NSA(*x, cu_seqlens=cu, **BACKEND)
 
 
 def test_mistakes_of_the_other_forms() -> None:

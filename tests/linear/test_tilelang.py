@@ -47,7 +47,7 @@ def nothing_is_zero_by_chance(monkeypatch: pytest.MonkeyPatch):
 
 
 def agrees(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2e-6 beside the largest number of each output and gradient; chunks of 16 tokens, states in parts of 16 columns."""
+    """2e-6 beside the largest number of each result; chunks of 16 tokens, parts of 16 columns."""
     monkeypatch.setattr(TileLangChunks, "chosen", lambda _: SCHEDULE)
     inputs = variant.inputs(F32)
     exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}

@@ -252,6 +252,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("len_kv", {"len_kv": torch.tensor([41, 0])}),
     ("len_kv", {"len_kv": torch.tensor([-1, 0])}),
     ("len_kv", {"physical": True, "len_kv": torch.tensor([1, 1])}),
+    ("indices", {"check_duplicates": True}),
     ("block_table", {"block_table": TABLE[:1]}),
     ("block_table", {"block_table": TABLE.float()}),
     ("block_table", {"block_table": TABLE + 9}),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
 from attn_engine.codegen.backends.cpu_tiles import TileRenderer
-from attn_engine.codegen.lower.steps import Pack
+from attn_engine.codegen.lower.steps import Pack, Product
 from attn_engine.ir.tile import Choice, Choose, walk
 
 
 class ChoiceRenderer(TileRenderer):
     """Prints what is done to rows of which the best candidates are kept."""
+
+    ahead: dict[str, tuple[str, str]]  # tiles of keys, by name: their columns, and the rows that they are of
 
     def choose(self, s: Choose) -> str:
         """A call of include/select.h."""
@@ -26,9 +28,15 @@ class ChoiceRenderer(TileRenderer):
             Choice.FORCE: f"force({state}, kv_start, {value});",
         }[s.choice]
 
-    def fetched(self, s: Pack) -> list[str]:
-        """Asks for the rows of the next tile, where keys stream past few tokens."""
-        if not any(isinstance(x, Choose) for x in walk(self.kernel.body)):
+    def keep_ahead(self, s: Pack) -> None:
+        """Remembers a tile of keys that few tokens read: it is used once, so memory must be asked for the next in time."""
+        if any(isinstance(x, Choose) for x in walk(self.kernel.body)):
+            self.ahead[s.name] = BLOCKS[s.load.axes[-1]], self.matrix(s.load.tensor, s.load.indices)
+
+    def fetched_keys(self, product: Product) -> list[str]:
+        """Asks for the next tile of keys, a share in each trip over the rows of the product that reads this one."""
+        if product.b.name not in self.ahead:
             return []
-        columns, matrix = BLOCKS[s.load.axes[-1]], self.matrix(s.load.tensor, s.load.indices)
-        return [f"fetch_rows<{columns}>({matrix}, {self.axis}_start + LANES, LANES);"]
+        columns, matrix = self.ahead[product.b.name]
+        sizes = f"{columns}, {BLOCKS[self.axis]}, {BLOCKS[product.shape.rows or '']}"
+        return [f"fetch_share<{sizes}>({matrix}, {self.axis}_start + LANES, block);"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from attn_engine.codegen.backends.cpu_ahead import AheadRenderer
 from attn_engine.codegen.backends.cpu_choices import ChoiceRenderer
 from attn_engine.codegen.backends.cpu_lanes import BLOCKS
-from attn_engine.codegen.backends.cpu_steps import is_long, with_summed_products
+from attn_engine.codegen.backends.cpu_steps import is_long, steps_of_entries, titled, with_summed_products
 from attn_engine.codegen.backends.cpu_tiles import TRIPS
 from attn_engine.codegen.lower.nests import Branch, Item, Nest, Schedule, Sweep
 from attn_engine.codegen.lower.paged import table_of_pages
@@ -25,7 +24,7 @@ from attn_engine.codegen.lower.steps import (
     names_read,
     stored_by_column,
 )
-from attn_engine.ir.expr import Call, Expr, Full, Reduce, variables
+from attn_engine.ir.expr import Call, Expr, Full, Reduce
 from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import (
     Accumulate,
@@ -37,39 +36,10 @@ from attn_engine.ir.tile import (
     Section,
     Stmt,
     StoreTile,
-    expressions,
-    walk,
 )
 
 TOTALS = {"max": "max({total}, {x})", "min": "min({total}, {x})", "sum": "{total} + {x}"}
 EMPTY = {"max": "-INFINITY", "min": "INFINITY", "sum": "0"}
-
-
-def titled(items: tuple[Item, ...]) -> Iterator[Branch]:
-    """The branches of a loop's body that are steps of their own."""
-    for item in items:
-        if isinstance(item, Branch):
-            if item.branch.title and item.innermost:
-                yield item
-            else:
-                yield from titled(item.body)
-
-
-def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item, ...]]]:
-    """The steps of loops over tiles inside a loop over the entries of a list, which they do not know of.
-
-    Each with its loop: their functions can stand before the loop over the entries.
-    """
-    for item in sweep.body if sweep.loop.axis is None else ():
-        if not isinstance(item, Sweep):
-            continue
-        inner = (
-            [(item.loop, item.body)] if item.innermost else [(b.branch, b.body) for b in titled(item.body)]
-        )
-        own = {sweep.loop.var, *(s.name for s in sweep.loop.body if isinstance(s, Let))}
-        for step, body in inner:
-            if not own & {v.name for s in walk(step.body) for e in expressions(s) for v in variables(e)}:
-                yield item.loop, step, body
 
 
 class NestRenderer(ChoiceRenderer, AheadRenderer):
@@ -80,6 +50,7 @@ class NestRenderer(ChoiceRenderer, AheadRenderer):
         self.start(schedule.arrays, schedule.operands)
         self.states = schedule.states
         self.pair_lengths = {}
+        self.ahead = {}
         self._declared: set[str] = set()
         self._checked_axis: str | None = (
             "kv"  # rows of this axis beyond the end are masked by the kernel itself
@@ -259,7 +230,10 @@ class NestRenderer(ChoiceRenderer, AheadRenderer):
         self.row_name = "row"
         zero = isinstance(product.init, Full) and product.init.value == 0
         added = [] if zero else [f"  UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = {init} + sums[r];"]
-        asked = [f"  {line}" for line in (*self.fetched_rows(product), *self.fetched_sums(n))]
+        asked = [
+            f"  {line}"
+            for line in (*self.fetched_rows(product), *self.fetched_sums(n), *self.fetched_keys(product))
+        ]
         call = f"multiply_add(sums, {TRIPS[product.depth]}, {self.numbers(product)}, {self.lanes(product)});"
         kept = product.name in n.stored and len(n.steps) == 1 and not n.forms
         rest = (
@@ -370,7 +344,8 @@ class NestRenderer(ChoiceRenderer, AheadRenderer):
             case View(name, load, padding, form, within):
                 return self.view(name, load, padding, form, within)
             case Pack():
-                return [self.pack(s), *self.fetched(s)]
+                self.keep_ahead(s)
+                return [self.pack(s)]
             case Unpack(tensor, indices, name):
                 columns, matrix = BLOCKS[indices[-1].axes[0]], self.matrix(tensor, indices)
                 place = f"{self.axis}_start, {TRIPS[self.axis]}"

@@ -1,14 +1,16 @@
-"""What the C++ spelling of a row's steps asks of them beforehand: how long they are, which products are only summed."""
+"""What the C++ spelling of loops and of a row's steps asks of them beforehand: which bodies are steps, how long
+rows are, which products are only summed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from attn_engine.codegen.lower.nests import Nest
+from attn_engine.codegen.lower.nests import Branch, Item, Nest, Sweep
 from attn_engine.codegen.lower.steps import Step, name_made, names_read, stored_by_column
-from attn_engine.ir.expr import Call, Expr, Load, Reduce, Var, postorder
+from attn_engine.ir.expr import Call, Expr, Load, Reduce, Var, postorder, variables
 from attn_engine.ir.ops import Op
-from attn_engine.ir.tile import Accumulate, Let, StoreTile, expressions
+from attn_engine.ir.tile import Accumulate, If, Let, Loop, StoreTile, expressions, walk
 
 
 def is_long(n: Nest) -> bool:
@@ -46,3 +48,30 @@ def with_summed_products(n: Nest, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         sums[s.value.x] if isinstance(s, Let) and isinstance(s.value, Reduce) and s.value.x in sums else s
         for s in kept
     )
+
+
+def titled(items: tuple[Item, ...]) -> Iterator[Branch]:
+    """The branches of a loop's body that are steps of their own."""
+    for item in items:
+        if isinstance(item, Branch):
+            if item.branch.title and item.innermost:
+                yield item
+            else:
+                yield from titled(item.body)
+
+
+def steps_of_entries(sweep: Sweep) -> Iterator[tuple[Loop, Loop | If, tuple[Item, ...]]]:
+    """The steps of loops over tiles inside a loop over the entries of a list, which they do not know of.
+
+    Each with its loop: their functions can stand before the loop over the entries.
+    """
+    for item in sweep.body if sweep.loop.axis is None else ():
+        if not isinstance(item, Sweep):
+            continue
+        inner = (
+            [(item.loop, item.body)] if item.innermost else [(b.branch, b.body) for b in titled(item.body)]
+        )
+        own = {sweep.loop.var, *(s.name for s in sweep.loop.body if isinstance(s, Let))}
+        for step, body in inner:
+            if not own & {v.name for s in walk(step.body) for e in expressions(s) for v in variables(e)}:
+                yield item.loop, step, body

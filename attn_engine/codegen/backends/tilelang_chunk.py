@@ -1,28 +1,31 @@
 """TileLang of chunk programs: one file for each direction, a function for each phase (codegen/lower/chunk_phases.py).
 
-Every tile of a chunk lies in shared memory, where all threads reach it; what a product adds up is in registers until it is
-done. The same text without threads runs on the CPU.
+Every tile of a chunk lies in shared memory, where all threads reach it; what a product adds up is in registers until it
+is done. The same text without threads runs on the CPU.
 """
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from attn_engine.codegen.backends.device_library import device_functions, functions_called
+from attn_engine.codegen.backends.tilelang_chunk_file import (
+    Argument,
+    argument_of,
+    constants,
+    dynamic_names,
+)
 from attn_engine.codegen.backends.tilelang_chunk_rows import BLOCKS
 from attn_engine.codegen.backends.tilelang_chunk_statements import ChunkCalls
 from attn_engine.codegen.backends.tilelang_types import TileLangOptions, dtype_name
 from attn_engine.codegen.backends.triton_chunk_params import (
     GROUPS,
-    ROWS,
     ChunkOptions,
     ChunkTensor,
     phase_tensors,
 )
-from attn_engine.codegen.backends.triton_layout import WIDTH
 from attn_engine.codegen.lower.chunk_phases import ChunkPhase, names_read
 from attn_engine.codegen.lower.columns import padded
 from attn_engine.codegen.lower.emit import Names
@@ -37,19 +40,10 @@ NO_FAULT = 2**31 - 1
 _AXES = {"t": "q", "d": "d", "v": "dv"}
 _OWN = frozenset(
     """T each memory registers CHUNK LEVELS ELEMENT COMPUTE BLOCK_D BLOCK_DV DIM_QK DIM_V PARTS THREADS program part
-    sequence chunk head batch first first_chunk length chunk_count place turn chunk_start count token t d_idx dv_idx qi ki
-    di vi one query key value d_output beta decay sequences chunks faults fault through q_group k_group batches heads
-    q_heads k_heads tokens sequence_count chunk_total parts float range min max abs bool""".split()
+    sequence chunk head batch first first_chunk length chunk_count place turn chunk_start count token t d_idx dv_idx
+    qi ki di vi one query key value d_output beta decay sequences chunks faults fault through q_group k_group batches
+    heads q_heads k_heads tokens sequence_count chunk_total parts float range min max abs bool""".split()
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """A tensor argument as the text declares it: names of the sizes that are not constants, and of the strides."""
-
-    tensor: ChunkTensor
-    shape: tuple[str, ...]
-    strides: tuple[str, ...]
 
 
 def render_chunk_tilelang(
@@ -64,56 +58,15 @@ def render_chunk_tilelang(
         *(f"# {line}" for line in header),
         "import tilelang.language as T",
         "",
-        *_constants(phases[0], options[0], cpu, "\n".join([text, *library])),
+        *constants(phases[0], options[0], cpu, "\n".join([text, *library])),
         "",
-        *_dynamic([a for r in renderers for a in r.arguments]),
+        *dynamic_names([a for r in renderers for a in r.arguments]),
         "",
         "",
         *library,
         *(line for kernel in kernels for line in [*kernel, "", ""]),
     ]
     return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
-
-
-def _constants(phase: ChunkPhase, option: ChunkOptions, cpu: bool, text: str) -> list[str]:
-    program = phase.program
-    compute = "float64" if program.element is Storage.FLOAT64 else "float32"
-    values = {
-        "CHUNK": option.chunk,
-        "LEVELS": option.chunk.bit_length() - 1,
-        "BLOCK_D": padded(program.dim_qk),
-        "BLOCK_DV": option.columns_of(program),
-        "DIM_QK": program.dim_qk,
-        "DIM_V": program.dim_v,
-        "PARTS": option.parts(program),
-        "ELEMENT": f'"{program.element.value}"',
-        "COMPUTE": f'"{compute}"',
-        "THREADS": 32 * option.num_warps,
-        "each": "T.grid" if cpu else "T.Parallel",
-        "memory": "T.alloc_local" if cpu else "T.alloc_shared",
-        "registers": "T.alloc_local" if cpu else "T.alloc_fragment",
-    }
-    return [f"{n} = {x}" for n, x in values.items() if re.search(rf"\b{n}\b", text)]
-
-
-def _dynamic(arguments: Sequence[Argument]) -> list[str]:
-    """Sizes and strides are read from the tensors of a call: no compilation for their values."""
-    constants = {"DIM_QK", "DIM_V", "PARTS", "4"}
-    sizes = dict.fromkeys(s for a in arguments for s in a.shape if s not in constants)
-    lines = [f'{s} = T.dynamic("{s}")' for s in sizes]
-    for a in dict.fromkeys(arguments):
-        if a.strides:
-            lines += _stride_lines(a)
-    return lines
-
-
-def _stride_lines(a: Argument) -> list[str]:
-    line = f'{a.tensor.name}_strides = T.dynamic("{", ".join(a.strides)}", "int64")'
-    if len(line) <= WIDTH:
-        return [line]
-    names = textwrap.wrap(", ".join(a.strides), WIDTH - 8, drop_whitespace=False)
-    quoted = [f'    "{n}"' for n in names]
-    return [f"{a.tensor.name}_strides = T.dynamic(", *quoted[:-1], f"{quoted[-1]},", '    "int64",', ")"]
 
 
 class TileLangPhase(ChunkCalls):
@@ -225,9 +178,11 @@ class TileLangPhase(ChunkCalls):
     def _argue(self, text: str) -> None:
         """What the text reads, and the table that says how many programs there are."""
         words = set(re.findall(r"\w+", text))
-        first = {"sequences" if self.phase.carried is not None else "chunks", *self._sized()}
+        words |= {"sequences" if self.phase.carried is not None else "chunks", *self._sized()}
         self.arguments = tuple(
-            self._argument(t) for t in self.tensors.values() if self._spelled(t).name in words | first
+            argument_of(self._spelled(t), self.phase.outputs)
+            for t in self.tensors.values()
+            if self._spelled(t).name in words
         )
         scalars = [self.spelled[v.name] for v in self.program.scalars]
         self.numbers = tuple(n for n in (*scalars, *GROUPS) if n in words)
@@ -239,27 +194,6 @@ class TileLangPhase(ChunkCalls):
     def _spelled(self, t: ChunkTensor) -> ChunkTensor:
         return replace(t, name=self.spelled[t.name]) if t.captured else t
 
-    def _argument(self, t: ChunkTensor) -> Argument:
-        t = self._spelled(t)
-        if t.name in ("sequences", "chunks"):
-            rows = "sequence_count" if t.name == "sequences" else "chunk_total"
-            return Argument(t, (rows, "4"), ())
-        if t.captured:
-            return Argument(t, t.sizes, t.strides)
-        heads = {"Q": "q_heads", "K": "k_heads"}.get(t.name, "heads")
-        words = {
-            "batch": "batches", "head": heads, "token": "tokens", "sequence": "sequence_count",
-            "chunk": "chunk_total", "part": "PARTS", "row": "DIM_QK",
-        }  # fmt: skip
-        shape = [words.get(d, d) for d in t.dims]
-        if t.dims[-1] == "column":
-            rows = t.dims == ROWS or "part" in t.dims or t.dims[:2] == ("chunk", "head")
-            states = t.dims[-2:] == ("row", "column")
-            wide = any(w.tensor == t.name and "dv" in w.axes for w in self.phase.outputs)
-            of_v = t.name in ("V", "dO") or wide
-            shape[-1] = f"{t.name}_columns" if states or not rows else "DIM_V" if of_v else "DIM_QK"
-        return Argument(t, tuple(shape), t.strides)
-
     def _argument_lines(self) -> list[str]:
         lines: list[str] = []
         for a in self.arguments:
@@ -269,7 +203,10 @@ class TileLangPhase(ChunkCalls):
             lines.append(
                 f'{a.tensor.name}: T.StridedTensor(({shape}), {strides}, "{a.tensor.storage.value}"),'
             )
-        kinds = {self.spelled[v.name]: dtype_name(v.dtype, self.element, self.compute) for v in self.program.scalars}
+        kinds = {
+            self.spelled[v.name]: dtype_name(v.dtype, self.element, self.compute)
+            for v in self.program.scalars
+        }
         return [*lines, *(f"{n}: T.{kinds.get(n, 'int32')}," for n in self.numbers)]
 
     def _position(self) -> list[str]:
@@ -285,7 +222,13 @@ class TileLangPhase(ChunkCalls):
             if not re.search(rf"\b{b.name}\b", text):
                 continue
             shape = ", ".join(BLOCKS[a] for a in b.axes) or "1"
-            dtype = '"float64"' if b.name in self.doubles else "ELEMENT" if b.dtype is DType.ELEMENT else "COMPUTE"
+            dtype = (
+                '"float64"'
+                if b.name in self.doubles
+                else "ELEMENT"
+                if b.dtype is DType.ELEMENT
+                else "COMPUTE"
+            )
             dtype = '"int32"' if b.dtype is DType.INT else dtype
             lines.append(f"{b.name} = memory(({shape}{',' * (len(b.axes) < 2)}), {dtype})")
         return lines
@@ -349,7 +292,11 @@ class TileLangPhase(ChunkCalls):
         name = tensor or {STATE: "states", D_STATE: "d_states"}[state]
         here = f"{name}[{dim}, head, di, dv_idx]"
         inside = " & ".join(self.inside(("d", "dv")))
-        store = [f"if {inside}:", f"    {here} = {state.name}[di, vi]"] if inside else [f"{here} = {state.name}[di, vi]"]
+        store = (
+            [f"if {inside}:", f"    {here} = {state.name}[di, vi]"]
+            if inside
+            else [f"{here} = {state.name}[di, vi]"]
+        )
         load = [f"{state.name}[di, vi] = {f'T.if_then_else({inside}, {here}, 0.0)' if inside else here}"]
         lines = self.nest_of(("d", "dv"), [], lambda _: load if what == "load" else store, {})
         if self.has_last(state):

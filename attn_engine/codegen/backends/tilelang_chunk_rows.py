@@ -16,7 +16,14 @@ from attn_engine.ir.expr import REDUCE_IDENTITY, Call, Expr, Full, Load, Reduce,
 from attn_engine.ir.linear import LinearProgram
 from attn_engine.ir.ops import DType
 
-INPUTS = {"query": "Q", "key": "K", "value": "V", "d_output": "dO", "beta": "beta_given", "decay": "decay_given"}
+INPUTS = {
+    "query": "Q",
+    "key": "K",
+    "value": "V",
+    "d_output": "dO",
+    "beta": "beta_given",
+    "decay": "decay_given",
+}
 BLOCKS = {"q": "CHUNK", "kv": "CHUNK", "d": "BLOCK_D", "dv": "BLOCK_DV"}
 SIZES = {"d": "DIM_QK", "dv": "DIM_V"}
 _TOP = 2  # the depth of a kernel's own statements
@@ -313,5 +320,3 @@ def _has_v(tensor: ChunkTensor, outputs: Sequence[RowOutput]) -> bool:
     if tensor.name in ("V", "dO"):
         return True
     return any(w.tensor == tensor.name and "dv" in w.axes for w in outputs)
-
-

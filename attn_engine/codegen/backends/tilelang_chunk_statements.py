@@ -6,6 +6,8 @@ normaliser has its sums, are vectors of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from attn_engine.codegen.backends.tilelang_chunk_rows import ChunkNests
 from attn_engine.codegen.lower.chunked import OUT, VALUES
 from attn_engine.codegen.lower.chunked_backward import D_OUT
@@ -46,12 +48,7 @@ class ChunkCalls(ChunkNests):
             case Rows():
                 return self.folded(self.rows(s))
             case Scale(to, x, by):
-
-                def store(texts: object) -> list[str]:
-                    (text,) = texts  # pyright: ignore
-                    return [f"{self.element_of(to.name)} = {self.rounded(to.name, str(text))}"]  # pyright: ignore
-
-                lines = self.nest_of(to.var.axes, [x.var * by.var], store, {})
+                lines = self._scale(to, x, by)
             case Decays():
                 lines = self._vector_decays(s) if self.vector else self._decays(s)
             case CarriedGradient():
@@ -64,6 +61,12 @@ class ChunkCalls(ChunkNests):
             case _:
                 lines = self._matrices(s)
         return self.folded(lines)
+
+    def _scale(self, to: Tile, x: Tile, by: Tile) -> list[str]:
+        def store(texts: Sequence[str]) -> list[str]:
+            return [f"{self.element_of(to.name)} = {self.rounded(to.name, texts[0])}"]
+
+        return self.nest_of(to.var.axes, [x.var * by.var], store, {})
 
     @property
     def vector(self) -> bool:
@@ -142,7 +145,15 @@ class ChunkCalls(ChunkNests):
         return [f"T.copy({tile.name}, {name})"], name
 
     def multiplied(
-        self, to: str, a: Tile, b: Tile, *, of_a: bool = False, of_b: bool = False, sign: float = 1.0, add: bool
+        self,
+        to: str,
+        a: Tile,
+        b: Tile,
+        *,
+        of_a: bool = False,
+        of_b: bool = False,
+        sign: float = 1.0,
+        add: bool,
     ) -> list[str]:
         """to = sign a b."""
         lines, left = self.operand(a)

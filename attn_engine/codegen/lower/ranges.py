@@ -93,7 +93,7 @@ def phases(
         first, stop = call(Op.MAX, first, within[0]), call(Op.MIN, stop, within[1])
     bounds += [_let(f"{loop}_begin", first), _let(f"{loop}_end", call(Op.MAX, stop, begin))]
     if one_split:
-        bounds += split_bounds(loop, n, begin, end, (end - begin) // n)
+        bounds += split_bounds(n, begin, end, (end - begin) // n, loop)
         begin, end = scalar("split_begin"), scalar("split_end")
     if tests is not None:
         title = f"{loop} tiles in sight: none, some or all of the pairs visible"
@@ -123,7 +123,7 @@ def phases(
     return Phases(tuple(bounds), runs)
 
 
-def split_bounds(axis: str, n: int, begin: Expr, end: Expr, tiles: Expr) -> list[Stmt]:
+def split_bounds(n: int, begin: Expr, end: Expr, tiles: Expr, axis: str = "kv") -> list[Stmt]:
     """Contiguous shares, one per split, of the tiles of n rows from `begin` to `end`."""
     share = scalar("tiles_per_split")
     return [

@@ -88,7 +88,7 @@ class KeyShares:
     def over(self, body: list[Stmt]) -> list[Stmt]:
         """The kernel's body around that of a kv tile."""
         n = self.tiles["kv"]
-        bounds = split_bounds("kv", n, Const(0), scalar("kv_tiles") * n, (KV_LEN + (n - 1)) // n)
+        bounds = split_bounds(n, Const(0), scalar("kv_tiles") * n, (KV_LEN + (n - 1)) // n)
         for axis in self.shared:
             body = [Loop(axis, scalar(f"{axis}_begin"), scalar(f"{axis}_end"), None, tuple(body))]
         loop = Loop("kv_start", *SHARE, "kv", tuple(body), "kv_tile")
@@ -136,7 +136,7 @@ class QueryShares:
     def over(self, body: list[Stmt]) -> list[Stmt]:
         """The kernel's body around that of a kv tile."""
         n, kv = self.tiles["q"], self.tiles["kv"]
-        bounds = split_bounds("q", n, Const(0), scalar("q_tiles") * n, (Q_LEN + (n - 1)) // n)
+        bounds = split_bounds(n, Const(0), scalar("q_tiles") * n, (Q_LEN + (n - 1)) // n, "q")
         end = (KV_LEN + (kv - 1)) // kv * kv
         loop = Loop("kv_start", Const(0), end, "kv", tuple(body), "kv_tile")
         return [Section("q tiles of this split"), *bounds, loop]

@@ -77,7 +77,7 @@ def _kind(q: Tensor, kv: Pair, sequences: Sequences) -> tuple[torch.dtype, int, 
     return q.dtype, q.shape[-1], kv[1].shape[-1], sequences.offset is not None
 
 
-def _offset(sequences: Sequences) -> dict[str, Tensor]:
+def _offset(sequences: Sequences) -> dict[str, Any]:
     return {} if sequences.offset is None else {OFFSET: sequences.offset}
 
 

@@ -1,4 +1,4 @@
-"""Sparse latent attention with FlashMLA's signature and conventions."""
+"""Latent attention over chosen tokens (DeepSeek-V3.2, arXiv:2512.02556, section 2.1) with FlashMLA's signature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The loss that trains DeepSeek-V3.2's indexer to tell which tokens the attention looks at (section 2.1).
+"""The loss that trains an indexer to tell which tokens the attention looks at (DeepSeek-V3.2, arXiv:2512.02556,
+section 2.1).
 
     I[t, u] = sum_j weights[t, j] * relu(index_scale * index_q[t, j] . index_k[u])
     p[t, u] = mean over heads of softmax_u(sm_scale * q[t, h] . k[u])

@@ -17,8 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from attn_engine.runtime.gathered_rows import GatheredRows
 from attn_engine.runtime.token_attention import Rows, SummedRows
-from attn_engine.runtime.token_lists import GatheredRows, TokenLists
+from attn_engine.runtime.token_lists import TokenLists
 
 ROOM = 2**22  # numbers of the scores of a piece
 
@@ -175,6 +176,8 @@ class ChosenRows:
             d_query[own] = d_z @ key
             d_key = d_z.transpose(1, 2) @ query
             indexer.d_key.add(slice(0, 1), piece.rows[visible], d_key[visible][:, None])
+        keys.release()
+        index_keys.release()
         return losses.view(self.q.shape[0], self.q.shape[2])
 
 

@@ -1,6 +1,8 @@
-"""Attention over chosen tokens (DeepSeek-V3.2, section 2.1): each query brings the indices of its keys.
+"""Attention over chosen tokens (DeepSeek-V3.2, arXiv:2512.02556, section 2.1): each query brings indices of its keys.
 
-o[t, h] = sum over u in S_t of softmax_u(sm_scale * q[t, h] . k[u]) v[u]
+    o[t, h] = sum over u in S_t of softmax_u(sm_scale * q[t, h] . k[u]) v[u]
+
+S_t is any list of tokens; what chose them is elsewhere.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ def sparse_attention(
     block_table: Tensor | None = None,
     len_kv: Tensor | None = None,
     physical: bool = False,
+    check_duplicates: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -40,8 +43,8 @@ def sparse_attention(
     caches (pages, rows of a page, Hkv, D). len_kv: int (B,), how many keys there are.
     indices: int32 or int64 (B, S, Hkv or 1, topk), positions of keys; physical: places in the cache, page * rows of a
     page + row. -1, or any other number outside of the keys, counts for nothing, wherever it stands. topk_length: int
-    (B, S), the first so many entries of each list count. An entry that stands there twice counts twice. Nothing is said
-    about order or causality: that is what the indices say.
+    (B, S), the first so many entries of each list count. A token that stands there twice counts twice; with
+    check_duplicates it is refused. Nothing is said about order or causality: that is what the indices say.
     A query without keys gives o = 0 and lse = -inf. sm_scale: None is Dq^-0.5.
 
     q, kv and v get gradients, also through lse; the same bits for any number of threads. Memory beside the results:
@@ -59,7 +62,9 @@ def sparse_attention(
     engine = engine_of(q.dtype, q.shape[3], values.shape[3], scale, backend)
     given = GivenTokens("token_slots" if physical else "token_indices", indices, topk_length)
     named = {n: x for n, x in (("block_table", block_table), ("len_kv", len_kv)) if x is not None}
-    o, rows = given.attend(engine, (q, kv, values), (), named, shared=v is None, called=_called(physical))
+    o, rows = given.attend(
+        engine, (q, kv, values), (), named, shared=v is None, sets=check_duplicates, called=_called(physical)
+    )
     return (o, rows["lse"]) if return_lse else o
 
 

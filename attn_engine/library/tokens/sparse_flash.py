@@ -1,4 +1,5 @@
-"""Attention over chosen tokens of a cache with latent rows, with the signature of Ascend's sparse_flash_attention."""
+"""Attention over chosen tokens of a cache with latent rows (DeepSeek-V3.2, arXiv:2512.02556, section 2.1), with the
+signature of Ascend's sparse_flash_attention."""
 
 from __future__ import annotations
 
