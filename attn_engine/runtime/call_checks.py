@@ -48,6 +48,20 @@ class Passed:
     signatures: dict[object, CallKind] = field(default_factory=dict[object, CallKind])
     kinds: dict[object, CallKind] = field(default_factory=dict[object, CallKind])
 
+    def kind_of(
+        self, q: Tensor, k: Tensor, v: Tensor, custom: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> tuple[object, ...]:
+        """What the checks and the plan of a call depend on, but for captured numbers."""
+        of_k, of_v = shape_signature(k), shape_signature(v)
+        kind: tuple[object, ...] = (shape_signature(q), of_k, of_v)
+        if len(of_k) > 1 and of_k[1:] == of_v[1:] and values_in_keys(k, v):
+            kind += ("values in keys",)  # a plan's kernels read one memory
+        for name, x in custom.items():
+            kind += (name, *call_signature(x, name in self.contents))
+        for name, x in tensors.items():
+            kind += (name, *call_signature(x, name in self.contents))
+        return kind
+
 
 @dataclass(eq=False)
 class CallChecks:
@@ -77,11 +91,7 @@ class CallChecks:
         passed = self._latest
         if passed is None or passed.program is not program:
             passed = self._latest = self._passed_of(program)
-        kind = _kind_of(q, k, v)
-        for name, x in custom.items():
-            kind += (name, *call_signature(x, name in passed.contents))
-        for name, x in tensors.items():
-            kind += (name, *call_signature(x, name in passed.contents))
+        kind = passed.kind_of(q, k, v, custom, tensors)
         signature = (kind, *numbers.values()) if numbers else kind
         found = passed.signatures.get(signature)
         if found is not None:
