@@ -148,13 +148,6 @@ class CallChecks:
         return replace(found, program=program)
 
 
-def _kind_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
-    """How q, k and v lie, and whether v lies in k: a plan's kernels then read one memory."""
-    signatures = shape_signature(q), shape_signature(k), shape_signature(v)
-    same = signatures[1][1:] == signatures[2][1:] != ()
-    return (*signatures, values_in_keys(k, v)) if same else signatures
-
-
 def content_tensors(program: Attention) -> frozenset[str]:
     """Captured tensors whose contents decide which indices are reached: the mask's, where an index is computed."""
     computed = any(
