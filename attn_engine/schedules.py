@@ -15,8 +15,8 @@ from attn_engine.codegen.targets import target_named
 from attn_engine.errors import CacheNotWritten, NothingToTune, StoreIgnored, WrongArgument
 from attn_engine.ir.ops import Number
 from attn_engine.ir.program import Attention
+from attn_engine.runtime.backend import Backend
 from attn_engine.runtime.backends import backend_for, backend_named, schedule_for
-from attn_engine.runtime.compiled import Backend
 from attn_engine.runtime.gpu_target import current_target
 from attn_engine.runtime.schedule_choice import GPUS, candidates, check_schedule, place_of, schedule_on
 from attn_engine.runtime.schedule_store import PARTS, Place, Stored, load, path_of, save

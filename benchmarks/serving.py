@@ -4,8 +4,8 @@
     python -m benchmarks.serving --only 'paged.*float32'
     python -m benchmarks.serving --report               no measurement: the page of what is there
 
-Contenders run in turns, round after round; each round gives a ratio to the base; printed are medians. paged: time
-over that of the same keys in a batch with lengths. mods: time over plain softmax. mla: times over ours of SDPA (on copies
+Contenders run in turns, round after round; each round gives a ratio to the base; printed are medians. paged: time over
+that of the same keys in a batch with lengths. mods: time over plain softmax. mla: times over ours of SDPA (on copies
 whose heads are made beforehand) and of ours with values in memory of their own, and our share of the rate of the
 multiply-add loop that benchmarks/peak.py measures. One thread is measured in processor time.
 """

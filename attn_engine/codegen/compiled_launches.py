@@ -46,3 +46,9 @@ TESTING_TILES: Mapping[Row, Launch] = {
     ("sm_90", "dkdv", 64, 64): Launch(32, 64, 8, 2),
     ("sm_90", "dkdv", 128, 128): Launch(64, 32, 8, 2),
 }
+
+# The same where keys lie in pages: their places take registers that the model does not count.
+IN_PAGES: Mapping[Row, Launch] = {("sm_90", "forward", 128, 128): Launch(128, 64, 8, 2)}
+
+# The same where values lie in their keys: in tiles of 64 rows a few bytes are spilled (24 to 56).
+VALUES_IN_KEYS: Mapping[Row, Launch] = {("sm_100", "forward", 576, 512): Launch(32, 32, 8, 2)}

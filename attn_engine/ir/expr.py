@@ -278,7 +278,7 @@ class Cast(Expr):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FirstColumns(Expr):
-    """The first columns of the tile x, as those of `axis`, which has as many or fewer: a value that is part of its key."""
+    """The first columns of the tile x, as those of `axis`, which has as many or fewer: values that are part of keys."""
 
     x: Expr
     axis: str

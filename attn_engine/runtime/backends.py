@@ -29,7 +29,7 @@ from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.printer import format_kernel
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
-from attn_engine.runtime.compiled import Backend, Launchable
+from attn_engine.runtime.backend import Backend, Launchable
 from attn_engine.runtime.gpu_target import current_device_name, current_target
 from attn_engine.runtime.scaled import dequantised, refuse_caches
 from attn_engine.runtime.tilelang_backend import TileLangBackend

@@ -48,6 +48,20 @@ class Passed:
     signatures: dict[object, CallKind] = field(default_factory=dict[object, CallKind])
     kinds: dict[object, CallKind] = field(default_factory=dict[object, CallKind])
 
+    def kind_of(
+        self, q: Tensor, k: Tensor, v: Tensor, custom: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> tuple[object, ...]:
+        """What the checks and the plan of a call depend on, but for captured numbers."""
+        of_k, of_v = shape_signature(k), shape_signature(v)
+        kind: tuple[object, ...] = (shape_signature(q), of_k, of_v)
+        if len(of_k) > 1 and of_k[1:] == of_v[1:] and values_in_keys(k, v):
+            kind += ("values in keys",)  # a plan's kernels read one memory
+        for name, x in custom.items():
+            kind += (name, *call_signature(x, name in self.contents))
+        for name, x in tensors.items():
+            kind += (name, *call_signature(x, name in self.contents))
+        return kind
+
 
 @dataclass(eq=False)
 class CallChecks:
@@ -77,13 +91,7 @@ class CallChecks:
         passed = self._latest
         if passed is None or passed.program is not program:
             passed = self._latest = self._passed_of(program)
-        kind: tuple[object, ...] = (shape_signature(q), shape_signature(k), shape_signature(v))
-        if len(kind[1]) > 1 and kind[1][1:] == kind[2][1:] and values_in_keys(k, v):
-            kind += ("values in keys",)  # a plan's kernels read one memory
-        for name, x in custom.items():
-            kind += (name, *call_signature(x, name in passed.contents))
-        for name, x in tensors.items():
-            kind += (name, *call_signature(x, name in passed.contents))
+        kind = passed.kind_of(q, k, v, custom, tensors)
         signature = (kind, *numbers.values()) if numbers else kind
         found = passed.signatures.get(signature)
         if found is not None:
@@ -138,6 +146,13 @@ class CallChecks:
         if found is None:
             return self._passed.setdefault(program, Passed(program, content_tensors(program)))
         return replace(found, program=program)
+
+
+def _kind_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
+    """How q, k and v lie, and whether v lies in k: a plan's kernels then read one memory."""
+    signatures = shape_signature(q), shape_signature(k), shape_signature(v)
+    same = signatures[1][1:] == signatures[2][1:] != ()
+    return (*signatures, values_in_keys(k, v)) if same else signatures
 
 
 def content_tensors(program: Attention) -> frozenset[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +38,7 @@ from attn_engine.ir.passes.pooled_gradient import backward_program
 from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
 from attn_engine.ir.program import GROUP, Attention, OnlineRule
 from attn_engine.ir.tile import Kernel, Module, TileTable
+from attn_engine.runtime.backend import Backend, Launchable, Scalars, Tensors
 from attn_engine.runtime.capture_sums import captured_gradient
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
 from attn_engine.runtime.key_parts import KeyParts
@@ -57,37 +57,11 @@ from attn_engine.runtime.shared_values import values_in_keys
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
-Tensors = Mapping[str, Tensor]
-Scalars = Mapping[str, Number]
-
 _NO_TENSORS: Tensors = {}
 
 # Work items wanted per backward pass: enough to keep the threads of a desktop busy, and few enough that the parts of
 # dQ stay small. It does not depend on the number of threads, so neither do the results.
 WANTED_BACKWARD_TASKS = 8
-
-
-class Launchable(Protocol):
-    """A compiled kernel. `tensors` has its arguments by name, and may have others."""
-
-    def launch(self, tensors: Tensors, scalars: Scalars, sizes: Mapping[str, int]) -> None: ...
-
-
-class Backend(Protocol):
-    """What turns tile kernels into something that runs."""
-
-    @property
-    def name(self) -> str: ...
-
-    def schedule(self, program: Attention) -> Schedule: ...
-
-    def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
-        """Raise a typed error for what this backend cannot do."""
-        ...
-
-    def source(self, kernel: Kernel, schedule: Schedule) -> str: ...
-
-    def compile(self, kernel: Kernel, schedule: Schedule) -> Launchable: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +151,8 @@ class CompiledAttention:
 
     def of_values(self, k: Tensor, v: Tensor) -> CompiledAttention:
         """The kernels of a forward pass over such values: those that load tiles once where v lies in k."""
-        return self._sharing if values_in_keys(k, v) and not self.program.values_in_keys else self
+        known = self.program.values_in_keys or self.program.cache is not None  # scales of both may differ
+        return self._sharing if not known and values_in_keys(k, v) else self
 
     @cached_property
     def _sharing(self) -> CompiledAttention:

@@ -16,7 +16,7 @@ from attn_engine.codegen.schedule import Edges, Gradients, Launch, Schedule, wit
 from attn_engine.codegen.targets import Target
 from attn_engine.errors import IllegalSchedule, NothingToTune, OutOfSharedMemory, WrongArgument
 from attn_engine.ir.program import Attention
-from attn_engine.runtime.compiled import Backend
+from attn_engine.runtime.backend import Backend
 from attn_engine.runtime.gpu_target import current_device_name, current_target
 from attn_engine.runtime.schedule_store import Place
 from attn_engine.version import VERSION

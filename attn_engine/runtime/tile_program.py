@@ -116,14 +116,12 @@ class _Instance:
         self.compute = compute_type(kernel)
         self.names: dict[str, Value] = dict(numbers)
         self.start: dict[str, int] = {}
-        self.shifts: dict[
-            str, tuple[int, int]
-        ] = {}  # of a page: a dimension, and where position 0 lies in it
+        # Of a page: a dimension, and where position 0 lies in it.
+        self.shifts: dict[str, tuple[int, int]] = {}
         self.listed: dict[str, tuple[int, Tensor]] = {}  # of an output: a dimension, and its rows by position
         self.sizes: dict[str, int] = dict(kernel.tile)
-        for axis in COLUMNS:
-            if axis in self.sizes:
-                self._place(axis, kernel.first_column(axis))
+        for axis in (a for a in COLUMNS if a in self.sizes):
+            self._place(axis, kernel.first_column(axis))
         for axis, position in place.items():
             if axis in _TILED:
                 self._place(axis, position * self.sizes[axis])
@@ -249,13 +247,9 @@ class _Instance:
             case Cast(x, like):
                 rounded = self._tile(values[x], x, x.axes).to(_torch_storage(self.params[like].storage))
                 return rounded.to(self.compute) if node.axes else rounded.item()
-            case Load():
+            case Load() | FirstColumns():
                 return self._load(node, values)
-            case FirstColumns(x, axis):
-                tile = self._tile(values[x], x, x.axes)
-                return tile.narrow(node.axes.index(axis), 0, self.sizes[axis])
-            case _:
-                raise TypeError(f"{type(node).__name__} does not occur in a tile program")
+        raise TypeError(f"{type(node).__name__} does not occur in a tile program")
 
     def _tile(self, value: Value, of: Expr, axes: tuple[str, ...]) -> Tensor:
         """`value` as a tensor that broadcasts over `axes`."""
@@ -278,7 +272,10 @@ class _Instance:
 
     # Memory
 
-    def _load(self, node: Load, values: Mapping[Expr, Value]) -> Value:
+    def _load(self, node: Load | FirstColumns, values: Mapping[Expr, Value]) -> Value:
+        if isinstance(node, FirstColumns):
+            whole = self._tile(values[node.x], node.x, node.x.axes)
+            return whole.narrow(node.axes.index(node.axis), 0, self.sizes[node.axis])
         tensor = self.tensors[node.tensor]
         clamped = self._captured(node.tensor)
         region = self._region(node.indices, values, tensor, clamped, self.shifts.get(node.tensor))

@@ -15,7 +15,7 @@ from attn_engine.errors import GradientNotSupported, UnsupportedOnBackend
 from attn_engine.ir.ops import Storage
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
-from attn_engine.runtime.compiled import Launchable
+from attn_engine.runtime.backend import Launchable
 from attn_engine.runtime.gpu_target import current_target
 from attn_engine.runtime.scaled import refuse_caches
 from attn_engine.version import VERSION

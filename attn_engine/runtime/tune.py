@@ -15,7 +15,8 @@ from torch import Tensor
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.ops import Number
 from attn_engine.ir.program import Attention
-from attn_engine.runtime.compiled import Backend, CompiledAttention
+from attn_engine.runtime.backend import Backend
+from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.schedule_store import Stored, fields_of
 from attn_engine.runtime.search import Progress, search
 

@@ -40,7 +40,7 @@ struct Scratch {  // of one thread
   alignas(64) Real probs_tile[BLOCK_Q][round_up(BLOCK_KV, LANES)];
 };
 
-static void tile_task(const Arguments& arguments, Scratch& scratch, int split, int tile) {
+static void tile_task(const Arguments& arguments, Scratch& scratch, int tile, int split) {
   const auto& q_spans = arguments.q_spans;
   const auto& kv_spans = arguments.kv_spans;
   const auto& tile_list = arguments.tile_list;
@@ -206,12 +206,12 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int split, i
 
 // Any number of threads may run this on the same arguments; each takes the next task.
 extern "C" void attn_engine_decode(Arguments* arguments) {
-  const int64_t tasks = arguments->splits * arguments->tile_count;
+  const int64_t tasks = arguments->tile_count * arguments->splits;
   Scratch* scratch = (Scratch*)aligned_alloc(64, (sizeof(Scratch) + 63) / 64 * 64);
   for (;;) {
     const int64_t task = __atomic_fetch_add(&arguments->next_task, 1, __ATOMIC_RELAXED);
     if (task >= tasks) break;
-    tile_task(*arguments, *scratch, task % arguments->splits, task / arguments->splits);
+    tile_task(*arguments, *scratch, task % arguments->tile_count, task / arguments->tile_count);
   }
   free(scratch);
 }

@@ -14,7 +14,7 @@ import pytest
 
 from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.gpu_check import __main__ as command
-from attn_engine.gpu_check import ahead, linear, run
+from attn_engine.gpu_check import ahead, linear, run, serving
 from attn_engine.gpu_check.ahead import SHOWCASE, AheadJob, faults_of
 from attn_engine.gpu_check.catalogue import CHECKS
 from attn_engine.gpu_check.checks import Failed
@@ -103,9 +103,11 @@ def test_errors_of_the_machine_are_no_failures() -> None:
 
 @pytest.fixture(autouse=True)
 def without_linear_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are in test_linear.py."""
+    """They, and those of serving, are in files of their own."""
     monkeypatch.setattr(linear, "ahead_jobs", lambda compilers, targets: [])
     monkeypatch.setattr(linear, "checks", lambda backend, device, small: [])
+    for name in ("ahead_jobs", "checks"):
+        monkeypatch.setattr(serving, name, lambda *_: [])
 
 
 @pytest.fixture

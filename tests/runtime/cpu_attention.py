@@ -17,7 +17,8 @@ from attn_engine.codegen.pipeline import with_header
 from attn_engine.codegen.schedule import Schedule, cpu_schedule
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
-from attn_engine.runtime.compiled import CompiledAttention, Launchable
+from attn_engine.runtime.backend import Launchable
+from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.cpu_compile import Compiler, compile_cpu, find_compiler
 from attn_engine.runtime.storage import TORCH_DTYPES
 

@@ -18,8 +18,9 @@ from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.library import OnlineRelu, OnlineRetention, OnlineSigmoid, OnlineSoftmax
 from attn_engine.runtime import cpu_launch, few_rows
+from attn_engine.runtime.backend import Launchable
 from attn_engine.runtime.backends import TorchBackend, TritonBackend
-from attn_engine.runtime.compiled import CompiledAttention, Launchable
+from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.few_rows import choose_packing, choose_splits
 from tests.conformance.cases import NORMALISERS, Variant
 from tests.conformance.test_conformance import run_case

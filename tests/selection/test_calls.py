@@ -25,7 +25,7 @@ def at_offset(backend: str = "cpu", **options) -> SelectionEngine:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("page", [16, 24, 64])
+@pytest.mark.parametrize("page", [16, 24, pytest.param(64, marks=pytest.mark.slow)])
 def test_pages_in_any_order_are_contiguous_keys(backend, page):
     lengths = [150, 0, 37]
     q, k = whole_numbers(3, 2, 6, 16), whole_numbers(3, 150, 2, 16)

@@ -42,8 +42,11 @@ def test_of_equals_the_lowest_index_is_taken(dtype, heads, kv_heads, topk):
     assert torch.equal(select.reference(q, k, topk=topk), want)
 
 
+SLOW_SIZES = [(16, 16, 64), (64, 16, 64), (32, 32, 64), (32, 8, 64)]
+
+
 @pytest.mark.parametrize(
-    "sizes", [(32, 16, 64), (16, 16, 64), (64, 16, 64), (32, 32, 64), (32, 8, 64), (6, 2, 4)]
+    "sizes", [(32, 16, 64), (6, 2, 4), *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW_SIZES)]
 )
 def test_blocks_get_what_windows_share_with_them(sizes):
     length, stride, block = sizes

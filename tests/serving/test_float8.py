@@ -111,10 +111,27 @@ def test_batches_without_lengths_and_any_score_mod(layout: str, seed: int) -> No
     torch.testing.assert_close(out.double(), built.reference(q, k, v, **named), rtol=2e-5, atol=2e-5)
     for _ in range(3):
         assert torch.equal(built(q, k, v, **named), out)
+    torch.compiler.reset()
     compiled: Any = torch.compile(lambda *x, **n: built(*x, **n), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(q, k, v, **named), out)
     longer = {n: x * 2 for n, x in named.items()}
     assert not torch.equal(built(q, k, v, **longer), out)
+
+
+def test_values_in_the_memory_of_keys_have_scales_of_their_own(seed: int) -> None:
+    """The same bytes mean other numbers as keys and as values."""
+    torch.manual_seed(seed)
+    cache, q = filled(LENGTHS, 16, 1, (136, 8)), torch.randn(3, 1, 4, 136)
+    k, scale, numbers = narrow(cache.k, per_row=False)
+    built = engine((136, 128), backend=CPU)
+    given: dict[str, Any] = {"len_kv": cache.lengths, "block_table": cache.table, "k_scale": scale}
+    for factor in (1, 3):
+        out = built(q, k, k[..., :128], v_scale=scale[..., 0] * factor, **given)
+        values = numbers[..., :128] * factor
+        want = built.reference(q, k, k[..., :128], v_scale=scale[..., 0] * factor, **given)
+        torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5)
+        wide = built(q, numbers, values, len_kv=cache.lengths, block_table=cache.table)
+        torch.testing.assert_close(out, wide, rtol=2e-5, atol=2e-5)
 
 
 def test_packed_sequences(seed: int) -> None:

@@ -29,7 +29,7 @@ class ChoiceRenderer(TileRenderer):
         }[s.choice]
 
     def keep_ahead(self, s: Pack) -> None:
-        """Remembers a tile of keys that few tokens read: it is used once, so memory must be asked for the next in time."""
+        """Remembers a tile of keys that few tokens read: memory must be asked for the next one in time."""
         if any(isinstance(x, Choose) for x in walk(self.kernel.body)):
             self.ahead[s.name] = BLOCKS[s.load.axes[-1]], self.matrix(s.load.tensor, s.load.indices)
 

@@ -137,17 +137,23 @@ class ChunkNests(TileLangRenderer):
     def _reduction(self, name: str, node: Reduce, known: Mapping[Expr, Expr]) -> list[str]:
         target, counter = self.element_of(name), COUNTERS[node.axis]
 
+        start = self.number(float(REDUCE_IDENTITY[node.kind]))
+        # A program that has some of the columns of v alone adds up those: what it is used for is linear.
+        shared = node.axis == "dv" and self.chunk_options.parts(self.program) > 1
+
         def join(texts: Sequence[str]) -> list[str]:
+            inside = self.inside((node.axis,)) if shared else []
+            term = f"T.if_then_else({inside[0]}, {texts[0]}, {start})" if inside else texts[0]
             if node.kind == "sum":
-                return [f"{target} = {target} + {texts[0]}"]
-            return [f"{target} = T.{node.kind}({target}, {texts[0]})"]
+                return [f"{target} = {target} + {term}"]
+            return [f"{target} = T.{node.kind}({target}, {term})"]
 
         outer = self.counting_nest(node.axes) if node.axes else "for _ in each(1):"
-        start = self.number(float(REDUCE_IDENTITY[node.kind]))
+        size = BLOCKS["dv"] if shared else SIZES[node.axis]
         return [
             outer,
             f"    {target} = {start}",
-            f"    for {counter} in T.serial({SIZES[node.axis]}):",
+            f"    for {counter} in T.serial({size}):",
             *self._indented(self._body((*node.axes, node.axis), [node.x], join, known), 2),
         ]
 

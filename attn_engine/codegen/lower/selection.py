@@ -188,7 +188,7 @@ class _Selection:
             Let(end.name, simplify(call(Op.MAX, ceil_to(stop, n), begin))),
         ]
         if self.split:
-            lets += split_bounds("kv", n, begin, end, (end - begin) // n)
+            lets += split_bounds(n, begin, end, (end - begin) // n)
         return lets
 
     # -- steps

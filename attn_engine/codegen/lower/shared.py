@@ -3,8 +3,8 @@
     key = K[batch, kv_head, kv_idx, d_idx]
     value = the first columns of key
 
-Latent attention has them: 512 of 576 columns. Where the columns are cut into powers of two (`columns.py`), a value is the
-first pieces of its key, so that no backend ever has to take a part of a tile.
+Latent attention has them: 512 of 576 columns. Where the columns are cut into powers of two (`columns.py`), a value is
+the first pieces of its key, so that no backend ever has to take a part of a tile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attn_engine.ir.tile import If, Kernel, Let, Loop, Stmt, map_expressions
 
 
 def share_tiles(program: Attention) -> bool:
-    """Whether values are read from the tiles of their keys: where the pieces of their columns are pieces of the keys'."""
+    """Whether values are read from the tiles of their keys: their pieces of columns are the first ones of the keys."""
     keys, values = pieces(program.dim_qk), pieces(program.dim_v)
     return program.values_in_keys and keys[: len(values)] == values
 
@@ -37,8 +37,9 @@ def values_from_keys(kernel: Kernel) -> Kernel:
 def values_from_memory(kernel: Kernel) -> Kernel:
     """The same kernel with tiles of their own for the values, for backends that do not read a part of a tile."""
     (*rows, _) = load_tile("K").indices
-    loads = {e: Load("K", e.dtype, (*rows, DV_IDX)) for e in (FirstColumns(KEY, "dv"),)}
-    return replace(kernel, body=map_expressions(kernel.body, lambda e: loads.get(e, e)))
+    part = FirstColumns(KEY, "dv")
+    load = Load("K", part.dtype, (*rows, DV_IDX))
+    return replace(kernel, body=map_expressions(kernel.body, lambda e: load if e is part else e))
 
 
 def _replaced(body: tuple[Stmt, ...], old: Let, new: Let) -> tuple[Stmt, ...]:
