@@ -18,6 +18,7 @@ FEW = 16  # rows that one block holds together, whatever their units: they are o
 ENOUGH_ROWS = 32  # a unit of so many rows makes full tiles by itself
 MOST_UNITS = 32  # of queries in a block
 HALF_TILES = 1.05  # measured: rows in tiles of 16 against rows in tiles of 32
+KEYS_OF_SHORT_TILES = 32  # fewer are one register: a backward pass then takes 16 rows at once
 SHORT_TILES = 1.5  # measured: rows in tiles of 8
 AS_GOOD = 1.02  # larger blocks for so much more work: they have fewer entries
 
@@ -59,6 +60,8 @@ def shape_of_blocks(
     kv_units = max(1, SMALLEST_BLOCK // units.block_kv)
     if q_len * group <= FEW:
         return BlockShape(max(1, units.q_units), kv_units, rows, units.block_kv, group, every=True)
+    if units.block_kv * kv_units < KEYS_OF_SHORT_TILES:
+        smallest = max(smallest, SMALLEST_BLOCK)
     q_units = _units_of_least_work(given, rows, smallest) if rows < ENOUGH_ROWS else 1
     return BlockShape(q_units, kv_units, rows, units.block_kv, group, every=False)
 

@@ -138,8 +138,9 @@ def test_blocks_expanded_by_rows_and_dense() -> None:
     torch.testing.assert_close(everything, run(*x.tensors), atol=2e-6, rtol=2e-6)
 
 
-def test_nothing_depends_on_threads_or_on_what_lay_in_memory() -> None:
-    x, blocks = drawn((1, 8, 2), (120, 120)), torch.rand(1, 2, 120, 8) < 0.3
+@pytest.mark.parametrize("block", [16, 32])  # tokens of 4 heads: 16 rows of a tile, 8 rows
+def test_nothing_depends_on_threads_or_on_what_lay_in_memory(block: int) -> None:
+    x, blocks = drawn((1, 8, 2), (120, 120)), torch.rand(1, 2, 120, -(-120 // block)) < 0.1
     seen: list[tuple[Tensor, ...]] = []
     before = torch.get_num_threads()
     try:
@@ -147,7 +148,7 @@ def test_nothing_depends_on_threads_or_on_what_lay_in_memory() -> None:
             torch.set_num_threads(threads)
             poison = [torch.full((200_000,), float("nan")) for _ in range(3)]
             del poison
-            o = engine("cpu")(*x.tensors, block_sparse_mask=blocks, block_size=(1, 16))
+            o = engine("cpu")(*x.tensors, block_sparse_mask=blocks, block_size=(1, block))
             seen.append((o, *gradients(o, x.weight, x.tensors)))
     finally:
         torch.set_num_threads(before)
