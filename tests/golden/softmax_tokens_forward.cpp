@@ -86,14 +86,16 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
 
   // -- given kv blocks of which parts are visible
   for (int entry = partial_begin; entry < partial_end; ++entry) {
+    const int kv_next = kv_partial_blocks(min(entry + 1, partial_end - 1)) * 64;
     const int kv_block = kv_partial_blocks(entry);
     const int seen = kv_partial_seen(entry);
-    const auto partial_step = [&](int kv_start) __attribute__((noinline)) {
+    const auto partial_step = [&](int kv_start, int kv_next) __attribute__((noinline)) {
       const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
-      const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
-      const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+      const Rows key = tile_of<D, false>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
+      const Rows value = tile_of<DV, false>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
       Floats tile_max = fill(-INFINITY);
       for (int block = 0; block < kv_rows; block += ROWS) {
+        fetch_share<D, BLOCK_KV, BLOCK_KV>(matrix(K, batch, kv_head), kv_next, block);
         Floats sums[ROWS];
         UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
         multiply_add(sums, D, key[block], key.stride, 1, query_packed[0], LANES);
@@ -120,6 +122,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
         tile_sum = tile_sum + probs;
       }
       for (int block = 0; block < DV; block += ROWS) {
+        fetch_share<DV, BLOCK_KV, DV>(matrix(V, batch, kv_head), kv_next, block);
         Floats sums[ROWS];
         UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
         multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, masked_score_tile[0], LANES);
@@ -131,16 +134,17 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       row_sum = new_sum;
     };
     for (int kv_start = max(kv_block * 64, kv_begin); kv_start < min(kv_block * 64 + 64, kv_end); kv_start += BLOCK_KV)
-      partial_step(kv_start);
+      partial_step(kv_start, kv_next);
   }
 
   // -- given kv blocks
-  const auto full_step = [&](int kv_start) __attribute__((noinline)) {
+  const auto full_step = [&](int kv_start, int kv_next) __attribute__((noinline)) {
     const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
-    const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
-    const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+    const Rows key = tile_of<D, false>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
+    const Rows value = tile_of<DV, false>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
     Floats tile_max = fill(-INFINITY);
     for (int block = 0; block < kv_rows; block += ROWS) {
+      fetch_share<D, BLOCK_KV, BLOCK_KV>(matrix(K, batch, kv_head), kv_next, block);
       Floats sums[ROWS];
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
       multiply_add(sums, D, key[block], key.stride, 1, query_packed[0], LANES);
@@ -164,6 +168,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       tile_sum = tile_sum + probs;
     }
     for (int block = 0; block < DV; block += ROWS) {
+      fetch_share<DV, BLOCK_KV, DV>(matrix(V, batch, kv_head), kv_next, block);
       Floats sums[ROWS];
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
       multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, score_tile[0], LANES);
@@ -174,12 +179,13 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     const auto new_sum = row_sum * rescale + tile_sum;
     row_sum = new_sum;
   };
-  const auto partial_step = [&](int kv_start) __attribute__((noinline)) {
+  const auto partial_step = [&](int kv_start, int kv_next) __attribute__((noinline)) {
     const int kv_rows = min(BLOCK_KV, kv_len - kv_start);
-    const Rows key = tile_of<D>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
-    const Rows value = tile_of<DV>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
+    const Rows key = tile_of<D, false>(matrix(K, batch, kv_head), kv_start, kv_rows, key_spare);
+    const Rows value = tile_of<DV, false>(matrix(V, batch, kv_head), kv_start, kv_rows, value_spare);
     Floats tile_max = fill(-INFINITY);
     for (int block = 0; block < kv_rows; block += ROWS) {
+      fetch_share<D, BLOCK_KV, BLOCK_KV>(matrix(K, batch, kv_head), kv_next, block);
       Floats sums[ROWS];
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
       multiply_add(sums, D, key[block], key.stride, 1, query_packed[0], LANES);
@@ -206,6 +212,7 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
       tile_sum = tile_sum + probs;
     }
     for (int block = 0; block < DV; block += ROWS) {
+      fetch_share<DV, BLOCK_KV, DV>(matrix(V, batch, kv_head), kv_next, block);
       Floats sums[ROWS];
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0.0f);
       multiply_add(sums, kv_rows, value[0] + block, 1, value.stride, masked_score_tile[0], LANES);
@@ -217,11 +224,12 @@ static void tile_task(const Arguments& arguments, Scratch& scratch, int q_start,
     row_sum = new_sum;
   };
   for (int entry = full_begin; entry < full_end; ++entry) {
+    const int kv_next = kv_full_blocks(min(entry + 1, full_end - 1)) * 64;
     const int kv_block = kv_full_blocks(entry);
     for (int kv_start = max(kv_block * 64, kv_begin); kv_start < min(kv_block * 64 + 64, kv_full_end); kv_start += BLOCK_KV)
-      full_step(kv_start);
+      full_step(kv_start, kv_next);
     for (int kv_start = max(kv_block * 64, kv_full_end); kv_start < min(kv_block * 64 + 64, kv_end); kv_start += BLOCK_KV)
-      partial_step(kv_start);
+      partial_step(kv_start, kv_next);
   }
 
   // -- normalise and store
