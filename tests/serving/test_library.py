@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_engine import AttentionEngine, AttentionLibrary, CustomIO, meta_tensor
-from attn_engine.library import alibi, alibi_slopes, causal_with_offset
+from attn_engine.library import alibi, alibi_slopes, append_to_cache, causal_with_offset
 from attn_engine.runtime.cpu_compile import find_compiler
 from tests.serving.caches import attention, filled
 
@@ -75,3 +75,36 @@ def test_grouped_heads_share_tiles(backend: str, rows: int, seed: int) -> None:
     assert [packing.name for packing, _ in call.compiled._variants] == [
         "ONE_QUERY" if rows == 1 else "QUERIES"
     ]
+
+
+def test_a_prompt_in_chunks(seed: int) -> None:
+    """Chunks of a prompt, each over what the cache holds by then, give the rows of the whole prompt."""
+    torch.manual_seed(seed)
+    tokens, page = 75, 16
+    q, k, v = torch.randn(1, tokens, 4, 16), *torch.randn(2, 1, tokens, 2, 16)
+    options: dict[str, Any] = {"backend": CPU, "slopes": alibi_slopes(4)}
+    whole = AttentionLibrary("AlibiAttention", "Causal", "Train", **options)(q, k, v)
+    chunked = AttentionLibrary("AlibiAttention", "Causal", "Prefill", **options)
+    pages = -(-tokens // page)
+    caches = tuple(torch.full((pages, page, 2, 16), float("nan")) for _ in range(2))
+    table, lengths = torch.randperm(pages).int()[None], torch.zeros(1, dtype=torch.int32)
+    done = 0
+    for rows in (1, 30, 16, 2, 26):
+        new = slice(done, done + rows)
+        lengths = append_to_cache((k[:, new], v[:, new]), caches, lengths, table)
+        o = chunked(q[:, new], *caches, block_table=table, len_kv=lengths)
+        torch.testing.assert_close(o, whole[:, new], rtol=1e-5, atol=2e-6)
+        done += rows
+    assert done == tokens
+
+
+def test_every_past_length(seed: int) -> None:
+    """A step of decoding over 0, 1, ..., 130 keys in sight; what lies behind them is poisoned."""
+    torch.manual_seed(seed)
+    cache = filled(range(131), 16, 2)
+    q = torch.randn(131, 1, 4, 16)
+    built = AttentionLibrary("SoftmaxAttention", "Causal", "Decode", backend=CPU)
+    found, rows = built(q, cache.k_rows, cache.v_rows, len_kv=cache.lengths, return_final_rowscales=True)
+    want, lse = attention(q, cache.k_rows, cache.v_rows, cache.lengths, 0.25)
+    torch.testing.assert_close(found.double(), want, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(rows["lse"].double(), lse, rtol=2e-5, atol=2e-6)
