@@ -15,6 +15,7 @@ from torch import Tensor
 from attn_engine.codegen.lower.capture import Route, capture_gradients
 from attn_engine.codegen.schedule import SMALLEST_BLOCK, SMALLEST_ROWS
 from attn_engine.errors import UnsupportedOnBackend
+from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads, packable
 from attn_engine.ir.program import Attention, ListedBlocks
 from attn_engine.runtime.backends import backend_for
@@ -32,6 +33,7 @@ from attn_engine.runtime.versions import version_of
 
 if TYPE_CHECKING:
     from attn_engine.engine import AttentionEngine
+    from attn_engine.traced_program import TracedProgram
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,13 +55,6 @@ def blocks_given(engine: AttentionEngine, named: dict[str, Any], block_mask: Any
     return given
 
 
-def visible_pairs(
-    given: BlockSparse, program: Attention, captured: Mapping[str, Tensor], q: Tensor, k: Tensor
-) -> Tensor:
-    """bool (batches, H, Sq, Skv) of the longest sequences; q and k are (B, H, rows, D)."""
-    return given.dense(extent_of(program, captured, q, k), q.device)
-
-
 def attend(
     engine: AttentionEngine,
     given: BlockSparse,
@@ -79,18 +74,42 @@ def attend(
     refuse_transforms((q, k, v, *custom, *named.values()))
     traced, captured, numbers, _ = engine._bind(q, k, v, custom, named)
     refuse_transforms(captured.values())
-    extent = extent_of(traced.program, captured, engine._logical(q), engine._logical(k))
-    group = packed_group(traced.program, captured, extent)
-    # What no gradient needs is not made: lists by block of keys.
-    loops = LOOPS[:1] if stays_direct((q, k, v, *captured.values())) else LOOPS
-    on_cpu = backend_for(engine.backend, q.device.type) == "cpu"
-    smallest = SMALLEST_ROWS if on_cpu else SMALLEST_BLOCK
-    lists = lists_of_call(given, extent, group, q.device, loops, smallest)
-    call, key = engine._call(traced.with_lists(lists.blocks), q.device.type)
-    rows = PackedRows(engine.layout, lists.blocks.group)
-    tensors = _in_order(captured, lists, traced.program)
-    o, found = apply(call, key, rows.pack(q), k, v, tensors, numbers, None, with_rows)
-    return rows.unpack(o), [rows.unpack_rows(x) for x in found]
+    return BlocksOfCall(engine, given).attend(traced, inputs, captured, numbers, with_rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlocksOfCall:
+    """A call that gives blocks, when everything else about it is known."""
+
+    engine: AttentionEngine
+    given: BlockSparse
+
+    def attend(
+        self,
+        traced: TracedProgram,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        captured: Mapping[str, Tensor],
+        numbers: Mapping[str, Number],
+        with_rows: bool,
+    ) -> tuple[Tensor, Any]:
+        """o and the row values."""
+        engine, (q, k, v) = self.engine, inputs
+        extent = extent_of(traced.program, captured, engine._logical(q), engine._logical(k))
+        group = packed_group(traced.program, captured, extent)
+        # What no gradient needs is not made: lists by block of keys.
+        loops = LOOPS[:1] if stays_direct((q, k, v, *captured.values())) else LOOPS
+        on_cpu = backend_for(engine.backend, q.device.type) == "cpu"
+        smallest = SMALLEST_ROWS if on_cpu else SMALLEST_BLOCK
+        lists = lists_of_call(self.given, extent, group, q.device, loops, smallest)
+        call, key = engine._call(traced.with_lists(lists.blocks), q.device.type)
+        rows = PackedRows(engine.layout, lists.blocks.group)
+        tensors = _in_order(captured, lists, traced.program)
+        o, found = apply(call, key, rows.pack(q), k, v, tensors, numbers, None, with_rows)
+        return rows.unpack(o), [rows.unpack_rows(x) for x in found]
+
+    def visible(self, program: Attention, captured: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Tensor:
+        """bool (batches, H, Sq, Skv) of the longest sequences; q and k are (B, H, rows, D)."""
+        return self.given.dense(extent_of(program, captured, q, k), q.device)
 
 
 def packed_group(program: Attention, captured: Mapping[str, Tensor], extent: Extent) -> int:
@@ -127,7 +146,7 @@ def extent_of(program: Attention, captured: Mapping[str, Tensor], q: Tensor, k: 
     return Extent(tables.count, sizes["heads"], sizes["kv_heads"], q_len, kv_len, *rows, exact=False)
 
 
-def _in_order(captured: dict[str, Tensor], lists: GivenLists, program: Attention) -> dict[str, Tensor]:
+def _in_order(captured: Mapping[str, Tensor], lists: GivenLists, program: Attention) -> dict[str, Tensor]:
     """Captured tensors, lists, rows of sequences: the order in which operators take them."""
     of_functions = {c.name: captured[c.name] for c in program.captures}
     found = {**of_functions, **lists.tensors, **captured}

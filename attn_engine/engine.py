@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from attn_engine.block_calls import attend, blocks_given, visible_pairs
+from attn_engine.block_calls import BlocksOfCall, attend, blocks_given
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.engine_state import EngineState
 from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
@@ -189,7 +189,8 @@ class AttentionEngine(EngineState):
         given = blocks_given(self, named, block_mask) if named else None
         traced, captured, numbers, _ = self._bind(q, k, v, custom_inputs, named, block_mask)
         views = self._logical(q), self._logical(k), self._logical(v)
-        visible = None if given is None else visible_pairs(given, traced.program, captured, *views[:2])
+        blocks = None if given is None else BlocksOfCall(self, given)
+        visible = None if blocks is None else blocks.visible(traced.program, captured, *views[:2])
         o, rows = reference(traced.program, *views, captured, numbers, dtype, visible)
         return of_logical(o, self.layout, q.ndim == 3), rows
 
@@ -202,7 +203,9 @@ class AttentionEngine(EngineState):
         """
         from attn_engine.runtime.check import compare
 
-        report = compare(self, q, k, v, *custom_inputs, **named)
+        given = blocks_given(self, named, None) if named else None
+        blocks = None if given is None else BlocksOfCall(self, given)
+        report = compare(self, blocks, q, k, v, *custom_inputs, **named)
         return replace(report, methods=self._description.check_methods(self.program.rule))
 
     # -- copies

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.check_rule import MethodReport
-from attn_engine.runtime.block_sparse import NAMES as BLOCKS
-from attn_engine.runtime.block_sparse import WrongBlockSparse
+from attn_engine.ir.program import Attention
 from attn_engine.runtime.call import Call
 from attn_engine.runtime.operator import apply
 from attn_engine.runtime.reference import reference
@@ -76,38 +76,47 @@ class CheckReport:
         return "\n".join(lines)
 
 
+class Blocks(Protocol):
+    """Blocks that a call gives (block_calls.py)."""
+
+    def attend(
+        self,
+        traced: Any,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        captured: Mapping[str, Tensor],
+        numbers: Mapping[str, Number],
+        with_rows: bool,
+    ) -> tuple[Tensor, Any]: ...
+
+    def visible(self, program: Attention, captured: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Tensor: ...
+
+
 def compare(
-    engine: Any, q: Tensor, k: Tensor, v: Tensor, *custom_inputs: Tensor, **named: Tensor
+    engine: Any, blocks: Blocks | None, q: Tensor, k: Tensor, v: Tensor, *custom: Tensor, **named: Tensor
 ) -> CheckReport:
-    """Output, row values and gradients of `engine(q, k, v, ...)` against the reference.
+    """Output, row values and gradients of `engine(q, k, v, ...)`, over these blocks alone, against the reference.
 
     The gradients are those of sum(o * r) for a fixed random r, with respect to q, k, v and each floating tensor that
     score_mod reads, custom or captured. The caller's tensors and their .grad are left alone.
     """
-    for name in BLOCKS:
-        if name in named and name not in engine.custom_io:
-            what, instead = (
-                "an argument of engine.check",
-                "Compare engine(...) with engine.reference(...) instead.",
-            )
-            raise WrongBlockSparse(
-                argument=name, what=what, got="given", expected="left out", instead=instead
-            )
-    traced, tensors, numbers, _ = engine._bind(q, k, v, custom_inputs, named)
+    traced, tensors, numbers, _ = engine._bind(q, k, v, custom, named)
     call, key = engine._call(traced, q.device.type)
     program = traced.program
     floating = tuple(c.name for c in program.differentiable_captures)
     learned = call.compiled.supported(floating)
 
     def compiled(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
-        o, rows = apply(call, key, q, k, v, tensors, numbers, with_rows=True)
+        if blocks is None:
+            o, rows = apply(call, key, q, k, v, tensors, numbers, with_rows=True)
+        else:
+            o, rows = blocks.attend(traced, (q, k, v), tensors, numbers, with_rows=True)
         return call.logical(o), dict(zip(program.rule.row_outputs, rows, strict=True))
 
     def dense(dtype: torch.dtype) -> Run:
         def run(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
-            return reference(
-                program, call.logical(q), call.logical(k), call.logical(v), tensors, numbers, dtype
-            )
+            views = call.logical(q), call.logical(k), call.logical(v)
+            visible = None if blocks is None else blocks.visible(program, tensors, *views[:2])
+            return reference(program, *views, tensors, numbers, dtype, visible)
 
         return run
 

@@ -102,8 +102,6 @@ def test_one_way_to_give_blocks() -> None:
     mask = create_block_mask(causal, None, None, 128, 128, "cpu", BLOCK_SIZE=32)
     with pytest.raises(WrongBlockSparse, match="an argument beside block_mask"):
         engine("cpu")(*x.tensors, block_mask=mask, block_sparse_mask=MASK, block_size=32)
-    with pytest.raises(WrongBlockSparse, match=r"an argument of engine\.check"):
-        engine("cpu").check(*x.tensors, block_sparse_mask=MASK, block_size=32)
 
 
 def test_a_custom_input_keeps_its_name() -> None:

@@ -82,6 +82,26 @@ def test_other_normalisers(rule: type[OnlineFunc], sizes: tuple[int, int]) -> No
     )
 
 
+@pytest.mark.parametrize("sizes", [(32, 32), (1, 16)], ids=str)
+def test_an_engine_checks_itself(sizes: tuple[int, int]) -> None:
+    """Output and gradients, those of a captured tensor too, over the given blocks; and what differs is reported."""
+    x, slopes = drawn((1, 4, 2), (70, 70)), torch.rand(4, requires_grad=True)
+    blocks = torch.rand(1, 2, -(-70 // sizes[0]), -(-70 // sizes[1])) < 0.5
+
+    def biased(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score * 0.2 - slopes[h] * (q_idx - kv_idx) / 70
+
+    run = AttentionEngine(METAS, score_mod=biased, backend="cpu")
+    given = {"block_sparse_mask": blocks, "block_size": sizes}
+    report = run.check(*x.tensors, **given)
+    report.raise_if_failed()
+    assert {t.name for t in report.tensors} >= {"o", "lse", "d q", "d k", "d v", "d slopes"}
+    o = next(t for t in report.tensors if t.name == "o")
+    wanted = run.reference(*x.tensors, **given)
+    assert isinstance(wanted, Tensor)
+    assert o.relative == pytest.approx(o.error / float(wanted.detach().abs().max()), rel=1e-6)
+
+
 LENGTHS = ([70, 0, 1, 15, 16, 17], [70, 5, 1, 33, 16, 17])
 
 
