@@ -6,18 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from attn_engine.codegen.schedule import Schedule
 from attn_engine.dump import dump_stages
 from attn_engine.engine_text import EngineText
-from attn_engine.errors import (
-    AttnEngineError,
-    IndexNotInteger,
-    MaskIsNotBool,
-    ScoreIsBool,
-    WrongOperands,
-)
 from attn_engine.frontend import CustomIO, MetaTensor, OnlineFunc
 from attn_engine.graph_checks import GraphChecks
 from attn_engine.ir.ops import Storage
@@ -33,15 +24,16 @@ from attn_engine.options import (
     three_metas,
 )
 from attn_engine.runtime.backends import DEVICES, backend_for, backend_named
-from attn_engine.runtime.bind import Expected, storage_of
+from attn_engine.runtime.bind import Expected
 from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import CallChecks
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.schedules import Schedules
 from attn_engine.traced_program import Description, TracedProgram
+from attn_engine.tracing import Tracing
 
 
-class EngineState(EngineText):
+class EngineState(EngineText, Tracing[TracedProgram]):
     """The part of AttentionEngine that stays from call to call."""
 
     def _set_up(
@@ -84,24 +76,9 @@ class EngineState(EngineText):
         sizes = tuple(fixed_sizes(m) for m in (q, k, v))
         expected = Expected(layout, q.dtype, (q.dim, k.dim, v.dim), sizes)
         self._checks = CallChecks(expected, self.custom_io.shapes, backend, DEVICES.get(backend))
-        self._first_error: AttnEngineError | None = None
-        self._traced: TracedProgram | None = None
+        self._first_error = self._traced = None
         self._calls: dict[tuple[object, str], tuple[Call, int]] = {}
         self._retired: list[tuple[Call, int]] = []
-
-    def _first_trace(self) -> TracedProgram | None:
-        """The program, so that mistakes show here and not at the first call.
-
-        How custom inputs lie is not known yet. They are taken for float32; an error that another kind might cure waits
-        for the call that brings the tensors.
-        """
-        try:
-            return self._description.trace(self._storages({}))
-        except (IndexNotInteger, MaskIsNotBool, ScoreIsBool, WrongOperands) as error:
-            if not len(self.custom_io):
-                raise
-            self._first_error = error
-            return None
 
     @property
     def program(self) -> Attention:
@@ -114,31 +91,15 @@ class EngineState(EngineText):
         lists = self._lists_of(None)
         return self._present if lists is None else self._present.with_lists(blocks_of(lists))
 
-    @property
-    def _present(self) -> TracedProgram:
-        if self._traced is None and self._first_error is None:
-            self._traced = self._first_trace()
-        if self._traced is None:
-            assert self._first_error is not None
-            raise self._first_error
-        return self._traced
-
     # -- programs and kernels
+
+    def _trace(self, storages: dict[str, Storage]) -> TracedProgram:
+        return self._description.trace(storages)
 
     def _lists_of(self, block_mask: Any) -> BlockLists | None:
         """Those of this moment: of the call's mask, else of the engine's own."""
         block_mask = self._block_mask if block_mask is None else block_mask
         return block_lists(block_mask, self._description.mask_mod is not None)
-
-    def _storages(self, custom: dict[str, Tensor]) -> dict[str, Storage]:
-        names = self._checks.custom_shapes
-        return {n: storage_of(n, custom[n].dtype) if n in custom else Storage.FLOAT32 for n in names}
-
-    def _current(self, storages: dict[str, Storage]) -> TracedProgram:
-        """The program of this moment for custom inputs that lie like this."""
-        if self._traced is None or self._traced.stale(storages):
-            self._traced = self._description.trace(storages)
-        return self._traced
 
     def _forget_calls(self, traced: TracedProgram, name: str) -> None:
         """Make kernels anew at the next call; those of a call that has begun stay for its gradients."""

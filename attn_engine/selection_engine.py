@@ -11,21 +11,16 @@ import torch
 from torch import Tensor
 
 from attn_engine.errors import (
-    AttnEngineError,
-    IndexNotInteger,
-    MaskIsNotBool,
-    ScoreIsBool,
     UnknownLayout,
     UnknownOption,
     WrongArgument,
     WrongMeta,
-    WrongOperands,
 )
 from attn_engine.frontend import CustomIO, MetaTensor
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.selection import Overlap, Selection
 from attn_engine.options import checked_scale, fixed_sizes, three_metas
-from attn_engine.runtime.bind import LAYOUTS, Expected, custom_by_name, storage_of
+from attn_engine.runtime.bind import LAYOUTS, Expected, custom_by_name
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
 from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.selection_checks import check_forced
@@ -37,6 +32,7 @@ from attn_engine.selection_text import SelectionText, checked_backend
 from attn_engine.sequence_calls import sequence_places
 from attn_engine.traced_program import Description
 from attn_engine.traced_selection import Importance, SelectionDescription, TracedSelection
+from attn_engine.tracing import Tracing
 
 
 class Machine(Protocol):
@@ -47,7 +43,7 @@ class Machine(Protocol):
     ) -> Tensor: ...
 
 
-class SelectionEngine(SelectionText):
+class SelectionEngine(SelectionText, Tracing[TracedSelection]):
     """A compiled selection: for each query and kv head the indices of the topk keys of the highest importance.
 
         importance[b, t, g, u] = sum over the query heads h of kv head g of score_mod(scale * q k^T, b, h, t, u)
@@ -111,32 +107,12 @@ class SelectionEngine(SelectionText):
         expected = Expected(layout, q.dtype, (q.dim, k.dim, k.dim), sizes)
         device = "cpu" if self.backend == "cpu" else None
         self._checks = CallChecks(expected, self.custom_io.shapes, self.backend, device)
-        self._first_error: AttnEngineError | None = None
-        self._traced: TracedSelection | None = None
-
-    def _first_trace(self) -> TracedSelection | None:
-        """So that mistakes show when the engine is made. Custom inputs are taken for float32 until a call."""
-        try:
-            return self._description.trace(self._storages({}))
-        except (IndexNotInteger, MaskIsNotBool, ScoreIsBool, WrongOperands) as error:
-            if not len(self.custom_io):
-                raise
-            self._first_error = error
-            return None
+        self._first_error = self._traced = None
 
     @property
     def program(self) -> Selection:
         """The traced program; before the first call custom inputs are taken for float32."""
         return self._present.program
-
-    @property
-    def _present(self) -> TracedSelection:
-        if self._traced is None and self._first_error is None:
-            self._traced = self._first_trace()
-        if self._traced is None:
-            assert self._first_error is not None
-            raise self._first_error
-        return self._traced
 
     # -- calls
 
@@ -199,6 +175,9 @@ class SelectionEngine(SelectionText):
 
     # -- from a call to what runs it
 
+    def _trace(self, storages: dict[str, Storage]) -> TracedSelection:
+        return self._description.trace(storages)
+
     def _bind(
         self, q: Tensor, k: Tensor, custom_inputs: Sequence[Tensor], named: dict[str, Tensor]
     ) -> tuple[TracedSelection, dict[str, Tensor], dict[str, Number]]:
@@ -244,16 +223,6 @@ class SelectionEngine(SelectionText):
     ) -> DenseSelection:
         wide = compute_dtype(traced.program.pairs.element) if dtype is None else dtype
         return DenseSelection(traced.program, *views, tensors, numbers, wide)
-
-    def _storages(self, custom: dict[str, Tensor]) -> dict[str, Storage]:
-        names = self._checks.custom_shapes
-        return {n: storage_of(n, custom[n].dtype) if n in custom else Storage.FLOAT32 for n in names}
-
-    def _current(self, storages: dict[str, Storage]) -> TracedSelection:
-        """The program of this moment for custom inputs that lie like this."""
-        if self._traced is None or self._traced.stale(storages):
-            self._traced = self._description.trace(storages)
-        return self._traced
 
     def _logical(self, x: Tensor) -> Tensor:
         return logical_view(x, self.layout)

@@ -72,6 +72,7 @@ PACKAGES = {
 ONLY_BOTH_BRANCHES = {
     "engine.py",
     "engine_state.py",
+    "tracing.py",
     "graph_checks.py",
     "options.py",
     "traced_program.py",
