@@ -61,10 +61,11 @@ def test_a_loss_of_row_values_alone(
     seen = exact > -math.inf  # a weight of 0 times -inf would be NaN in the loss itself
     got = torch.autograd.grad((found[seen] * weight[seen]).sum(), qkv)
     want = torch.autograd.grad((exact[seen] * weight[seen]).sum(), qkv, allow_unused=True)
-    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    # A sum of many rounded terms may be small itself: what is bounded is the error beside the whole tensor.
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2
     for x, y in zip(got, want, strict=True):
         y = torch.zeros_like(x) if y is None else y
-        torch.testing.assert_close(x.double(), y.double(), rtol=tolerance, atol=tolerance)
+        assert (x.double() - y.double()).norm() <= tolerance * y.double().norm()
 
 
 def test_what_a_loss_makes_of_an_empty_row_moves_nothing(generator: torch.Generator) -> None:
