@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.ir.ops import Number
+from attn_engine.runtime.large_outputs import in_large_pages
 
 
 def parts_of(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
@@ -13,7 +14,8 @@ def parts_of(dq: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
     if splits == 1 and dq.dtype is dtype:
         return dq.zero_().unsqueeze(0)
     order = sorted(range(4), key=lambda i: (-dq.stride(i), i))
-    base = torch.zeros((splits, *(dq.shape[i] for i in order)), dtype=dtype, device=dq.device)
+    base = torch.empty((splits, *(dq.shape[i] for i in order)), dtype=dtype, device=dq.device)
+    (base if base.is_cuda else in_large_pages(base)).zero_()
     back = [order.index(i) + 1 for i in range(4)]
     return base.permute(0, *back)
 
