@@ -324,7 +324,7 @@ class CompiledAttention:
     def of_shares(
         self, gradients: tuple[Tensor, Tensor, Tensor], sizes: Mapping[str, int]
     ) -> CompiledAttention:
-        """The kernels of a backward pass to dq, dk and dv of these sizes: by keys or queries, by what leaves fewer parts."""
+        """The kernels of a backward pass to dq, dk and dv of these sizes: those that leave fewer parts."""
         schedule, listed = self.schedule, self.program.listed
         if schedule.gradients is not Gradients.ONE_KERNEL or schedule.shared_queries or listed is not None:
             return self
