@@ -59,7 +59,7 @@ def gradients(
     engine: AttentionEngine, inputs: list[Tensor], d_out: Tensor, reference: bool = False, **named: Any
 ) -> tuple[Tensor, ...]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    call = engine.reference if reference else engine
+    call: Any = engine.reference if reference else engine
     return torch.autograd.grad(call(*leaves, **named), leaves, d_out.double() if reference else d_out)
 
 
@@ -78,7 +78,9 @@ def check(
     batch = (1,) if ends is None else ()
     q, d_out = torch.randn(2, *batch, lengths[0], 8, DIM, dtype=dtype)
     k, v = torch.randn(2, *batch, lengths[1], 1, DIM, dtype=dtype)
-    named = {} if ends is None else {"cu_len_q": torch.tensor(ends), "cu_len_kv": torch.tensor(ends)}
+    named: dict[str, Any] = (
+        {} if ends is None else {"cu_len_q": torch.tensor(ends), "cu_len_kv": torch.tensor(ends)}
+    )
     found = gradients(engine, [q, k, v], d_out, **named)
     assert cuts == [(True, splits)]
     wanted = gradients(engine, [q, k, v], d_out, reference=True, **named)
