@@ -26,7 +26,6 @@ STATE_WORDS = 2**24  # of 4 bytes, of all tokens of a launch
 LEAST_SHARE, MOST_SHARES = 1024, 64  # keys of a share; shares of the keys
 PROGRAMS = 512  # of a launch, so that every multiprocessor has some
 MOST_TILES = 65535  # of a launch, by CUDA's limits
-OPTIONS = {"select": TritonOptions(4, 2), "settle": TritonOptions(8, 1)}
 
 
 @dataclass(eq=False)
@@ -58,12 +57,12 @@ class TritonSelection(SelectionMachine):
     def text(self, kernel: Kernel) -> str:
         first = f"attn_engine {VERSION} | {kernel.header[0]} | triton | block_q={kernel.block('q')} "
         header = (f"{first}block_kv={kernel.block('kv')}", *kernel.header[1:])
-        return render_triton(replace(kernel, header=header), OPTIONS[kernel.name])
+        return render_triton(replace(kernel, header=header), options_for(kernel))
 
     def kernels(self, schedule: SelectionSchedule) -> tuple[TritonKernel, ...]:
         if schedule not in self._kernels:
             self._kernels[schedule] = tuple(
-                compile_triton(k, self.text(k), OPTIONS[k.name], interpret=self.interpret)
+                compile_triton(k, self.text(k), options_for(k), interpret=self.interpret)
                 for k in self.module(schedule).kernels
             )
         return self._kernels[schedule]
@@ -89,21 +88,28 @@ def schedule_for(program: Selection, group: int) -> SelectionSchedule:
     return SelectionSchedule(heads, keys, one_tile=group <= heads)
 
 
+def options_for(kernel: Kernel) -> TritonOptions:
+    """Warps and stages: on sm_90 none of these kernels spills."""
+    if kernel.name == "settle":
+        return TritonOptions(8, 1)
+    return TritonOptions(8 if kernel.block("q") == MOST_HEADS else 4, 2)
+
+
 def plan_launches(program: Selection, sizes: dict[str, int]) -> LaunchPlan:
     """The plan for a call."""
     tokens, rows = sizes["q_len"], sizes["batches"] * sizes["kv_heads"]
     shares = max(1, min(MOST_SHARES, sizes["kv_len"] // LEAST_SHARE))
     words = state_words(program, sizes["kv_len"], shares)
-    together = max(1, STATE_WORDS // (words * rows))
+    planes = 1 if program.pool is None and program.forced is None else 2
+    together = max(1, STATE_WORDS // (words * rows * planes))
     tile = max(1, min(MOST_TOKENS, tokens, together, min(tokens, together) * rows * shares // PROGRAMS))
     tiles = -(-tokens // tile)
     launched = min(tiles, MOST_TILES, max(1, together // tile))
     splits = min(shares, -(-PROGRAMS // (launched * rows)))
-    shape = (1, sizes["batches"], sizes["kv_heads"], launched * tile, words)
+    shape = (planes, sizes["batches"], sizes["kv_heads"], launched * tile, words)
     return LaunchPlan(tile, tiles, launched, splits, shape)
 
 
 def state_words(program: Selection, keys: int, shares: int) -> int:
-    """What a state needs, in words of 4 bytes; include/select.triton cuts it up. Tiles of up to 128 keys are whole."""
-    tiles = [keys] if program.forced is None else [keys, program.candidates(keys)]
-    return shares * SHARE_WORDS + sum(-(-n // 128) * 128 for n in tiles)
+    """What a plane of a state needs, in words of 4 bytes: include/select.triton. Tiles of up to 128 keys are whole."""
+    return shares * SHARE_WORDS + -(-max(keys, program.candidates(keys)) // 128) * 128

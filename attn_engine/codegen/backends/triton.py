@@ -131,6 +131,7 @@ class TritonRenderer(Choosing):
             "import triton.language as tl",
             "",
         ]
+        without_blocks = len(lines)
         for axis, size in self.kernel.tile:
             block = block_size(self.kernel, axis)
             if axis in COLUMNS and block != size:
@@ -138,7 +139,7 @@ class TritonRenderer(Choosing):
                 lines.append(f"{_dimension(axis)} = tl.constexpr({columns})")
             if re.search(rf"\b{BLOCKS[axis]}\b", body):
                 lines.append(f"{BLOCKS[axis]} = tl.constexpr({block})")
-        return [*lines, "", ""]
+        return [*lines, *["", ""][len(lines) == without_blocks :]]
 
     def _arguments(self, body: str) -> list[list[str]]:
         """The arguments that the body reads: tensors, then the strides of each, then numbers and sizes."""

@@ -12,7 +12,9 @@ from attn_engine.ir.tile import Choice, Choose, Kernel
 LIBRARY = "select.triton"
 SHARE_WORDS = 4  # of a state, that each share of the keys has
 CANDIDATES = 2048  # of a tile of what is settled
-_CONSTANTS = {"SHARE_WORDS": SHARE_WORDS, "CANDIDATES": CANDIDATES, "DIGITS": 256, "LOWEST": -(2**31)}
+_CONSTANTS = {
+    "SHARE_WORDS": SHARE_WORDS, "CANDIDATES": CANDIDATES, "DIGITS": 256, "LOWEST": -(2**31), "HIGHEST": 2**31 - 1,
+}  # fmt: skip
 
 
 def choice_lines(body: str) -> list[str]:
@@ -35,7 +37,7 @@ class Choosing(Addressing):
     def choose(self, s: Choose) -> list[str]:
         """A call of include/select.triton."""
         row, value = self._row(s.states, s.row[-3:]), self.expr(s.value)
-        words = stride_names(self.kernel.param(s.states))[3]
+        plane = stride_names(self.kernel.param(s.states))[0]
         name = self._named((s.states, "row"), f"{s.states}_row")
         lines = [f"{name} = {row}"]
         match s.choice:
@@ -45,12 +47,13 @@ class Choosing(Addressing):
                 share = self.expr(s.row[0])
                 return [*lines, f"offer_tile({name}, {share}, splits, kv_start, {value})"]
             case Choice.FORCE:
-                return [*lines, f"force_tile({name}, {words}, {self.expr(s.row[0])}, kv_start, {value})"]
+                share = self.expr(s.row[0])
+                return [*lines, f"force_tile({name}, {plane}, {share}, splits, kv_start, {value})"]
             case Choice.SETTLE:
                 to = self._named((s.result, "row"), f"{s.result}_row")
                 place = stride_names(self.kernel.param(s.result))[3]
                 step, reach = s.blocks
-                call = f"settle_row({name}, {words}, {value}, topk, {to}, {place}, {step}, {reach})"
+                call = f"settle_row({name}, {plane}, {value}, topk, {to}, {place}, {step}, {reach})"
                 return [*lines, f"{to} = {self._row(s.result, s.place)}", call]
 
     def _row(self, tensor: str, indices: tuple[Expr, ...]) -> str:
