@@ -72,10 +72,11 @@ STATES, INDICES = "candidates", "indices"
 
 @dataclass(frozen=True, slots=True)
 class SelectionSchedule:
-    """heads, keys: rows and columns of a tile of scores."""
+    """heads, keys: rows and columns of a tile of scores. one_tile: the heads of every group fit into one."""
 
     heads: int
     keys: int
+    one_tile: bool = False
 
 
 def lower_selection(program: Selection, schedule: SelectionSchedule, *, split: bool) -> Module:
@@ -235,9 +236,8 @@ class _Selection:
         names = self.names()
         by_head = _asks_for_the_head(self.program.pairs)
         seen = visibility(self.pairs, names, {}, ("kv",))
-        heads = Loop(
-            "q_start", Const(0), ceil_to(Q_LEN, self.schedule.heads), "q", (*self.heads(names, by_head),)
-        )
+        end = Const(self.schedule.heads) if self.schedule.one_tile else ceil_to(Q_LEN, self.schedule.heads)
+        heads = Loop("q_start", Const(0), end, "q", (*self.heads(names, by_head),))
         start: list[Stmt] = [Let(IMPORTANCE.name, Full(0.0, ("kv",)))]
         if by_head:
             there: Expr = SEEN > 0.0
