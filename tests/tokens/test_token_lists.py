@@ -152,6 +152,15 @@ def test_entries_count_as_often_as_they_are_named(seed: int) -> None:
         close(x, y.double(), torch.float32)
 
 
+def test_lists_without_an_entry(seed: int) -> None:
+    """Nothing is seen: zeros, lse = -inf, and gradients of zero."""
+    torch.manual_seed(seed)
+    q, k, v = given = tensors(6, 2, (24, 16), torch.float32)
+    o, lse = sparse_attention(q, k, torch.zeros(2, 3, 2, 0).int(), v, return_lse=True, backend="torch")
+    assert not o.any() and bool((lse == float("-inf")).all())
+    assert not any(x.any() for x in torch.autograd.grad(o.sum(), given))
+
+
 def test_same_bits_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Many pieces, tokens that many lists name; and again the same."""
     torch.manual_seed(seed)
@@ -283,7 +292,7 @@ def test_lists_stand_alone() -> None:
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_an_engine_checks_itself(paged: bool, seed: int) -> None:
-    """Output, row values and gradients over lists, in a cache whose other rows are NaN too; what differs is reported."""
+    """Output, row values and gradients over lists, also in a cache whose other rows are NaN; differences are told."""
     torch.manual_seed(seed)
     q, k, v = tensors(6, 2, (24, 16), torch.float32)
     slopes = torch.rand(6, requires_grad=True)
