@@ -54,6 +54,8 @@ class KernelsAhead:
     """A job that compiles kernels for a target. Its class says which, and has `name`, `backend` and `target`."""
 
     __slots__ = ()
+    backend: str
+    target: str
 
     def reports(self) -> Iterable[tuple[str, AotReport]]:
         """What the compiler says of each kernel, and the kernel's name."""
