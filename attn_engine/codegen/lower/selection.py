@@ -113,7 +113,7 @@ class _Selection:
         return over_pages(kernel, sequences.page) if sequences is not None and sequences.page else kernel
 
     def settle(self) -> Kernel:
-        own = self.tokens_of_program()
+        own = self.tokens_of_program(keys=False)
         body = (*own, Section("the best of each token in all shares of the keys"), *self.settled(SPLITS))
         params = (_queries(self.program), *self.outputs(body))  # Q says what is computed in
         kernel = self.kernel("settle", params, (TOPK, *self.counts()), body)
@@ -156,16 +156,17 @@ class _Selection:
 
     # -- where the program is
 
-    def tokens_of_program(self) -> list[Stmt]:
-        """The tokens of this tile; in a call with sequences also where the sequence lies."""
+    def tokens_of_program(self, *, keys: bool = True) -> list[Stmt]:
+        """The tokens of this tile; in a call with sequences also where the sequence lies, and its keys."""
         lets: list[Stmt] = []
         if self.program.sequences is not None:
             lets.append(Section("sequence of this program"))
-            for axis, first, length in (("q", "q_first", "tokens"), ("kv", "kv_first", "kv_len")):
+            spans_of = (("q", "q_first", "tokens"), ("kv", "kv_first", "kv_len"))
+            for axis, first, length in spans_of if keys else spans_of[:1]:
                 spans = spans_param(axis)
                 lets.append(Let(first, Load(spans, INT, (BATCH, Const(0)))))
                 lets.append(Let(length, Load(spans, INT, (BATCH, Const(1)))))
-            if not self.program.sequences.page:
+            if keys and not self.program.sequences.page:
                 lets.append(Narrow("K", "kv", scalar("kv_first"), KV_LEN))
         return [
             *lets,
