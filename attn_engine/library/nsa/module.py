@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_engine.library.arguments import divisible
 from attn_engine.library.nsa.attention import native_sparse_attention
 from attn_engine.library.nsa.cache import NSACache
 from attn_engine.library.nsa.compression import (
@@ -19,7 +20,6 @@ from attn_engine.library.nsa.compression import (
 from attn_engine.library.nsa.rotary import Rotary
 from attn_engine.library.nsa.sequences import CuSeqlens
 from attn_engine.library.nsa.sizes import Compression, Sizes, refuse
-from attn_engine.library.sparse.seer_arguments import divisible
 
 PHIS = ("mean", "weighted", "linear", "mlp")
 
