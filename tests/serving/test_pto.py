@@ -231,6 +231,7 @@ WRONG = [
     ("cache_index", lambda x: x.float(), WrongPages, "cache_index"),
     ("cache_index", lambda x: x[:, :1], ShapeMismatch, "cache_index"),
     ("block_table", put((0, 1), -1), WrongPages, "block_table"),
+    ("block_table", put((0, 2), -1), WrongPages, "block_table"),
     ("block_table", put((0, 0), 10**6), WrongPages, "block_table"),
     ("block_table", lambda x: x[:1], ShapeMismatch, "block_table"),
     ("act_seqs", put((0,), 1000), WrongPages, "act_seqs"),
