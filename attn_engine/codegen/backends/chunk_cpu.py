@@ -66,8 +66,8 @@ class _ChunkRenderer(StatementRenderer):
             "",
             "namespace attention {",
             "",
-            f"constexpr int CHUNK = {self.chunk}, SEGMENT = {SEGMENT_TOKENS // self.chunk}, D = {p.dim_qk}, DV = {p.dim_v}, "
-            f"STATE_COLUMNS = {p.state_columns};",
+            f"constexpr int CHUNK = {self.chunk}, SEGMENT = {SEGMENT_TOKENS // self.chunk}, D = {p.dim_qk}, "
+            f"DV = {p.dim_v}, STATE_COLUMNS = {p.state_columns};",
             f"constexpr int {columns};",
             "",
             "struct Arguments {  // 8 bytes each: the launcher fills them in this order",
