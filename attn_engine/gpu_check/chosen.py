@@ -255,9 +255,7 @@ class TokensAhead(KernelsAhead):
         return f"token lists: {self.kind.name}"
 
     def reports(self) -> Iterator[tuple[str, AotReport]]:
-        metas = [
-            meta_tensor(None, None, None, self.kind.dims[i], dtype=torch.bfloat16) for i in (0, 0, 1)
-        ]
+        metas = [meta_tensor(None, None, None, self.kind.dims[i], dtype=torch.bfloat16) for i in (0, 0, 1)]
         program = over_token_lists(AttentionEngine(metas, backend="torch").program, ragged=self.kind.ragged)
         schedule = default_schedule(program, target_named(self.target))
         for direction in ("forward", "backward"):

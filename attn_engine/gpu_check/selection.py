@@ -117,7 +117,7 @@ class SelectionCheck(Comparison):
 
 
 def _drawn(kind: Kind, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """"q", "keys" (sequences, longest, kv heads, dim), the "cache" they lie in, and what else a call is given."""
+    """ "q", "keys" (sequences, longest, kv heads, dim), the "cache" they lie in, and what else a call is given."""
     generator = torch.Generator().manual_seed(7)
     n, longest = len(kind.lengths), max(kind.lengths)
 

@@ -193,7 +193,9 @@ def test_packed_sequences_are_their_own(pool):
 
 def test_what_is_refused():
     with pytest.raises(UnsupportedOnBackend, match="float64"):
-        engine(dtype=torch.float64)(torch.zeros(1, 1, 1, 16).double(), torch.zeros(1, 1, 1, 16).double(), topk=1)
+        engine(dtype=torch.float64)(
+            torch.zeros(1, 1, 1, 16).double(), torch.zeros(1, 1, 1, 16).double(), topk=1
+        )
     with pytest.raises(AttnEngineError):  # no GPU, or tensors of a CPU where there is one
         engine(backend="triton")(torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 16), topk=1)
     with pytest.raises(BackendDeviceMismatch):
