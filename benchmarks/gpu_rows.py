@@ -1,4 +1,4 @@
-"""What the smaller GPU benchmarks share: contenders of a case in turns, and the command that measures a list of cases."""
+"""What the smaller GPU benchmarks share: contenders of a case in turns, and the command that measures cases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Measured = tuple[dict[str, list[float]], dict[str, str]]
 
 
 def measured(makers: Mapping[str, Callable[[], Callable[[], Tensor]]], device: str) -> Measured:
-    """Quartiles of the seconds of a call, by contender, and why others have none; results are compared with the first's."""
+    """Quartiles of the seconds of a call, by contender, and why others have none. Results must be as the first's."""
     runs: dict[str, Callable[[], Tensor]] = {}
     left_out: dict[str, str] = {}
     wanted: Tensor | None = None

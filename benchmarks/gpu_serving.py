@@ -6,8 +6,8 @@
 
 nsa: all branches, selection included, or over given blocks; fla's `parallel_nsa`. latent: MLA decoding 576/512 over
 pages; `flash_mla_with_kvcache`, FlashInfer's MLA wrapper. tokens: `flash_mla_sparse_fwd`. paged: decoding over pages;
-FlashInfer's wrapper. indexer: ours in Triton and in torch. Peers that are not installed, or do not take a case, are left
-out and say why.
+FlashInfer's wrapper. indexer: ours in Triton and in torch. Peers that are not installed, or do not take a case, are
+left out and say why.
 """
 
 from __future__ import annotations

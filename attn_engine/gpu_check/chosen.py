@@ -202,14 +202,16 @@ class NativeCheck(_Differences):
         n, device = self.kind.small() if self.place.small else self.kind, self.place.device
         of_q, of_k = (2, n.tokens, n.heads, n.dim), (2, n.tokens, n.kv_heads, n.dim)
         names = ("q", "k", "v", "g_cmp", "g_slc", "g_win")
-        given = dict(zip(names, _drawn(dtype, device, of_q, of_k, of_k, *[of_q[:3]] * 3), strict=True))
+        given: dict[str, Tensor] = dict(
+            zip(names, _drawn(dtype, device, of_q, of_k, of_k, *[of_q[:3]] * 3), strict=True)
+        )
         given |= {name: x.sigmoid() for name, x in given.items() if name.startswith("g_")}
         inputs, exact = _leaves(given, dtype), _leaves(given, torch.float64)
-        found: Any = native_sparse_attention(
+        attend: Any = native_sparse_attention
+        o, blocks = attend(
             **inputs, compression_block=n.compressed, compression_stride=n.stride, selection_block=n.selected,
             selected_blocks=n.count, window=n.window, return_block_indices=True, backend=self.place.backend,
         )  # fmt: skip
-        o, blocks = found
         return _with_gradients(o, inputs), _with_gradients(_native(n, exact, blocks), exact)
 
 

@@ -129,7 +129,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         (LATENT, {"FlashMLA", "FlashInfer"}),
         (TOKENS, {"FlashMLA"}),
         (PAGED, {"FlashInfer"}),
-        (INDEXER, set()),
+        pytest.param(INDEXER, set(), marks=pytest.mark.slow),
         pytest.param(NSA, {"fla"}, marks=pytest.mark.slow),
         pytest.param(replace(NSA, kind="nsa", direction="backward"), {"fla"}, marks=pytest.mark.slow),
     ],

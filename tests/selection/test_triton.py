@@ -35,7 +35,7 @@ def sometimes(b, h, q_idx, kv_idx):
     return (kv_idx % 29 == 3) & (q_idx % 2 == 0)
 
 
-@pytest.mark.parametrize("topk", [1, 3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("topk", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 40))])
 def test_forced_candidates_then_ties_of_lowest_index(topk):
     """Visible or not; of more than topk the lowest; and a row of fewer candidates ends with -1."""
     q, k = whole_numbers(1, 2, 2, 16), whole_numbers(1, 150, 1, 16)
