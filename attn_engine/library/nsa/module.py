@@ -101,9 +101,12 @@ class NativeSparseAttention(nn.Module):
             cache.append(*kv.pop("first"), **kv, counts=counts)
             return self.to_out(cache.attend(q, *gates, counts=counts, backend=self.backend).flatten(-2))
 
-    def make_cache(self, batch: int, capacity: int) -> NSACache:
-        """An empty cache for so many sequences of up to `capacity` tokens."""
+    def make_cache(
+        self, batch: int, capacity: int, *, page_size: int | None = None, pages: int | None = None
+    ) -> NSACache:
+        """An empty cache for so many sequences of up to `capacity` tokens; in pages with a page_size (`NSACache`)."""
         options = {n: x for n, x in self._options().items() if n != "backend"}
+        options |= {"page_size": page_size, "pages": pages}
         like = self.to_q.weight
         return NSACache(
             batch, capacity, self.kv_heads, self.head_dim,

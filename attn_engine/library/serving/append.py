@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,6 +38,39 @@ def append_to_cache(
     Everything is checked before anything is written: typed errors name the tensor for pages outside of the cache, rows
     beyond the end, other dtypes, shapes and devices, and for two rows that would be written to one slot.
     """
+    checked = checked_append(
+        new, caches, lengths, block_table, counts=counts, cu_len=cu_len, layout=layout, scales=scales
+    )
+    checked.write()
+    return checked.lengths
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckedAppend:
+    """Rows that may be written; slots: where to, page * rows of a page + row. lengths: the new ones, int32."""
+
+    pieces: list[Tensor]
+    targets: list[Tensor]
+    source: Tensor
+    slots: Tensor
+    lengths: Tensor
+
+    def write(self) -> None:
+        _write(self.pieces, self.targets, self.source, self.slots)
+
+
+def checked_append(
+    new: Tensor | Sequence[Tensor],
+    caches: Tensor | Sequence[Tensor],
+    lengths: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    counts: Tensor | None = None,
+    cu_len: Tensor | None = None,
+    layout: str = "bshd",
+    scales: Tensor | Sequence[Tensor] | None = None,
+) -> CheckedAppend:
+    """What `append_to_cache` would write, after all its checks."""
     pairs = _with_scales(_pairs_of(new, caches), scales)
     _check_layout(layout)
     pieces = [_logical(x, layout) for x, _ in pairs]
@@ -46,8 +80,7 @@ def append_to_cache(
     for x, c in zip(pieces, targets, strict=True):
         _check_pair(x, c, pieces[0], targets[0])
     _check_once(slots)
-    _write(pieces, targets, source, slots)
-    return (lengths.to(torch.int64) + added).to(torch.int32)
+    return CheckedAppend(pieces, targets, source, slots, (lengths.to(torch.int64) + added).to(torch.int32))
 
 
 def write_to_slots(
