@@ -7,8 +7,8 @@
 
 B = 1, H = 8, T = 4096, scale 1/sqrt(D). Contenders take turns; a ratio is theirs over our processor time, the median of
 the rounds; its bound is what it would be if all multiplications of ours ran as fast as the micro-kernel and nothing
-else took time. "plain" is chunked torch code of this file, in float32; "fla" is the naive_chunk of fla-core and "hf" the
-torch_chunk_gated_delta_rule of transformers, where they are installed. Forward and backward: autograd through them.
+else took time. "plain" is chunked torch code of this file, in float32; "fla" is the naive_chunk of fla-core and "hf"
+the torch_chunk_gated_delta_rule of transformers, where they are installed. Forward and backward: autograd through them.
 """
 
 from __future__ import annotations
