@@ -105,6 +105,13 @@ OUTLINE void for_lanes(const Tensor<T, RANK>& tensor, const Places<T>& places, i
 #define GATHERS 1
 INLINE IntVector gather_words(const void* words, IntVector index) {
 #if defined(__AVX512F__)
+  // Tables by distance end somewhere: all lanes beyond meet in one element.
+  const __m512i first = _mm512_broadcastd_epi32(_mm512_castsi512_si128((__m512i)index));
+  if (!_mm512_cmpneq_epi32_mask((__m512i)index, first)) {
+    int word;
+    __builtin_memcpy(&word, (const char*)words + (int64_t)index[0] * 4, 4);
+    return word - IntVector{};
+  }
   return (IntVector)_mm512_i32gather_epi32((__m512i)index, (const int*)words, 4);
 #else
   return (IntVector)_mm256_i32gather_epi32((const int*)words, (__m256i)index, 4);
