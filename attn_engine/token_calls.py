@@ -18,6 +18,7 @@ from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.dense_tokens import dense_tokens
+from attn_engine.runtime.shared_values import values_in_keys
 from attn_engine.runtime.strides import of_logical
 from attn_engine.runtime.token_attention import Keys, TokenAttention, TokenCall
 from attn_engine.runtime.token_checks import BLOCK_TABLE, COUNTS, LEN_KV, LISTS, NO_NAMES, checked_lists
@@ -101,16 +102,26 @@ class GivenTokens:
                 instead="Call the engine outside of the compiled graph: torch.compiler.disable(engine)(q, k, v, ...).",
             )
         refuse_transforms((*inputs, *custom, *named.values(), self.indices))
+        bound, lists = self.bound(engine, inputs, custom, named, called)
+        if sets:
+            lists.refuse_duplicates()
+        o, rows = attend_over(engine, bound, lists, *keys_of(engine, inputs, shared=shared), dtype)
+        return of_logical(o, engine.layout, False), rows
+
+    def bound(
+        self,
+        engine: AttentionEngine,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        custom: tuple[Tensor, ...],
+        named: dict[str, Any],
+        called: Mapping[str, str] = NO_NAMES,
+    ) -> tuple[Bound, TokenLists]:
+        """The program and what it reads, and the lists, after the checks of a call."""
         table, length = (named.pop(n, None) for n in (BLOCK_TABLE, LEN_KV))
         in_cache = table is not None or self.name == LISTS[1]
         bound = self._bound(engine, inputs, custom, named, in_cache, table)
-        q, k, v = (engine._logical(x) for x in inputs)
-        lists = checked_lists(self.name, self.indices, self.counts, q, k, table, length, called)
-        if sets:
-            lists.refuse_duplicates()
-        keys = Keys((k,), (), v.shape[3]) if shared or _is_prefix(v, k) else Keys((k,), (v,))
-        o, rows = attend_over(engine, bound, lists, q, keys, dtype)
-        return of_logical(o, engine.layout, False), rows
+        q, k, _ = (engine._logical(x) for x in inputs)
+        return bound, checked_lists(self.name, self.indices, self.counts, q, k, table, length, called)
 
     def _bound(
         self,
@@ -137,12 +148,15 @@ class GivenTokens:
         return Bound(traced.program, {c.name: tensors[c.name] for c in traced.program.captures}, numbers)
 
 
-def _is_prefix(v: Tensor, k: Tensor) -> bool:
-    """Whether v is the first columns of k, where nobody asks for the gradient of either."""
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-        return False
-    alike = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and v.shape[:3] == k.shape[:3]
-    return alike and v.shape[3] <= k.shape[3]
+def keys_of(
+    engine: AttentionEngine, inputs: tuple[Tensor, Tensor, Tensor], *, shared: bool = False
+) -> tuple[Tensor, Keys]:
+    """q as (B, H, rows, D), and K and V, which are read once where v is the first columns of k: known to be (shared),
+    or seen to be where nobody asks for the gradient of either."""
+    q, k, v = (engine._logical(x) for x in inputs)
+    learned = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    once = shared or (values_in_keys(k, v) and not learned)
+    return q, Keys((k,), (), v.shape[3]) if once else Keys((k,), (v,))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
 from typing import cast
 
 import torch
 
-from attn_engine.errors import WrongArgument
+from attn_engine.errors import AttnEngineError, WrongArgument
+
+
+@contextmanager
+def called(**names: str) -> Iterator[None]:
+    """Errors of a call inside name the arguments that this function's own caller gave: called(len_kv="lengths")."""
+    try:
+        yield
+    except AttnEngineError as error:
+        argument = error.details.get("argument")
+        if argument not in names:
+            raise
+        details = {**error.details, "argument": names[str(argument)]}
+        raise type(error)(location=error.location, **details) from None
 
 
 def at_least(argument: str, value: object, least: int) -> None:
@@ -15,6 +30,39 @@ def at_least(argument: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         expected = f"an integer of at least {least}"
         raise WrongArgument(argument=argument, got=value, expected=expected, instead=f"Give {least} or more.")
+
+
+def number(argument: str, value: object, least: float | None = None) -> float:
+    """`value` as a float, of at least `least`; raises WrongArgument."""
+    found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    if found is None or (least is not None and not found >= least):
+        expected = "a number" if least is None else f"a number of at least {least:g}"
+        raise WrongArgument(argument=argument, got=value, expected=expected, instead="Give a float.")
+    return found
+
+
+def scale_of(argument: str, value: object, dim: int) -> float:
+    """`value` as a float, or 1 / sqrt(dim) for None; raises WrongArgument."""
+    return dim**-0.5 if value is None else number(argument, value)
+
+
+def divisible(heads: int, kv_heads: int, of: str = "q", keys: str = "k") -> None:
+    """Raise WrongArgument where the heads of `of` are no multiple of those of `keys`."""
+    if kv_heads < 1 or heads % kv_heads:
+        expected = f"a multiple of the heads of {keys}, {kv_heads}"
+        instead = f"Check the layout of {of} and {keys}."
+        raise WrongArgument(argument=f"heads of {of}", got=heads, expected=expected, instead=instead)
+
+
+def one_each(argument: str, value: object, count: int) -> None:
+    """Raise WrongArgument for what is no integer tensor (count,)."""
+    integers(argument, value, (1,))
+    assert isinstance(value, torch.Tensor)
+    if value.shape[0] != count:
+        instead = "Give one number for each sequence."
+        raise WrongArgument(
+            argument=argument, got=tuple(value.shape), expected=f"({count},)", instead=instead
+        )
 
 
 def integers(argument: str, value: object, ranks: tuple[int, ...]) -> None:

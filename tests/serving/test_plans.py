@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from attn_engine import AttentionEngine, meta_tensor
-from attn_engine.library import relative_bias
 from attn_engine.runtime.paged_checks import WrongPages
 from attn_engine.runtime.sequences import OverTheseSequences
 from tests.serving.caches import filled
@@ -61,18 +60,17 @@ def test_sequences_that_leave_rows_out_and_training_stay_right() -> None:
         assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("reach", [3, 70, 400])
-def test_tables_by_distance_end_where_they_end(reach: int) -> None:
-    """Bounds inside a vector of keys, in none, and beyond all of them."""
-    bias = torch.randn(2, 2 * reach + 1)
-    step = relative_bias(bias)
-    start = 90
+@pytest.mark.parametrize("last", [40, 170, 500])
+def test_positions_that_meet_a_bound_are_no_neighbours(last: int) -> None:
+    """Bounds inside a vector of keys, in none, and beyond all of them; the table goes on behind both."""
+    bias, start = torch.randn(2, last + 300), 90
 
-    def placed(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return step(score, b, h, q_idx + start, kv_idx)
+    def biased(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        rising = bias[h, torch.clamp(kv_idx - q_idx + start, 7, last)]
+        return score + rising * bias[h, torch.clamp(q_idx - kv_idx + 280, 7, last)]
 
     built = AttentionEngine(
-        [meta_tensor(None, None, None, 16, dtype=torch.float32)] * 3, placed, backend="cpu"
+        [meta_tensor(None, None, None, 16, dtype=torch.float32)] * 3, biased, backend="cpu"
     )
     for rows in (1, 70):
         q, k, v = torch.randn(1, rows, 2, 16), torch.randn(1, 200, 2, 16), torch.randn(1, 200, 2, 16)
