@@ -154,7 +154,12 @@ def test_what_is_added_below_the_roots(seed: int) -> None:
     torch.manual_seed(seed)
     given = operands([60, 9], 1)
     for eps, of_layer_norm in ((0.5, 1e-6), (1e-5, 3.0)):
-        out = sparse_attention_pto(*given.copy(), topk=8, eps=eps, layer_norm_eps=of_layer_norm)
+        call = dict(zip(given.tensors, given.copy(), strict=True))
+        out = sparse_attention_pto(*call.values(), topk=8, eps=eps, layer_norm_eps=of_layer_norm)
+        after = written(given, prologs(given, eps, ln_eps=of_layer_norm))
+        torch.testing.assert_close(
+            call["index_k_cache"].double(), after["index_k_cache"], rtol=1e-5, atol=1e-5, equal_nan=True
+        )
         want = whole(given, 8, SCALE, eps=eps, ln_eps=of_layer_norm)
         torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
