@@ -18,11 +18,10 @@ from attn_engine.errors import BackendDeviceMismatch, LaunchFailed, UnsupportedO
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.runtime.gpu_device import check_gpu, missing_gpu
 from attn_engine.runtime.linear_phases import PhaseChunks
+from attn_engine.runtime.phase_arguments import ArgumentValue, TensorText, argument_values
 from attn_engine.runtime.tilelang_cpu import CpuFunction, library_of
 from attn_engine.runtime.tilelang_launch import architecture, compile_text
 from attn_engine.version import VERSION
-
-_Value = Callable[[Mapping[str, Tensor], Mapping[str, Number]], Any]
 
 
 @dataclass(eq=False)
@@ -124,28 +123,12 @@ class TileLangLaunch:
             self._compiled[arch](*arguments)
 
 
-def _values(renderer: TileLangPhase) -> dict[str, _Value]:
+def _values(renderer: TileLangPhase) -> dict[str, ArgumentValue]:
     """How to get each argument's value from a launch's tensors and numbers, by the name that the text has for it."""
-
-    def tensor(name: str) -> _Value:
-        return lambda tensors, numbers: tensors[name].detach()
-
-    def stride(name: str, dimension: int) -> _Value:
-        return lambda tensors, numbers: tensors[name].stride(dimension)
-
-    def size(name: str, dimension: int) -> _Value:
-        return lambda tensors, numbers: tensors[name].shape[dimension]
-
-    def number(name: str) -> _Value:
-        return lambda tensors, numbers: numbers[name]
-
-    found: dict[str, _Value] = {n: number(n) for n in ("q_group", "k_group")}
+    scalars = {renderer.spelled[v.name]: v.name for v in renderer.program.scalars}
     own = {spelled: name for name, spelled in renderer.spelled.items()}
-    for v in renderer.program.scalars:
-        found[renderer.spelled[v.name]] = number(v.name)
-    for a in renderer.arguments:
-        name = own.get(a.tensor.name, a.tensor.name)
-        found[a.tensor.name] = tensor(name)
-        found |= {n: size(name, i) for i, n in enumerate(a.shape)}
-        found |= {n: stride(name, i) for i, n in enumerate(a.strides)}
-    return found
+    tensors = [
+        TensorText(own.get(a.tensor.name, a.tensor.name), a.tensor.name, a.shape, a.strides)
+        for a in renderer.arguments
+    ]
+    return argument_values(scalars, tensors)

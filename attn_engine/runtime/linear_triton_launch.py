@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,9 +15,8 @@ from attn_engine.codegen.backends.triton_chunk_params import ChunkOptions
 from attn_engine.codegen.lower.chunk_phases import ChunkPhase
 from attn_engine.errors import BackendNotInstalled, LaunchFailed
 from attn_engine.ir.ops import Number
+from attn_engine.runtime.phase_arguments import ArgumentValue, TensorText, argument_values
 from attn_engine.runtime.source_module import load_source
-
-_Value = Callable[[Mapping[str, Tensor], Mapping[str, Number]], Any]
 
 
 class ChunkLaunch:
@@ -67,26 +66,8 @@ def load_phases(
     )
 
 
-def _values(renderer: PhaseRenderer) -> dict[str, _Value]:
+def _values(renderer: PhaseRenderer) -> dict[str, ArgumentValue]:
     """How to get each argument's value from a launch's tensors and numbers."""
-
-    def tensor(name: str) -> _Value:
-        return lambda tensors, numbers: tensors[name]
-
-    def stride(name: str, dimension: int) -> _Value:
-        return lambda tensors, numbers: tensors[name].stride(dimension)
-
-    def size(name: str, dimension: int) -> _Value:
-        return lambda tensors, numbers: tensors[name].shape[dimension]
-
-    def number(name: str) -> _Value:
-        return lambda tensors, numbers: numbers[name]
-
-    found: dict[str, _Value] = {n: number(n) for n in ("q_group", "k_group")}
-    for v in renderer.program.scalars:
-        found[renderer.spelled[v.name]] = number(v.name)
-    for t, spelled in renderer.spelled_tensors():
-        found[spelled.name] = tensor(t.name)
-        found |= {name: stride(t.name, i) for i, name in enumerate(spelled.strides)}
-        found |= {name: size(t.name, i) for i, name in enumerate(spelled.sizes)}
-    return found
+    scalars = {renderer.spelled[v.name]: v.name for v in renderer.program.scalars}
+    tensors = [TensorText(t.name, x.name, x.sizes, x.strides) for t, x in renderer.spelled_tensors()]
+    return argument_values(scalars, tensors)

@@ -8,23 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from attn_engine.codegen.backends.chunk_dispatch import ChunkDispatch
 from attn_engine.codegen.backends.tilelang_chunk_rows import ChunkNests
-from attn_engine.codegen.lower.chunked import OUT, VALUES
-from attn_engine.codegen.lower.chunked_backward import D_OUT
 from attn_engine.ir.chunk import (
-    D_STATE,
-    STATE,
     CarriedGradient,
-    ChunkStmt,
     Decays,
     Diagonal,
     DiagonalGradient,
     Gram,
     GramGradient,
     Product,
-    Rows,
     Scale,
-    Section,
     Solve,
     StateStep,
     Tile,
@@ -32,69 +26,31 @@ from attn_engine.ir.chunk import (
 )
 from attn_engine.ir.ops import DType
 
-WITH_LAST = (VALUES, OUT, D_OUT, STATE, D_STATE)
 
-
-class ChunkCalls(ChunkNests):
+class ChunkCalls(ChunkNests, ChunkDispatch):
     """Prints statements; the file around them is tilelang_chunk.py's."""
 
     live: set[str]  # tiles that some statement of the phase reads
 
-    def lines_of(self, s: ChunkStmt) -> list[str]:
-        """The lines of a statement."""
-        match s:
-            case Section(title):
-                return ["", f"# -- {title}"]
-            case Rows():
-                return self.folded(self.rows(s))
-            case Scale(to, x, by):
-                lines = self._scale(to, x, by)
-            case Decays():
-                lines = self._vector_decays(s) if self.vector else self._decays(s)
-            case CarriedGradient():
-                lines = self._carried(s)
-            case GramGradient():
-                lines = self._gram_gradient(s)
-            case DiagonalGradient(d_matrix, x, y, d_x, d_y):
-                names = ", ".join(t.name for t in (d_matrix, x, y, d_x, d_y))
-                lines = [f"diagonal_gradient({names})"]
-            case _:
-                lines = self._matrices(s)
-        return self.folded(lines)
-
-    def _scale(self, to: Tile, x: Tile, by: Tile) -> list[str]:
+    def scale(self, s: Scale) -> list[str]:
         def store(texts: Sequence[str]) -> list[str]:
-            return [f"{self.element_of(to.name)} = {self.rounded(to.name, texts[0])}"]
+            return [f"{self.element_of(s.to.name)} = {self.rounded(s.to.name, texts[0])}"]
 
-        return self.nest_of(to.var.axes, [x.var * by.var], store, {})
+        return self.nest_of(s.to.var.axes, [s.x.var * s.by.var], store, {})
 
-    @property
-    def vector(self) -> bool:
-        """Whether the decay is one for each dimension."""
-        return self.program.decay is not None and "d" in self.program.decay.axes
+    def diagonal(self, s: Diagonal) -> list[str]:
+        return [f"add_diagonal({s.to.name}, {s.x.name}, {s.y.name})"]
 
-    def _matrices(self, s: ChunkStmt) -> list[str]:
-        match s:
-            case Gram():
-                return self._gram(s)
-            case Diagonal(to, x, y):
-                return [f"add_diagonal({to.name}, {x.name}, {y.name})"]
-            case Product():
-                return self._product(s)
-            case Solve(to, matrix, turned):
-                return [f"{'solve_turned' if turned else 'solve'}({to.name}, {matrix.name})"]
-            case StateStep():
-                return self._state_step(s)
-            case _:
-                raise AssertionError(f"no spelling for {type(s).__name__}")
+    def diagonal_gradient(self, s: DiagonalGradient) -> list[str]:
+        names = ", ".join(t.name for t in (s.d_matrix, s.x, s.y, s.d_x, s.d_y))
+        return [f"diagonal_gradient({names})"]
 
-    def has_last(self, tile: Tile) -> bool:
-        """Whether a tile has numbers beyond the columns of v."""
-        return self.program.divisor is not None and tile in WITH_LAST
+    def solve(self, s: Solve) -> list[str]:
+        return [f"{'solve_turned' if s.turned else 'solve'}({s.to.name}, {s.matrix.name})"]
 
     # -- decays
 
-    def _decays(self, s: Decays) -> list[str]:
+    def decays(self, s: Decays) -> list[str]:
         g, sums = s.decay.name, self._sums(s.sums.name)
         lines = [f"sums_so_far({g}, {sums})"]
         before = sums
@@ -118,7 +74,7 @@ class ChunkCalls(ChunkNests):
 
     doubles: set[str]  # buffers that hold doubles
 
-    def _vector_decays(self, s: Decays) -> list[str]:
+    def vector_decays(self, s: Decays) -> list[str]:
         g, lines = s.decay.name, list[str]()
         if s.reads is not None:
             lines.append(f"row_left_of({g}, {s.reads.name}, {s.exclusive})")
@@ -160,7 +116,7 @@ class ChunkCalls(ChunkNests):
         more, right = self.operand(b) if b.name != a.name else ([], left)
         return [*lines, *more, f"product({to}, {left}, {right}, {of_a}, {of_b}, {sign}, {add})"]
 
-    def _gram(self, s: Gram) -> list[str]:
+    def gram(self, s: Gram) -> list[str]:
         name, sign = s.to.name, -1.0 if s.negative else 1.0
         if s.within is not None and s.within.vector:
             rows = f"{s.x.name}, {s.y.name}, {s.within.decay.name}"
@@ -172,7 +128,7 @@ class ChunkCalls(ChunkNests):
             return [*lines, self._decay_pairs(name, s.within, s.strict)]
         return [*lines, f"read_only({name}, {s.strict})"]
 
-    def _gram_gradient(self, s: GramGradient) -> list[str]:
+    def gram_gradient(self, s: GramGradient) -> list[str]:
         d, x, y = s.d_matrix.name, s.x.name, s.y.name
         if s.within is not None and s.within.vector:
             assert s.d_decay is not None
@@ -189,7 +145,7 @@ class ChunkCalls(ChunkNests):
         lines += self.multiplied(s.d_x.name, s.d_matrix, s.y, add=True)
         return [*lines, *self.multiplied(s.d_y.name, s.d_matrix, s.x, of_a=True, add=True)]
 
-    def _product(self, s: Product) -> list[str]:
+    def multiply(self, s: Product) -> list[str]:
         turned = s.a.axes == ("t", "t") and s.upper
         sign = -1.0 if s.negative else 1.0
         lines = self.multiplied(s.to.name, s.a, s.b, of_a=turned, of_b=s.turned, sign=sign, add=s.add)
@@ -202,7 +158,7 @@ class ChunkCalls(ChunkNests):
 
     # -- states
 
-    def _state_step(self, s: StateStep) -> list[str]:
+    def state_step(self, s: StateStep) -> list[str]:
         state, sign = s.state, -1.0 if s.negative else 1.0
         lines: list[str] = []
         if s.whole is not None:
@@ -222,7 +178,7 @@ class ChunkCalls(ChunkNests):
             lines.append(f"stepped_column({rows})")
         return lines
 
-    def _carried(self, s: CarriedGradient) -> list[str]:
+    def carried(self, s: CarriedGradient) -> list[str]:
         d, (keys, d_keys) = s.d_decay.name, s.write
         through = self.buffer("through", ("d",), DType.FLOAT)
         lines = [f"through_state({through}, {s.state.name}, {s.d_state.name})"]

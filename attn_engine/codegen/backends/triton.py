@@ -119,9 +119,7 @@ class TritonRenderer(Choosing):
         self.arguments = self._arguments(text)
         used = {name for name in HELPERS if re.search(rf"\b{name}\(", text)}
         helpers = [*helper_lines(used, self.element), *choice_lines(text)]
-        return (
-            "\n".join([*self._top(text), *helpers, *self._signature(), *body]) + "\n"
-        )
+        return "\n".join([*self._top(text), *helpers, *self._signature(), *body]) + "\n"
 
     def _top(self, body: str) -> list[str]:
         lines = [
@@ -186,7 +184,8 @@ class TritonRenderer(Choosing):
     def _renamings(self) -> dict[str, str]:
         """New names for a user's values that would hide the file's own names."""
         own = {"tl", "triton", "float", *HELPERS, *BLOCKS.values(), *DIMENSION_CONSTANTS.values()}
-        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {"place", *choice_names(self.kernel)}
+        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {"place"}
+        own |= choice_names(self.kernel)
         for p in self.kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
         own -= LENGTHS  # a kernel over sequences sets them

@@ -6,88 +6,48 @@ normaliser has its sums, are vectors of their own.
 
 from __future__ import annotations
 
+from attn_engine.codegen.backends.chunk_dispatch import ChunkDispatch
 from attn_engine.codegen.backends.triton_chunk_rows import ChunkRows
 from attn_engine.codegen.backends.triton_types import TYPES
-from attn_engine.codegen.lower.chunked import OUT, VALUES
-from attn_engine.codegen.lower.chunked_backward import D_OUT
 from attn_engine.ir.chunk import (
-    D_STATE,
-    STATE,
     CarriedGradient,
-    ChunkStmt,
     Decays,
     Diagonal,
     DiagonalGradient,
     Gram,
     GramGradient,
     Product,
-    Rows,
     Scale,
-    Section,
     Solve,
     StateStep,
     Tile,
     Within,
 )
 
-_WITH_LAST = (VALUES, OUT, D_OUT, STATE, D_STATE)
 
-
-class ChunkStatements(ChunkRows):
+class ChunkStatements(ChunkRows, ChunkDispatch):
     """Prints statements; the file around them is triton_chunk.py's."""
 
     live: set[str]  # tiles that some statement of the phase reads
     _inverses: dict[Tile, str]
 
-    def lines_of(self, s: ChunkStmt) -> list[str]:
-        """The lines of a statement."""
-        match s:
-            case Section(title):
-                return ["", f"# -- {title}"]
-            case Rows():
-                return self.rows(s)
-            case Decays():
-                lines = self._vector_decays(s) if self.vector else self._decays(s)
-            case Scale(to, x, by):
-                lines = [f"{to.name} = {x.name} * {by.name}{'' if len(by.axes) == 2 else '[:, None]'}"]
-            case CarriedGradient():
-                lines = self._carried(s)
-            case GramGradient():
-                lines = self._gram_gradient(s)
-            case DiagonalGradient(d_matrix, x, y, d_x, d_y):
-                lines = [
-                    f"on_token = tl.sum(tl.where(on_diagonal(), {d_matrix.name}, 0.0), 1)[:, None]",
-                    f"{d_x.name} += on_token * {y.name}",
-                    f"{d_y.name} = on_token * {x.name}",
-                ]
-            case _:
-                lines = self._matrices(s)
+    def folded(self, lines: list[str]) -> list[str]:
         return [piece for line in lines for piece in self.fold(line)]
 
-    @property
-    def vector(self) -> bool:
-        """Whether the decay is one for each dimension."""
-        return self.program.decay is not None and "d" in self.program.decay.axes
+    def scale(self, s: Scale) -> list[str]:
+        by = f"{s.by.name}{'' if len(s.by.axes) == 2 else '[:, None]'}"
+        return [f"{s.to.name} = {s.x.name} * {by}"]
 
-    def _matrices(self, s: ChunkStmt) -> list[str]:
-        match s:
-            case Gram():
-                return self._gram(s)
-            case Diagonal(to, x, y):
-                own = f"tl.sum({self._wide(x)} * {y.name}, 1)[:, None]"
-                return [f"{to.name} += tl.where(on_diagonal(), {own}, 0.0)"]
-            case Product():
-                return self._product(s)
-            case Solve():
-                return self._solve(s)
-            case StateStep():
-                return self._state_step(s)
-            case _:
-                raise AssertionError(f"no spelling for {type(s).__name__}")
+    def diagonal(self, s: Diagonal) -> list[str]:
+        own = f"tl.sum({self._wide(s.x)} * {s.y.name}, 1)[:, None]"
+        return [f"{s.to.name} += tl.where(on_diagonal(), {own}, 0.0)"]
 
-    def has_last(self, tile: Tile) -> bool:
-        """Whether a tile has numbers beyond the columns of v."""
-        return self.program.divisor is not None and tile in _WITH_LAST
+    def diagonal_gradient(self, s: DiagonalGradient) -> list[str]:
+        return [
+            f"on_token = tl.sum(tl.where(on_diagonal(), {s.d_matrix.name}, 0.0), 1)[:, None]",
+            f"{s.d_x.name} += on_token * {s.y.name}",
+            f"{s.d_y.name} = on_token * {s.x.name}",
+        ]
 
     def _wide(self, x: Tile) -> str:
         """A tile of elements in the compute type."""
@@ -95,7 +55,7 @@ class ChunkStatements(ChunkRows):
 
     # -- decays
 
-    def _decays(self, s: Decays) -> list[str]:
+    def decays(self, s: Decays) -> list[str]:
         double = f"{s.decay.name}.to(tl.float64)"
         lines = [f"{s.sums.name} = tl.cumsum({double}, 0)"]
         before = f"{s.sums.name} - {double}" if s.exclusive else s.sums.name
@@ -118,7 +78,7 @@ class ChunkStatements(ChunkRows):
     def _narrow(self, x: str) -> str:
         return f"{x}.to(COMPUTE)"
 
-    def _vector_decays(self, s: Decays) -> list[str]:
+    def vector_decays(self, s: Decays) -> list[str]:
         g, lines = s.decay.name, list[str]()
         if s.reads is not None:
             lines.append(f"{s.reads.name} = left_at_token({g}, {s.exclusive})")
@@ -139,7 +99,7 @@ class ChunkStatements(ChunkRows):
 
     # -- matrices of tokens
 
-    def _gram(self, s: Gram) -> list[str]:
+    def gram(self, s: Gram) -> list[str]:
         name, sign = s.to.name, "-" if s.negative else ""
         if s.within is not None and s.within.vector:
             rows = f"{s.x.name}, {s.y.name}, {s.within.decay.name}"
@@ -153,7 +113,7 @@ class ChunkStatements(ChunkRows):
             return [f"{name} = {sign}({found})", f"{name} = tl.where(reads({s.strict}), {name}, 0.0)"]
         return [f"{name} = tl.where(reads({s.strict}), {sign}{found}, 0.0)"]
 
-    def _gram_gradient(self, s: GramGradient) -> list[str]:
+    def gram_gradient(self, s: GramGradient) -> list[str]:
         d, x, y = s.d_matrix.name, s.x.name, s.y.name
         if s.within is not None and s.within.vector:
             assert s.d_decay is not None
@@ -174,7 +134,7 @@ class ChunkStatements(ChunkRows):
             f"{s.d_y.name} += product(tl.trans({d}), {x})",
         ]
 
-    def _solve(self, s: Solve) -> list[str]:
+    def solve(self, s: Solve) -> list[str]:
         lines: list[str] = []
         inverse = self._inverses.get(s.matrix)
         if inverse is None:
@@ -185,7 +145,7 @@ class ChunkStatements(ChunkRows):
 
     # -- products and states
 
-    def _product(self, s: Product) -> list[str]:
+    def multiply(self, s: Product) -> list[str]:
         matrix = s.a.axes == ("t", "t")
         a = f"tl.trans({s.a.name})" if matrix and s.upper else s.a.name
         b = f"tl.trans({s.b.name})" if s.turned else s.b.name
@@ -203,7 +163,7 @@ class ChunkStatements(ChunkRows):
             return f"{name} {'-' if s.negative else '+'}= {found}"
         return f"{name} = {'-' if s.negative else ''}{found}"
 
-    def _state_step(self, s: StateStep) -> list[str]:
+    def state_step(self, s: StateStep) -> list[str]:
         state, sign = s.state.name, "-" if s.negative else "+"
         step = f"product(tl.trans({s.keys.name}), {s.values.name})"
         whole = "" if s.whole is None else s.whole.name
@@ -215,7 +175,7 @@ class ChunkStatements(ChunkRows):
             lines.append(f"{last} = {last}{f' * {whole}' if whole else ''} {sign} {step}")
         return lines
 
-    def _carried(self, s: CarriedGradient) -> list[str]:
+    def carried(self, s: CarriedGradient) -> list[str]:
         d, (keys, d_keys) = s.d_decay.name, s.write
         last = f"{s.state.last.name} * {s.d_state.last.name}" if self.has_last(s.state) else ""
         if self.vector:
