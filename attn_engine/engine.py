@@ -252,7 +252,7 @@ class AttentionEngine(EngineState):
         if scales is not None:
             traced, tensors = traced.with_cache(CACHE), tensors | scales
         kind = self._checks(traced.program, q, k, v, custom, tensors, numbers)
-        return traced, tensors, {"scale": self.scale, **numbers}, None if places else kind
+        return traced, tensors, {"scale": self.scale, **numbers}, kind
 
     def _logical(self, x: Tensor) -> Tensor:
         return logical_view(x, self.layout)

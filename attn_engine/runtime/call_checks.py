@@ -76,6 +76,7 @@ class CallChecks:
     device: str | None
     _passed: dict[Attention, Passed] = field(default_factory=dict[Attention, Passed])
     _latest: Passed | None = None
+    _known_shapes: tuple[object, ...] = ()  # of the latest q, k and v that were found right
 
     def __call__(
         self,
@@ -124,6 +125,15 @@ class CallChecks:
         self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None = None, scaled: bool = False
     ) -> None:
         """The part that needs no contents: dtypes, devices and shapes of q, k and v; scaled: these have scales."""
+        known = (shape_signature(q), shape_signature(k), shape_signature(v), sequences, scaled)
+        if known == self._known_shapes:
+            return
+        self._check_shapes(q, k, v, sequences, scaled)
+        self._known_shapes = known
+
+    def _check_shapes(
+        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, scaled: bool
+    ) -> None:
         if scaled:
             k, v = like_queries(q, k, v)
         else:

@@ -16,9 +16,9 @@ from torch import Tensor
 from attn_engine.codegen.schedule import Gradients
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing
-from attn_engine.ir.program import GROUP
+from attn_engine.ir.program import GROUP, Attention
 from attn_engine.runtime.backward_shares import key_shares, query_shares
-from attn_engine.runtime.compiled import CompiledAttention, Direction, sizes_of
+from attn_engine.runtime.compiled import CompiledAttention, Direction, sizes_of, sizes_of_call
 from attn_engine.runtime.few_rows import choose_packing, choose_splits
 from attn_engine.runtime.gradient_parts import gradient_parts
 from attn_engine.runtime.launch_plan import (
@@ -30,6 +30,7 @@ from attn_engine.runtime.launch_plan import (
     Offsets,
     Prepared,
 )
+from attn_engine.runtime.sequences import OverSequences, SequenceTables, grouped, sequences_of_call
 from attn_engine.runtime.strides import empty_ordered_like
 
 Logical = Callable[[Tensor], Tensor]
@@ -79,21 +80,28 @@ def forward_plan(
     captured: Mapping[str, Tensor],
 ) -> ForwardPlan | None:
     """The plan of calls like this one; None where it needs more than kernels. `logical` views a tensor by head."""
-    output = empty_ordered_like(q, v.shape[3])
+    output = empty_ordered_like(q, v.shape[-1])
     out_layout, out = Layout.of(output), Layout.of(logical(output))
     q, k, v = logical(q), logical(k), logical(v)
     compiled = compiled.of_values(k, v)
-    packing = choose_packing(compiled.program, compiled.schedule, q, k)
+    tables = sequences_of_call(compiled.program, captured)
+    if tables is not None and not plannable(compiled.program, tables, q):
+        return None
+    query_rows = q.shape[2] if tables is None else tables.longest["q"]
+    packing = choose_packing(compiled.program, compiled.schedule, q, k, query_rows)
     if packing is Packing.QUERIES or compiled.program.rule.pooled:
         return None
     rows, fixed, queries = q.shape[:3], dict[str, Number](), Layout.of(q)
     if packing is Packing.ONE_QUERY:
-        fixed[GROUP.name] = q.shape[1] // k.shape[1]
+        group = fixed[GROUP.name] = q.shape[1] // k.shape[1]
         queries, out = by_group(queries, k.shape[1]), by_group(out, k.shape[1])
         q = q.as_strided(queries.shape, queries.stride)
-    compiled = compiled.of_rows(packing, q.shape[2])
-    sizes = sizes_of(q, k)
-    splits = choose_splits(compiled.program, compiled.schedule, q, k, captured)
+        if tables is not None:
+            captured, tables = grouped(captured, tables, group)
+            query_rows *= group
+    compiled = compiled.of_rows(packing, q.shape[2] if tables is None else query_rows)
+    sizes = sizes_of_call(q, k, tables)
+    splits = choose_splits(compiled.program, compiled.schedule, q, k, captured, sizes["kv_len"])
     partials, offsets, elements = dict[str, Layout](), (), 0
     if splits > 1:
         sizes["splits"] = fixed["splits"] = splits
@@ -103,7 +111,7 @@ def forward_plan(
     layouts = {"Q": queries, "K": Layout.of(k), "V": Layout.of(v), "O": out, **partials}
     layouts |= dict.fromkeys(names, Layout.contiguous(q.shape[:3]))
     layouts |= {name: Layout.of(x) for name, x in captured.items()}
-    kernels = prepared(compiled.kernels("forward" if splits == 1 else "decode"), layouts, sizes)
+    kernels = prepared(compiled.kernels("forward" if splits == 1 else "decode"), layouts, sizes, captured)
     if kernels is None:
         return None
     step = prod(rows) * compiled.compute.itemsize
@@ -149,7 +157,7 @@ def backward_plan(
     tensors |= {**dict(zip(names, rows, strict=True)), **captured}
     delta = tuple(queries.shape[:3])
     layouts = {"Delta": Layout.contiguous(delta), **{name: Layout.of(x) for name, x in tensors.items()}}
-    kernels = prepared(direction, layouts, sizes)
+    kernels = prepared(direction, layouts, sizes, captured)
     if kernels is None:
         return None
     step = rows.stride(0) * compute.itemsize
@@ -167,16 +175,31 @@ def backward_plan(
     )
 
 
+def plannable(program: Attention, tables: SequenceTables, q: Tensor) -> bool:
+    """Whether a call over sequences needs kernels alone: a batch of them, and a sequence for every row of q."""
+    packed = program.sequences is not None and program.sequences.packed
+    return not packed and tables.count > 0 and tables.rows["q"] == q.shape[0] * q.shape[2]
+
+
 def prepared(
-    direction: Direction, layouts: Mapping[str, Layout], sizes: Mapping[str, int]
+    direction: Direction,
+    layouts: Mapping[str, Layout],
+    sizes: Mapping[str, int],
+    captured: Mapping[str, Tensor],
 ) -> tuple[Prepared, ...] | None:
     """The kernels of a direction, each prepared; None where one cannot be or reads tables that a call has to make."""
     found: list[Prepared] = []
     for kernel, tables in zip(direction.kernels, direction.tables, strict=True):
-        prepare = getattr(kernel, "prepare", None)
-        if tables or prepare is None:
+        if tables:
             return None
-        found.append(prepare(layouts, sizes))
+        if isinstance(kernel, OverSequences):
+            made = kernel.prepare(layouts, sizes, captured)
+        else:
+            prepare = getattr(kernel, "prepare", None)
+            made = None if prepare is None else prepare(layouts, sizes)
+        if made is None:
+            return None
+        found.append(made)
     return tuple(found)
 
 

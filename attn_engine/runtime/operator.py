@@ -201,6 +201,8 @@ def apply(
         return out, rows
     if _recorded(tensors):
         call.refuse_training(tensors)
+        if call.compiled.program.sequences is not None:
+            kind = None  # forward passes alone have plans
         if with_rows:  # each an output of its own, so not in one tensor
             out, *rows = _Function.apply(call, numbers, None, True, *tensors)
             return out, rows

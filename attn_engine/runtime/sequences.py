@@ -32,6 +32,7 @@ from attn_engine.codegen.lower.sequences import (
 from attn_engine.ir.ops import Number
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel, TileGrid
+from attn_engine.runtime.launch_plan import Layout, Numbers, Prepared
 
 SPAN_NAMES = tuple(spans_param(axis) for axis in AXES)
 PLACE_NAMES = tuple(places_param(axis) for axis in AXES)
@@ -181,16 +182,50 @@ class OverSequences:
         given = dict(tensors)
         for name, dimension in self._batches.items():
             given[name] = _for_each(given[name], dimension, tables.count)
-        numbers: dict[str, Number] = {**scalars}
-        numbers |= {LONGEST_Q.name: tables.longest["q"], LONGEST_KV.name: tables.longest["kv"]}
         sizes = tables.sizes(sizes)
+        own, numbers = self._of_tables(tables, sizes)
+        sizes |= {n: x for n, x in numbers.items() if n == TILE_COUNT.name}
+        self._compiled.launch(given | own, {**scalars, **numbers}, sizes)
+
+    def _of_tables(
+        self, tables: SequenceTables, sizes: Mapping[str, int]
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What the kernel reads of the tables, and the numbers that follow from them."""
+        own = dict[str, Tensor]()
+        numbers = {LONGEST_Q.name: tables.longest["q"], LONGEST_KV.name: tables.longest["kv"]}
         if self._tiles is not None:
-            numbers[TILE_COUNT.name] = sizes[TILE_COUNT.name] = tables.tile_count(self._tiles, sizes)
+            numbers[TILE_COUNT.name] = tables.tile_count(self._tiles, sizes)
             if self._tiles.heads is not None:
-                given |= tables.tile_tables(self._tiles.axis, self._tiles.block)
+                own |= tables.tile_tables(self._tiles.axis, self._tiles.block)
         if self._reads_order:
-            given[ORDER] = tables.order
-        self._compiled.launch(given, numbers, sizes)
+            own[ORDER] = tables.order
+        return own, numbers
+
+    def prepare(
+        self, layouts: Mapping[str, Layout], sizes: Mapping[str, int], tensors: Mapping[str, Tensor]
+    ) -> OverTheseSequences | None:
+        """The kernel for calls over sequences like these, of which there is one for each batch; None where the backend
+        prepares nothing."""
+        prepare = getattr(self._compiled, "prepare", None)
+        if prepare is None:
+            return None
+        tables = tables_in(tensors)
+        own, numbers = self._of_tables(tables, sizes)
+        layouts = {**layouts, **{name: Layout.of(x) for name, x in own.items()}}
+        spans = {name: tensors[name] for name in SPAN_NAMES}
+        counts = {n: x for n, x in numbers.items() if n == TILE_COUNT.name}
+        return OverTheseSequences(prepare(layouts, {**sizes, **counts}), {**spans, **own}, numbers)
+
+
+class OverTheseSequences:
+    """A prepared kernel, and the tensors and numbers that all its calls share: those of their sequences."""
+
+    def __init__(self, kernel: Prepared, own: Mapping[str, Tensor], numbers: Numbers) -> None:
+        self._kernel, self._own, self._numbers = kernel, own, numbers
+        self._addresses = {name: x.data_ptr() for name, x in own.items()}
+
+    def launch(self, addresses: Mapping[str, int], numbers: Numbers) -> None:
+        self._kernel.launch({**addresses, **self._addresses}, {**numbers, **self._numbers})
 
 
 class Launchable(Protocol):

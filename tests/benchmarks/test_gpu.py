@@ -33,6 +33,7 @@ from benchmarks.gpu_targets import goals_of
 from benchmarks.results import Results, load
 
 TINY = GpuCase("causal", "forward", 96, 16, 4, 2, dtype="float32")
+LONG = replace(TINY, length=1100, heads=2, kv_heads=1)
 GOAL = GpuCase("causal", "backward", 8192)
 
 
@@ -42,6 +43,7 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_measure, "MOST_ROUNDS", 1)
     monkeypatch.setattr(gpu_measure, "FEWEST_ROUNDS", 1)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    monkeypatch.setattr("benchmarks.gpu_measure.gc.collect", lambda: 0)
 
 
 def maker(backend: str) -> Any:
@@ -221,16 +223,14 @@ KNOWS: dict[str, tuple[Any, set[str]]] = {
 def test_libraries_are_called_as_their_signatures_say(library: str, libraries: None) -> None:
     make, known = KNOWS[library]
     for name in PATTERNS:
+        long = "1024" in name
         for batches, direction in ((1, "backward"), (2, "backward")) + (
             ((1, "forward"),) if library == "FlashInfer" else ()
         ):
-            case = replace(
-                TINY,
-                pattern=name,
-                direction=direction,
-                batches=batches,
-                length=1100 if "1024" in name else 96,
-            )
+            if long and batches == 2:
+                continue
+            size = LONG if long else TINY
+            case = replace(size, pattern=name, direction=direction, batches=batches)
             found = results({"ours": maker("reference"), library: make}, case)
             fits = library not in ("FlashInfer", "fla") or (
                 batches == 1 and (library, direction) != ("FlashInfer", "backward")

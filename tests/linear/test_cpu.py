@@ -141,13 +141,17 @@ def test_bfloat16(delta: bool):
     metas = [meta_tensor(None, None, None, n, dtype=torch.bfloat16) for n in (20, 20, 40)]
     engine = LinearAttentionEngine(metas, delta=delta, backend="cpu")
     torch.manual_seed(0)
-    k = torch.nn.functional.normalize(torch.randn(1, 100, 2, 20), dim=-1)
-    rows = [torch.randn(1, 100, 2, 20), k, torch.randn(1, 100, 2, 40)]
+    tokens = 530 if delta else 100  # of more than one segment, of one
+    k = torch.nn.functional.normalize(torch.randn(1, tokens, 2, 20), dim=-1)
+    rows = [torch.randn(1, tokens, 2, 20), k, torch.randn(1, tokens, 2, 40)]
     q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in rows)
-    g, state = -torch.rand(1, 100, 2).requires_grad_(), torch.randn(1, 2, 20, 40, requires_grad=True)
-    given = {"beta": torch.rand(1, 100, 2, requires_grad=True)} if delta else {}
+    g, state = (
+        (-0.02 * torch.rand(1, tokens, 2)).requires_grad_(),
+        torch.randn(1, 2, 20, 40, requires_grad=True),
+    )
+    given = {"beta": torch.rand(1, tokens, 2, requires_grad=True)} if delta else {}
     inputs = [q, k, v, g, state, *given.values()]
-    weights = torch.randn(1, 100, 2, 40)
+    weights = torch.randn(1, tokens, 2, 40)
     found, wanted = (
         f(q, k, v, g, initial_state=state, return_final_state=True, **given)
         for f in (engine, engine.reference)

@@ -41,6 +41,7 @@ def test_what_is_shown():
     for words in ("e^decay S + write value^T", "one number for each token", "what the tokens read of each other",
                   "32 tokens each", "8 x 8 float32 for each head, 256 bytes", "in all"):  # fmt: skip
         assert words in text
+    assert "16 tokens each, 32 backward" in str(engine().explain())
     delta = LinearAttentionEngine(META, **gated_delta_net(8), backend="torch").explain()
     assert "erase" in delta.sections["Program"] and "(value - erase^T S)" in delta.sections["Program"]
     work = int(shown.explain().sections["Forward, multiplications for a token and head"].split()[-3])

@@ -29,7 +29,9 @@ def indexer(dtype: torch.dtype, dim: int) -> Selection:
 
 
 def named(kernel: Kernel, backend: str) -> Kernel:
-    return replace(kernel, header=(f"attn_engine golden | {kernel.header[0]} | {backend}", *kernel.header[1:]))
+    return replace(
+        kernel, header=(f"attn_engine golden | {kernel.header[0]} | {backend}", *kernel.header[1:])
+    )
 
 
 def test_showcase_of_a_selection(golden: Callable[[str, str], None]) -> None:

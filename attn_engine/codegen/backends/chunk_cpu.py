@@ -97,6 +97,23 @@ class _ChunkRenderer(StatementRenderer):
         return f"Tensor<{'' if p.output else 'const '}{TYPES[p.storage]}, {p.rank}>"
 
     def _scratch(self) -> list[str]:
+        lines = self._tiles()
+        lines.append("Real spare_rows[D_COLUMNS > V_COLUMNS ? D_COLUMNS : V_COLUMNS][T_COLUMNS];")
+        if self._paired and any(map(reads_state_rows, (self.kernel.scan, self.kernel.gradient))):
+            lines.append("Pair state_pairs[(D_COLUMNS + 1) / 2][V_COLUMNS];")
+        if self.vector:
+            lines.append("VectorSpare<T_COLUMNS, D_COLUMNS> spare;")
+        if self.kernel.gradient:
+            lines += [
+                "Real spare_state[V_COLUMNS][D_COLUMNS];",
+                "Real states[SEGMENT][D_COLUMNS][V_COLUMNS];",
+            ]
+        for w in self._sums():
+            size = "D_COLUMNS" if "d" in w.axes else "round_up(DV, LANES)" if "dv" in w.axes else "1"
+            lines.append(f"Real {w.tensor}_sum[{size}];")
+        return lines
+
+    def _tiles(self) -> list[str]:
         lines: list[str] = []
         for tile in self.tiles:
             if tile.name == "decay_sums":
@@ -113,19 +130,6 @@ class _ChunkRenderer(StatementRenderer):
             else:
                 rows = "CHUNK" if tile.axes[0] == "t" else "D_COLUMNS"
                 lines.append(f"Real {tile.name}[{rows}][{COLUMNS[tile.axes[1]]}];")
-        lines.append("Real spare_rows[D_COLUMNS > V_COLUMNS ? D_COLUMNS : V_COLUMNS][T_COLUMNS];")
-        if self._paired and any(map(reads_state_rows, (self.kernel.scan, self.kernel.gradient))):
-            lines.append("Pair state_pairs[(D_COLUMNS + 1) / 2][V_COLUMNS];")
-        if self.vector:
-            lines.append("VectorSpare<T_COLUMNS, D_COLUMNS> spare;")
-        if self.kernel.gradient:
-            lines += [
-                "Real spare_state[V_COLUMNS][D_COLUMNS];",
-                "Real states[SEGMENT][D_COLUMNS][V_COLUMNS];",
-            ]
-        for w in self._sums():
-            size = "D_COLUMNS" if "d" in w.axes else "round_up(DV, LANES)" if "dv" in w.axes else "1"
-            lines.append(f"Real {w.tensor}_sum[{size}];")
         return lines
 
     def _sums(self) -> list[RowOutput]:

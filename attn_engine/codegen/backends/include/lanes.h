@@ -78,6 +78,9 @@ struct Mask { IntVector part[PARTS]; };  // -1 where true
 struct Positions : Ints { int first; };   // first, first + 1, ...: one per lane
 struct Descending : Ints { int first; };  // first, first - 1, ...
 
+/// Positions held between two bounds: `met` where a lane may have met one, and the lanes are no neighbours any more.
+template <class P> struct Bounded : Ints { int first; bool met; };
+
 template <class Result, class F> INLINE Result each(F f) {
   Result result;
   UNROLL for (int p = 0; p < PARTS; ++p) result.part[p] = f(p);
@@ -228,8 +231,32 @@ INLINE FloatVector smaller(FloatVector a, FloatVector b) { return (FloatVector)_
 INLINE FloatVector larger(FloatVector a, FloatVector b) { return a > b ? a : b; }
 INLINE FloatVector smaller(FloatVector a, FloatVector b) { return a < b ? a : b; }
 #endif
+template <class P> constexpr bool IN_A_ROW = std::is_same_v<P, Positions> || std::is_same_v<P, Descending>;
+template <class P> constexpr bool IN_A_ROW<Bounded<P>> = true;
+template <class P> INLINE Bounded<P> bounded(P x) { return {{x}, x.first, false}; }
+template <class P> INLINE Bounded<P> bounded(Bounded<P> x) { return x; }
+INLINE int lowest(Bounded<Positions> x) { return x.first; }
+INLINE int lowest(Bounded<Descending> x) { return x.first - (LANES - 1); }
+
+template <class P> INLINE auto at_least(P x, int bound) {
+  auto result = bounded(x);
+  result.met |= lowest(result) < bound;
+  UNROLL for (int p = 0; p < PARTS; ++p) result.part[p] = x.part[p] < bound ? bound - IntVector{} : x.part[p];
+  return result;
+}
+template <class P> INLINE auto at_most(P x, int bound) {
+  auto result = bounded(x);
+  result.met |= lowest(result) + (LANES - 1) > bound;
+  UNROLL for (int p = 0; p < PARTS; ++p) result.part[p] = x.part[p] > bound ? bound - IntVector{} : x.part[p];
+  return result;
+}
+
 template <class A, class B, IfWide<A, B> = 0> INLINE auto max(A a, B b) {
-  if constexpr (KIND<A> == 2 || KIND<B> == 2) {
+  if constexpr (IN_A_ROW<A> && std::is_same_v<B, int>) {
+    return at_least(a, b);
+  } else if constexpr (IN_A_ROW<B> && std::is_same_v<A, int>) {
+    return at_least(b, a);
+  } else if constexpr (KIND<A> == 2 || KIND<B> == 2) {
     const Floats x = floats(a), y = floats(b);
     return each<Floats>([&](int p) { return larger(x.part[p], y.part[p]); });
   } else {
@@ -238,7 +265,11 @@ template <class A, class B, IfWide<A, B> = 0> INLINE auto max(A a, B b) {
   }
 }
 template <class A, class B, IfWide<A, B> = 0> INLINE auto min(A a, B b) {
-  if constexpr (KIND<A> == 2 || KIND<B> == 2) {
+  if constexpr (IN_A_ROW<A> && std::is_same_v<B, int>) {
+    return at_most(a, b);
+  } else if constexpr (IN_A_ROW<B> && std::is_same_v<A, int>) {
+    return at_most(b, a);
+  } else if constexpr (KIND<A> == 2 || KIND<B> == 2) {
     const Floats x = floats(a), y = floats(b);
     return each<Floats>([&](int p) { return smaller(x.part[p], y.part[p]); });
   } else {

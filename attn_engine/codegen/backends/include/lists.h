@@ -23,6 +23,7 @@ INLINE ListedTensor<T, RANK> listed_rows(const Tensor<T, RANK>& whole, const Ten
 template <class T> struct ListedMatrix {
   using Element = T;
   static constexpr bool IN_PAGES = true, SCATTERED = true;
+  static constexpr int TOGETHER = 1;
   T* data;
   const int32_t* places;
   int64_t row_stride, column_stride, rows;

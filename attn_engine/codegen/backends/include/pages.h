@@ -22,6 +22,7 @@ INLINE PagedTensor<T, RANK, PAGE> in_pages(const Tensor<T, RANK>& cache, const T
 template <class T, int PAGE> struct PagedMatrix {
   using Element = T;
   static constexpr bool IN_PAGES = true, SCATTERED = false;
+  static constexpr int TOGETHER = PAGE;  // rows in steps
   T* data;
   const int32_t* pages;
   int64_t pages_stride, page_stride, row_stride, column_stride, rows, first;

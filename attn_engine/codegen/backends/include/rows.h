@@ -136,68 +136,105 @@ INLINE Real sum_lanes(Floats x) { return fold_halves(x, [](FloatVector a, FloatV
 INLINE Real max_lanes(Floats x) { return fold_halves(x, [](FloatVector a, FloatVector b) { return a > b ? a : b; }); }
 INLINE Real min_lanes(Floats x) { return fold_halves(x, [](FloatVector a, FloatVector b) { return a < b ? a : b; }); }
 
+// -- row after row, and for each the one to ask for while it is read
+
+/// Rows `stride` apart.
+template <class T> struct StridedWalk {
+  const T *row, *next;
+  int64_t stride;
+  const T* here() const { return row; }
+  const T* ahead() const { return next; }
+  void go_on() { row += stride, next += stride; }
+};
+
+/// Rows that lie anywhere.
+template <class T> struct ListedWalk {
+  const T* const* rows;
+  const T* here() const { return rows[0]; }
+  const T* ahead() const { return rows[AHEAD]; }
+  void go_on() { ++rows; }
+};
+
 // -- query . key: the columns of both in lanes
 
-/// sums[r * KEYS + j] += query[r] . key[j] over COUNT slices from `first` on. Key after key: one pointer walks, and the
-/// processor overlaps the sums of neighbouring keys. For each key a row from `next` on is asked for, one line at a time:
-/// a whole row at once, or 16 of them, would wait for each other.
-template <int COLUMNS, int QUERIES, int COUNT, int PADDED, class T>
-INLINE void multiply_slices(FloatVector (&sums)[WIDTH], const Real (*query)[PADDED], const T* key, int64_t stride,
-                            int first, const T* next) {
+/// sums[r * KEYS + j] += query[r] . key[j] over COUNT slices from `first` on, key after key: the processor overlaps the
+/// sums of neighbouring keys. For each key a row ahead is asked for, one line at a time: a whole row at once, or 16 of
+/// them, would wait for each other.
+template <int COLUMNS, int QUERIES, int COUNT, int PADDED, class Walk>
+INLINE void multiply_slices(FloatVector (&sums)[WIDTH], const Real (*query)[PADDED], Walk keys, int first) {
   constexpr int KEYS = WIDTH / QUERIES;
   FloatVector numbers[QUERIES][COUNT];
   UNROLL for (int r = 0; r < QUERIES; ++r)
     UNROLL for (int c = 0; c < COUNT; ++c) numbers[r][c] = *(const FloatVector*)(query[r] + (first + c) * WIDTH);
-  UNROLL for (int j = 0; j < KEYS; ++j, key += stride, next += stride)
+  UNROLL for (int j = 0; j < KEYS; ++j, keys.go_on()) {
+    const auto *key = keys.here(), *next = keys.ahead();
     UNROLL for (int c = 0; c < COUNT; ++c) {
       ask_for_line(next, (first + c) * WIDTH);
       const FloatVector columns = without_overlap<COLUMNS>(load_slice<COLUMNS>(key, first + c), first + c);
       UNROLL for (int r = 0; r < QUERIES; ++r) sums[r * KEYS + j] = fma(numbers[r][c], columns, sums[r * KEYS + j]);
     }
+  }
 }
 
 /// scores[r][j] for QUERIES rows r and as many keys j as fill a vector with results: an accumulator for each pair.
-template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class T>
-INLINE void multiply_keys(Real (*scores)[LENGTH], const Real (*query)[PADDED], const T* key, int64_t stride,
-                          const T* next) {
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class Walk>
+INLINE void multiply_keys(Real (*scores)[LENGTH], const Real (*query)[PADDED], Walk keys) {
   constexpr int KEYS = WIDTH / QUERIES, AT_ONCE = at_least_one(ROWS / QUERIES);
   constexpr int REST = (SLICES<COLUMNS> - 1) % AT_ONCE + 1;  // with the last slice, which may need a mask
   FloatVector sums[WIDTH] = {};
   int first = 0;
   for (; first < SLICES<COLUMNS> - REST; first += AT_ONCE)
-    multiply_slices<COLUMNS, QUERIES, AT_ONCE>(sums, query, key, stride, first, next);
-  multiply_slices<COLUMNS, QUERIES, REST>(sums, query, key, stride, SLICES<COLUMNS> - REST, next);
+    multiply_slices<COLUMNS, QUERIES, AT_ONCE>(sums, query, keys, first);
+  multiply_slices<COLUMNS, QUERIES, REST>(sums, query, keys, SLICES<COLUMNS> - REST);
   Real results[WIDTH];
   *(FloatVector*)results = sums_of(sums);
   UNROLL for (int r = 0; r < QUERIES; ++r) __builtin_memcpy(scores[r], results + r * KEYS, KEYS * sizeof(Real));
+}
+
+/// scores[r][j] = query[r] . key j for as many keys as results fill a vector, for all query rows.
+template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class Walk>
+INLINE void multiply_rows(Real (&scores)[QUERIES][LENGTH], const Real (&query)[QUERIES][PADDED], int j, Walk keys) {
+  constexpr int TOGETHER = smaller_of(QUERIES, WIDTH);
+  for (int r = 0; r < QUERIES; r += TOGETHER)
+    multiply_keys<COLUMNS, TOGETHER>((Real(*)[LENGTH])(scores[r] + j), query + r, keys);
 }
 
 /// scores[r][j] = query[r] . keys[j] for j < count; zero in the rest of the last vector.
 template <int COLUMNS, int QUERIES, int PADDED, int LENGTH, class M>
 OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)[QUERIES][PADDED], const M& keys,
                             int count) {
-  constexpr int TOGETHER = smaller_of(QUERIES, WIDTH), KEYS = WIDTH / TOGETHER;
-  for (int j = 0; j < count; j += KEYS) {
-    const bool in_place = !SCALED<M> && keys.column_stride == 1 && j + KEYS <= count && keys.in_steps(j, KEYS);
-    const auto* next = row_ahead(keys, j);
-    Real copied[KEYS][COLUMNS];
-    if (!in_place)
-      for (int i = 0; i < KEYS; ++i) read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
-    for (int r = 0; r < QUERIES; r += TOGETHER) {
-      Real(*to)[LENGTH] = (Real(*)[LENGTH])(scores[r] + j);
-      if constexpr (!SCALED<M>)
-        if (in_place) {
-          multiply_keys<COLUMNS, TOGETHER>(to, query + r, keys.at(j, 0), keys.row_stride, next);
-          continue;
-        }
-      multiply_keys<COLUMNS, TOGETHER>(to, query + r, copied[0], COLUMNS, copied[0]);
+  using T = typename M::Element;
+  constexpr int KEYS = WIDTH / smaller_of(QUERIES, WIDTH);
+  int j = 0;
+  if (!SCALED<M> && keys.column_stride == 1) {
+    if constexpr (SCALED<M>) {
+    } else if constexpr (M::IN_PAGES) {
+      const T* rows[LENGTH + AHEAD];
+      keys.addresses(rows, round_up(count, KEYS) + AHEAD);
+      if constexpr (M::TOGETHER % KEYS != 0) {
+        for (; j < count; j += KEYS) multiply_rows<COLUMNS>(scores, query, j, ListedWalk<T>{rows + j});
+      } else if (keys.in_steps(0, KEYS)) {  // as are the next ones
+        for (; j + KEYS <= count; j += KEYS)
+          multiply_rows<COLUMNS>(scores, query, j, StridedWalk<T>{rows[j], rows[j + AHEAD], keys.row_stride});
+      }
+    } else {
+      for (; j + KEYS <= count; j += KEYS)
+        multiply_rows<COLUMNS>(scores, query, j, StridedWalk<T>{keys.at(j, 0), row_ahead(keys, j), keys.row_stride});
     }
   }
+  for (; j < count; j += KEYS) {
+    Real copied[KEYS][COLUMNS];
+    for (int i = 0; i < KEYS; ++i) read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
+    multiply_rows<COLUMNS>(scores, query, j, StridedWalk<Real>{copied[0], copied[0], COLUMNS});
+  }
   for (int r = 0; r < QUERIES; ++r)
-    for (int j = count; j < round_up(count, LANES); ++j) scores[r][j] = 0;
+    for (j = count; j < round_up(count, LANES); ++j) scores[r][j] = 0;
 }
 
 // -- weights . value: numbers times rows, the columns in lanes
+
+/// A row, and the one to ask for while it is read.
+template <class T> struct RowPair { const T *here, *next; };
 
 /// out[r][slices] += sum over j of weights[r][j] * row(j)[slices], for COUNT slices. The depth is shared between as
 /// many accumulators as there are registers for: one row and few columns would wait for each addition otherwise.
@@ -207,8 +244,11 @@ INLINE void add_slices(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERI
   constexpr int SHARES = at_least_one(ACCUMULATORS / (COUNT * QUERIES));
   FloatVector sums[SHARES][QUERIES][COUNT] = {};
   const auto add_row = [&](int j, int share) __attribute__((always_inline)) {
+    const auto [here, next] = row(j);
     UNROLL for (int c = 0; c < COUNT; ++c) {
-      const FloatVector columns = load_slice<COLUMNS>(row(j), first + c);
+      if (first == 0)
+        UNROLL for (int s = c; s < SLICES<COLUMNS>; s += COUNT) ask_for_line(next, s * WIDTH);
+      const FloatVector columns = load_slice<COLUMNS>(here, first + c);
       UNROLL for (int r = 0; r < QUERIES; ++r) sums[share][r][c] = fma(weights[r][j], columns, sums[share][r][c]);
     }
   };
@@ -247,7 +287,7 @@ INLINE void add_copies(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERI
       read_row(copied[i], values, j + i, COLUMNS);
       for (int r = 0; r < QUERIES; ++r) weight[r][i] = weights[r][j + i];
     }
-    add_rows<COLUMNS>(out, weight, [&](int i) { return copied[i]; }, rows);
+    add_rows<COLUMNS>(out, weight, [&](int i) { return RowPair<Real>{copied[i], copied[i]}; }, rows);
   }
 }
 
@@ -257,23 +297,15 @@ OUTLINE void add_products(Real (&out)[QUERIES][PADDED], const Real (&weights)[QU
                           int count) {
   if constexpr (!SCALED<M>)
     if (values.column_stride == 1) {
-      const auto* first = values.at(0, 0);
+      using T = typename M::Element;
       if constexpr (M::IN_PAGES) {
-        decltype(first) rows[LENGTH + AHEAD];
+        const T* rows[LENGTH + AHEAD];
         values.addresses(rows, count + AHEAD);
-        const auto row = [&](int j) __attribute__((always_inline)) {
-          UNROLL for (int s = 0; s < SLICES<COLUMNS>; ++s) ask_for_line(rows[j + AHEAD], s * WIDTH);
-          return rows[j];
-        };
-        add_rows<COLUMNS>(out, weights, row, count);
-      } else if constexpr (BEFORE_OTHER<M>) {
-        const auto row = [&](int j) __attribute__((always_inline)) {
-          UNROLL for (int s = 0; s < SLICES<COLUMNS>; ++s) ask_for_line(values.other(j), s * WIDTH);
-          return first + j * values.row_stride;
-        };
-        add_rows<COLUMNS>(out, weights, row, count);
+        add_rows<COLUMNS>(out, weights, [&](int j) { return RowPair<T>{rows[j], rows[j + AHEAD]}; }, count);
       } else {
-        add_rows<COLUMNS>(out, weights, [=](int j) { return first + j * values.row_stride; }, count);
+        const T* first = values.at(0, 0);
+        const auto row = [&](int j) { return RowPair<T>{first + j * values.row_stride, row_ahead(values, j)}; };
+        add_rows<COLUMNS>(out, weights, row, count);
       }
       return;
     }

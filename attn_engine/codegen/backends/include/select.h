@@ -97,9 +97,23 @@ template <int STEP, int REACH> OUTLINE void prune(const State<STEP, REACH>& s, i
     return;
   }
   const Int bar = kth_largest(s.orders, count, wanted);
-  int equal = wanted, kept = 0;  // how many of those at the bar are kept
-  for (int i = 0; i < count; ++i) equal -= s.orders[i] > bar;
-  for (int i = 0; i < count; ++i) {
+  int equal = wanted - count_from(s.orders, count, bar + 1);  // how many of those at the bar are kept
+  int i = 0, kept = 0;
+#if defined(__AVX512F__) && defined(__BMI2__) && !defined(COMPUTE_IN_DOUBLE)
+  for (; i + WIDTH <= count; i += WIDTH) {  // what is written has been read
+    const __m512i orders = _mm512_loadu_si512(s.orders + i), indices = _mm512_loadu_si512(s.indices + i);
+    const unsigned higher = _mm512_cmpgt_epi32_mask(orders, _mm512_set1_epi32(bar));
+    unsigned there = _mm512_cmpeq_epi32_mask(orders, _mm512_set1_epi32(bar));
+    if (there) {
+      if (equal < WIDTH) there = _pdep_u32((1u << equal) - 1, there);  // the first ones
+      equal -= __builtin_popcount(there);
+    }
+    _mm512_storeu_si512(s.orders + kept, _mm512_maskz_compress_epi32(higher | there, orders));
+    _mm512_storeu_si512(s.indices + kept, _mm512_maskz_compress_epi32(higher | there, indices));
+    kept += __builtin_popcount(higher | there);
+  }
+#endif
+  for (; i < count; ++i) {
     const Int order = s.orders[i];
     const bool keep = order > bar || (order == bar && equal > 0);
     equal -= order == bar;

@@ -46,13 +46,13 @@ template <class T> struct Places {
 template <class T, class I>
 INLINE void add_index(Places<T>& places, int64_t& reach, bool alone, int count, I index, int64_t size, int64_t stride) {
   if constexpr (WIDE<I>) {
-    if constexpr (std::is_same_v<I, Positions>) {
-      places.first = index.first;
-      places.neighbours = alone && stride == 1 && index.first >= 0 && index.first + (int64_t)count <= size;
-    }
-    if constexpr (std::is_same_v<I, Descending>) {
-      places.first = index.first - (LANES - 1);
-      places.backwards = alone && stride == 1 && places.first >= 0 && index.first < size;
+    if constexpr (IN_A_ROW<I>) {
+      const auto x = bounded(index);
+      constexpr bool RISING = std::is_same_v<decltype(x), const Bounded<Positions>>;
+      places.first = lowest(x);
+      const int last = RISING ? x.first + count - 1 : x.first;
+      const bool in_a_row = alone && stride == 1 && !x.met && places.first >= 0 && last < size;
+      (RISING ? places.neighbours : places.backwards) = in_a_row;
     }
     reach += (size > 0 ? size - 1 : 0) * stride;
     const Ints x = inside(index, size);
@@ -105,6 +105,13 @@ OUTLINE void for_lanes(const Tensor<T, RANK>& tensor, const Places<T>& places, i
 #define GATHERS 1
 INLINE IntVector gather_words(const void* words, IntVector index) {
 #if defined(__AVX512F__)
+  // Tables by distance end somewhere: all lanes beyond meet in one element.
+  const __m512i first = _mm512_broadcastd_epi32(_mm512_castsi512_si128((__m512i)index));
+  if (!_mm512_cmpneq_epi32_mask((__m512i)index, first)) {
+    int word;
+    __builtin_memcpy(&word, (const char*)words + (int64_t)index[0] * 4, 4);
+    return word - IntVector{};
+  }
   return (IntVector)_mm512_i32gather_epi32((__m512i)index, (const int*)words, 4);
 #else
   return (IntVector)_mm256_i32gather_epi32((const int*)words, (__m256i)index, 4);
