@@ -51,5 +51,6 @@ def tilelang_chunk_schedule(program: LinearProgram, chunk: int | None) -> ChunkS
     """The default of TileLang's kernels, whose tiles all lie in shared memory, of which an H100 has 227 KiB a block."""
     tokens = chunk or (64 if program.dim_qk <= 64 and not program.corrected else 32)
     forward = ChunkOptions(tokens, 64, 4)
-    backward = ChunkOptions(chunk or 32, 64, 4)
+    crowded = program.corrected and program.rank is Rank.VECTOR and program.dim_qk > 64
+    backward = ChunkOptions(chunk or 32, 32 if crowded else 64, 4)
     return ChunkSchedule((forward, forward), (backward, backward, backward))
