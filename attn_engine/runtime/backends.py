@@ -31,7 +31,7 @@ from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.backend import Backend, Launchable
 from attn_engine.runtime.gpu_target import current_device_name, current_target
-from attn_engine.runtime.scaled import dequantised, refuse_caches
+from attn_engine.runtime.scaled import dequantised
 from attn_engine.runtime.tilelang_backend import TileLangBackend
 from attn_engine.version import VERSION
 
@@ -122,7 +122,6 @@ class TritonBackend:
         return interpreter_schedule(chosen) if self.interpret else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
-        refuse_caches(program, self.name)
         if program.element is Storage.FLOAT64 and not self.interpret:
             raise UnsupportedOnBackend(
                 backend=self.name, feature="float64", instead='Use backend="cpu", or float32 tensors.'

@@ -20,7 +20,7 @@ from attn_engine.runtime.source_module import load_source
 POINTERS = {
     Storage.FLOAT64: "*fp64", Storage.FLOAT32: "*fp32", Storage.FLOAT16: "*fp16", Storage.BFLOAT16: "*bf16",
     Storage.INT64: "*i64", Storage.INT32: "*i32", Storage.INT16: "*i16", Storage.INT8: "*i8", Storage.UINT8: "*u8",
-    Storage.BOOL: "*i1",
+    Storage.BOOL: "*i1", Storage.FLOAT8: "*u8",
 }  # fmt: skip
 PRODUCTS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
 ALIGNED = [["tt.divisibility", 16]]

@@ -15,9 +15,11 @@ from attn_engine.codegen.backends.triton import TritonOptions, argument_names
 from attn_engine.codegen.backends.triton_address import GRID_SIZES, captured, stride_names
 from attn_engine.codegen.backends.triton_descriptors import TileDescriptor, tile_descriptors
 from attn_engine.codegen.backends.triton_grid import section_size
+from attn_engine.codegen.lower.scaled import SCALES
 from attn_engine.errors import BackendNotInstalled, LaunchFailed
-from attn_engine.ir.ops import DType, Number
-from attn_engine.ir.tile import Kernel
+from attn_engine.ir.ops import DType, Number, Storage
+from attn_engine.ir.tile import Kernel, Param
+from attn_engine.runtime.gpu_target import converts_float8
 from attn_engine.runtime.source_module import load_source
 
 _LENGTHS = {"q": "q_len", "kv": "kv_len"}
@@ -47,7 +49,7 @@ class TritonKernel:
         described = tile_descriptors(kernel) if options.descriptors else ()
         self._described = tuple(dict.fromkeys(d.tensor for d in described))
         self._pointers = cache(pointers) if pointers is not None else None
-        known = _arguments(kernel, described)
+        known = _arguments(kernel, described, converts=not interpret and converts_float8())
         self._values = [known[name] for name in argument_names(kernel, options.descriptors)]
         self._kernel = kernel
         self._grid = [
@@ -169,17 +171,24 @@ def compile_triton(
     )
 
 
-def _arguments(kernel: Kernel, described: Sequence[TileDescriptor]) -> dict[str, Callable[[_Call], Any]]:
-    """How to get each argument's value from a launch's tensors, numbers and sizes."""
+def _arguments(
+    kernel: Kernel, described: Sequence[TileDescriptor], *, converts: bool
+) -> dict[str, Callable[[_Call], Any]]:
+    """How to get each argument's value from a launch's tensors, numbers and sizes; converts: float8, not its bytes."""
 
     def tiles(d: TileDescriptor) -> Callable[[_Call], Any]:
         return lambda call: tensor_descriptor(call[0][d.tensor], d.shape)
 
-    def tensor(name: str) -> Callable[[_Call], Any]:
-        return lambda call: call[0][name]
+    def tensor(p: Param) -> Callable[[_Call], Any]:
+        if p.storage is Storage.FLOAT8 and not converts:
+            return lambda call: call[0][p.name].view(torch.uint8)
+        return lambda call: call[0][p.name]
 
     def stride(name: str, dimension: int) -> Callable[[_Call], Any]:
         return lambda call: call[0][name].stride(dimension)
+
+    def stride_of_scales(name: str) -> Callable[[_Call], Any]:
+        return lambda call: call[0][name].stride(3) if call[0][name].shape[3] > 1 else 0
 
     def extent(name: str, dimension: int) -> Callable[[_Call], Any]:
         return lambda call: call[0][name].shape[dimension]
@@ -195,8 +204,10 @@ def _arguments(kernel: Kernel, described: Sequence[TileDescriptor]) -> dict[str,
     }
     found |= {s.name: number(s.name, float if s.dtype is DType.FLOAT else int) for s in kernel.scalars}
     for p in kernel.params:
-        found[p.name] = tensor(p.name)
+        found[p.name] = tensor(p)
         found |= {name: stride(p.name, i) for i, name in enumerate(stride_names(p))}
+        if p.name in SCALES:
+            found[stride_names(p)[-1]] = stride_of_scales(p.name)
         if captured(p):
             found |= {own: extent(p.name, i) for i, own in enumerate(p.shape)}
     return {**found, **{d.name: tiles(d) for d in described}}

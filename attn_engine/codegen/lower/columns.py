@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from attn_engine.codegen.lower.emit import Names
+from attn_engine.codegen.lower.scaled import COLUMNS_OF_SCALE, is_scaled
 from attn_engine.ir.expr import Dot, Expr, FirstColumns, Full, Reduce, Var, call, rebuild
 from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Stmt, StoreTile, walk
@@ -47,6 +48,16 @@ def pieces(columns: int) -> tuple[int, ...]:
     return next(enough, cuts[room.index(min(room))])
 
 
+def pieces_of_scales(columns: int) -> tuple[int, ...]:
+    """The same where every 128 columns have a scale of their own: no piece holds columns of two.
+
+    >>> [pieces_of_scales(n) for n in (64, 240, 576)]
+    [(64,), (128, 64, 32, 16), (128, 128, 128, 128, 64)]
+    """
+    whole, rest = divmod(columns, COLUMNS_OF_SCALE)
+    return (COLUMNS_OF_SCALE,) * whole + (pieces(rest) if rest else ())
+
+
 def piece_axes(axis: str, count: int) -> tuple[str, ...]:
     """("d", "d2", ...): the axes of the pieces of "d"."""
     return (axis, *(f"{axis}{i}" for i in range(2, count + 1)))
@@ -55,9 +66,10 @@ def piece_axes(axis: str, count: int) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def cut_columns(kernel: Kernel) -> Kernel:
     """The kernel with "d" and "dv" in pieces; the kernel itself where one piece each will do."""
+    cut = pieces_of_scales if is_scaled(kernel) else pieces
     for axis, size in reversed(kernel.tile):  # "dv" first: pieces of a value are found among those of its key
-        if axis in ("d", "dv") and len(pieces(size)) > 1:
-            kernel = _Cut(kernel, axis, pieces(size)).kernel()
+        if axis in ("d", "dv") and len(cut(size)) > 1:
+            kernel = _Cut(kernel, axis, cut(size)).kernel()
     return kernel
 
 
