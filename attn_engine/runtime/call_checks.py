@@ -54,7 +54,7 @@ class Passed:
         """What the checks and the plan of a call depend on, but for captured numbers."""
         of_k, of_v = shape_signature(k), shape_signature(v)
         kind: tuple[object, ...] = (shape_signature(q), of_k, of_v)
-        if len(of_k) > 1 and of_k[1:] == of_v[1:] and values_in_keys(k, v):
+        if len(of_k) > 1 and of_k[1:] == of_v[1:] and values_in_keys(k, v, tensors):
             kind += ("values in keys",)  # a plan's kernels read one memory
         for name, x in custom.items():
             kind += (name, *call_signature(x, name in self.contents))

@@ -81,7 +81,7 @@ def forward_plan(
     output = empty_ordered_like(q, v.shape[3])
     out_layout, out = Layout.of(output), Layout.of(logical(output))
     q, k, v = logical(q), logical(k), logical(v)
-    compiled = compiled.of_values(k, v)
+    compiled = compiled.of_values(k, v, captured)
     packing = choose_packing(compiled.program, compiled.schedule, q, k)
     if packing is Packing.QUERIES or compiled.program.rule.pooled:
         return None

@@ -13,12 +13,12 @@ from functools import lru_cache
 
 from attn_engine.codegen.lower.emit import Names
 from attn_engine.codegen.lower.scaled import COLUMNS_OF_SCALE, is_scaled
-from attn_engine.ir.expr import Dot, Expr, FirstColumns, Full, Reduce, Var, call, rebuild
+from attn_engine.ir.expr import MOST_PIECES, Dot, Expr, FirstColumns, Full, Reduce, Var, call, rebuild
 from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Stmt, StoreTile, walk
 
 SMALLEST = 16  # columns that a matrix unit multiplies
-MOST_PIECES = 4
+MOST_WITHOUT_SCALES = 4  # pieces
 _JOINED = {"sum": Op.ADD, "max": Op.MAX, "min": Op.MIN}
 
 
@@ -40,7 +40,7 @@ def pieces(columns: int) -> tuple[int, ...]:
     [(128,), (128, 64), (512, 64), (64, 32), (64, 16), (32, 8), (24,), (120,), (64, 32, 16)]
     """
     cuts: list[tuple[int, ...]] = [(columns,)]
-    while len(cuts) < MOST_PIECES and (rest := cuts[-1][-1]) > SMALLEST and padded(rest) != rest:
+    while len(cuts) < MOST_WITHOUT_SCALES and (rest := cuts[-1][-1]) > SMALLEST and padded(rest) != rest:
         largest = 1 << (rest.bit_length() - 1)
         cuts.append((*cuts[-1][:-1], largest, rest - largest))
     room = [sum(padded(n) for n in cut) for cut in cuts]
@@ -55,7 +55,8 @@ def pieces_of_scales(columns: int) -> tuple[int, ...]:
     [(64,), (128, 64, 32, 16), (128, 128, 128, 128, 64)]
     """
     whole, rest = divmod(columns, COLUMNS_OF_SCALE)
-    return (COLUMNS_OF_SCALE,) * whole + (pieces(rest) if rest else ())
+    last = pieces(rest) if rest else ()
+    return (COLUMNS_OF_SCALE,) * whole + (last if whole + len(last) <= MOST_PIECES else (rest,))
 
 
 def piece_axes(axis: str, count: int) -> tuple[str, ...]:
