@@ -18,6 +18,9 @@ from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.dense_tokens import dense_tokens
+from attn_engine.runtime.paged_checks import CacheNotDifferentiable
+from attn_engine.runtime.scaled import check_scales, like_queries, refuse_bare, scales_given
+from attn_engine.runtime.shared_values import values_in_keys
 from attn_engine.runtime.strides import of_logical
 from attn_engine.runtime.token_attention import Keys, TokenAttention, TokenCall
 from attn_engine.runtime.token_checks import BLOCK_TABLE, COUNTS, LEN_KV, LISTS, NO_NAMES, checked_lists
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 
 _OTHER_WAYS = (
     "cu_len_q", "cu_len_kv", "start_q", "len_q", "start_kv", "block_sparse_mask", "block_sparse_indices",
-    "k_scale", "v_scale",
 )  # fmt: skip
 
 
@@ -103,12 +105,23 @@ class GivenTokens:
         refuse_transforms((*inputs, *custom, *named.values(), self.indices))
         table, length = (named.pop(n, None) for n in (BLOCK_TABLE, LEN_KV))
         in_cache = table is not None or self.name == LISTS[1]
-        bound = self._bound(engine, inputs, custom, named, in_cache, table)
+        scales = scales_given(named, engine._checks.custom_shapes, *inputs[1:], engine.layout)
+        if scales is not None:
+            stand_ins = like_queries(*inputs)
+            check_scales(*inputs[1:], scales, engine.layout)
+        else:
+            refuse_bare(*inputs[1:])
+            stand_ins = inputs[1:]
+        bound = self._bound(engine, (inputs[0], *stand_ins), custom, named, in_cache, table)
         q, k, v = (engine._logical(x) for x in inputs)
         lists = checked_lists(self.name, self.indices, self.counts, q, k, table, length, called)
         if sets:
             lists.refuse_duplicates()
-        keys = Keys((k,), (), v.shape[3]) if shared or _is_prefix(v, k) else Keys((k,), (v,))
+        of_both = () if scales is None else tuple(scales.values())
+        if shared or _shared(k, v, scales or {}):
+            keys = Keys((k,), (), v.shape[3], of_both[:1])
+        else:
+            keys = Keys((k,), (v,), 0, of_both)
         o, rows = attend_over(engine, bound, lists, q, keys, dtype)
         return of_logical(o, engine.layout, False), rows
 
@@ -137,12 +150,11 @@ class GivenTokens:
         return Bound(traced.program, {c.name: tensors[c.name] for c in traced.program.captures}, numbers)
 
 
-def _is_prefix(v: Tensor, k: Tensor) -> bool:
+def _shared(k: Tensor, v: Tensor, scales: Mapping[str, Tensor]) -> bool:
     """Whether v is the first columns of k, where nobody asks for the gradient of either."""
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         return False
-    alike = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and v.shape[:3] == k.shape[:3]
-    return alike and v.shape[3] <= k.shape[3]
+    return values_in_keys(k, v, scales)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,6 +179,10 @@ def attend_over(
     dtype: of the dense definition, None: with the engine's kernels.
     """
     program, captured = bound.program, bound.captured
+    if keys.scales and torch.is_grad_enabled():
+        tensors = {"q": q, **captured}
+        for name in (n for n, x in tensors.items() if x.requires_grad):
+            raise CacheNotDifferentiable(argument=name)
     if not packable(program.rule):
         raise UnsupportedOnBackend(
             backend=engine.backend,
@@ -181,7 +197,8 @@ def attend_over(
     else:
         name = backend_for(engine.backend, q.device.type)
         full, ragged = (_call_of(engine, over_token_lists(program, ragged=x), name) for x in (False, True))
-        call = TokenCall(full, ragged, lists, numbers, tuple(captured), len(keys.keys), keys.dim_v)
+        names, parts = tuple(captured), len(keys.keys)
+        call = TokenCall(full, ragged, lists, numbers, names, parts, keys.dim_v, keys.scales)
         tensors = (*keys.keys, *keys.values)
         o, *rows = TokenAttention.apply(call, len(tensors), q, *tensors, *captured.values())
     return o, dict(zip(program.rule.row_outputs, rows, strict=True))

@@ -49,11 +49,14 @@ def pieces(columns: int) -> tuple[int, ...]:
 
 
 def pieces_of_scales(columns: int) -> tuple[int, ...]:
-    """The same where every 128 columns have a scale of their own: no piece holds columns of two.
+    """The same where every 128 columns have a scale of their own: no piece holds columns of two. Up to 1024 columns;
+    backends that cut refuse more.
 
     >>> [pieces_of_scales(n) for n in (64, 240, 576)]
     [(64,), (128, 64, 32, 16), (128, 128, 128, 128, 64)]
     """
+    if columns > MOST_PIECES * COLUMNS_OF_SCALE:
+        return pieces(columns)
     whole, rest = divmod(columns, COLUMNS_OF_SCALE)
     last = pieces(rest) if rest else ()
     return (COLUMNS_OF_SCALE,) * whole + (last if whole + len(last) <= MOST_PIECES else (rest,))
