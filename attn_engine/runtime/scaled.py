@@ -117,7 +117,9 @@ def numbers_of(codes: Tensor) -> Tensor:
     """What the bytes of float8 mean, float32, in new memory."""
     if not codes.is_cpu:
         return codes.view(DTYPE).float()
-    return _every_number().index_select(0, codes.flatten().int()).view(codes.shape)  # three times as fast as .float()
+    return (
+        _every_number().index_select(0, codes.flatten().int()).view(codes.shape)
+    )  # three times as fast as .float()
 
 
 @cache

@@ -18,7 +18,7 @@ from attn_engine.codegen.backends.triton_grid import section_size
 from attn_engine.codegen.lower.scaled import SCALES
 from attn_engine.errors import BackendNotInstalled, LaunchFailed
 from attn_engine.ir.ops import DType, Number, Storage
-from attn_engine.ir.tile import Kernel, Param
+from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.gpu_target import converts_float8
 from attn_engine.runtime.source_module import load_source
 
@@ -49,7 +49,7 @@ class TritonKernel:
         described = tile_descriptors(kernel) if options.descriptors else ()
         self._described = tuple(dict.fromkeys(d.tensor for d in described))
         self._pointers = cache(pointers) if pointers is not None else None
-        known = _arguments(kernel, described, converts=not interpret and converts_float8())
+        known = {**_arguments(kernel, described), **_float8_arguments(kernel, interpret)}
         self._values = [known[name] for name in argument_names(kernel, options.descriptors)]
         self._kernel = kernel
         self._grid = [
@@ -171,24 +171,17 @@ def compile_triton(
     )
 
 
-def _arguments(
-    kernel: Kernel, described: Sequence[TileDescriptor], *, converts: bool
-) -> dict[str, Callable[[_Call], Any]]:
-    """How to get each argument's value from a launch's tensors, numbers and sizes; converts: float8, not its bytes."""
+def _arguments(kernel: Kernel, described: Sequence[TileDescriptor]) -> dict[str, Callable[[_Call], Any]]:
+    """How to get each argument's value from a launch's tensors, numbers and sizes."""
 
     def tiles(d: TileDescriptor) -> Callable[[_Call], Any]:
         return lambda call: tensor_descriptor(call[0][d.tensor], d.shape)
 
-    def tensor(p: Param) -> Callable[[_Call], Any]:
-        if p.storage is Storage.FLOAT8 and not converts:
-            return lambda call: call[0][p.name].view(torch.uint8)
-        return lambda call: call[0][p.name]
+    def tensor(name: str) -> Callable[[_Call], Any]:
+        return lambda call: call[0][name]
 
     def stride(name: str, dimension: int) -> Callable[[_Call], Any]:
         return lambda call: call[0][name].stride(dimension)
-
-    def stride_of_scales(name: str) -> Callable[[_Call], Any]:
-        return lambda call: call[0][name].stride(3) if call[0][name].shape[3] > 1 else 0
 
     def extent(name: str, dimension: int) -> Callable[[_Call], Any]:
         return lambda call: call[0][name].shape[dimension]
@@ -204,10 +197,22 @@ def _arguments(
     }
     found |= {s.name: number(s.name, float if s.dtype is DType.FLOAT else int) for s in kernel.scalars}
     for p in kernel.params:
-        found[p.name] = tensor(p)
+        found[p.name] = tensor(p.name)
         found |= {name: stride(p.name, i) for i, name in enumerate(stride_names(p))}
-        if p.name in SCALES:
-            found[stride_names(p)[-1]] = stride_of_scales(p.name)
         if captured(p):
             found |= {own: extent(p.name, i) for i, own in enumerate(p.shape)}
     return {**found, **{d.name: tiles(d) for d in described}}
+
+
+def _float8_arguments(kernel: Kernel, interpret: bool) -> dict[str, Callable[[_Call], Any]]:
+    """Those of caches in float8: bytes for what has no instructions for it, and steps between scales of a row."""
+
+    def codes(name: str) -> Callable[[_Call], Any]:
+        return lambda call: call[0][name].view(torch.uint8)
+
+    def step(name: str) -> Callable[[_Call], Any]:
+        return lambda call: call[0][name].stride(3) if call[0][name].shape[3] > 1 else 0
+
+    narrow = [p.name for p in kernel.params if p.storage is Storage.FLOAT8]
+    found = {} if not narrow or (not interpret and converts_float8()) else {n: codes(n) for n in narrow}
+    return found | {stride_names(p)[-1]: step(p.name) for p in kernel.params if p.name in SCALES}

@@ -240,7 +240,11 @@ def bad(**changed: Any) -> dict[str, Any]:
         ({"token_indices": INDICES, "v_scale": torch.ones(2, 16, 1)}, WrongScales, "v_scale"),
         ({"token_indices": INDICES, "v_scale": torch.ones(2, 16, 2).double()}, WrongScales, "v_scale"),
         ({"token_indices": INDICES, "v": torch.zeros(2, 16, 2, 32)}, WrongScales, "v"),
-        ({"token_indices": INDICES, "q": torch.zeros(2, 1, 4, 32, requires_grad=True)}, CacheNotDifferentiable, "q"),
+        (
+            {"token_indices": INDICES, "q": torch.zeros(2, 1, 4, 32, requires_grad=True)},
+            CacheNotDifferentiable,
+            "q",
+        ),
     ],
 )
 def test_bad_input(changed: dict[str, Any], error: type[Exception], argument: str) -> None:

@@ -120,7 +120,9 @@ class Addressing(Renderer):
         if s.page is not None and s.page.axes:
             page, first = (f"tl.cast({self.expr(e)}, tl.int64)" for e in (s.page, s.first))
             places = self._named((s.tensor, "places"), f"{s.tensor}_places")
-            beside = "[:, None]" if param.shape[-1] in DIMENSION_CONSTANTS else ""  # columns, where it has any
+            beside = (
+                "[:, None]" if param.shape[-1] in DIMENSION_CONSTANTS else ""
+            )  # columns, where it has any
             return [
                 f"{places} = {page} * {stride_names(param)[0]} + {first} * {stride}",
                 f"{name} = {s.tensor} + {places}{beside}",

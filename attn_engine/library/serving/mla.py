@@ -62,8 +62,8 @@ def flash_mla_with_kvcache(
     512); those that a call reads become numbers of q's type in a copy, with indices 32 MB at a time. indices: int (b,
     s_q, topk), the keys of each query as places in the cache, page * rows of a page + row; -1 or any other number
     outside counts for nothing, and topk_length, int (b,), says how many entries count. Then block_table and
-    cache_seqlens are not read, and causal is for the indices to say. attn_sink: float (h_q,), a logit that takes its share of every row and gives nothing; it
-    is not in lse.
+    cache_seqlens are not read, and causal is for the indices to say. attn_sink: float (h_q,), a logit that takes its
+    share of every row and gives nothing; it is not in lse.
 
     tile_scheduler_metadata and num_splits are not needed. Second caches are refused: WrongArgument.
     """
@@ -120,7 +120,9 @@ def _over_slots(
         return sparse_attention(q, k_cache, chosen, topk_length=counts, physical=True, **options)
     parts = latent_bytes(k_cache, head_dim_v)
     if parts.rope.shape[-1] + head_dim_v != q.shape[3]:
-        expected = f"{head_dim_v} + {head_dim_v // BLOCK * 4} + 2 * {q.shape[3] - head_dim_v} bytes of a token"
+        expected = (
+            f"{head_dim_v} + {head_dim_v // BLOCK * 4} + 2 * {q.shape[3] - head_dim_v} bytes of a token"
+        )
         reason = f"q has {q.shape[3]} columns"
         raise ShapeMismatch(argument="k_cache", got=tuple(k_cache.shape), expected=expected, reason=reason)
     latent, scales, rope = (x.transpose(1, 2) for x in parts)

@@ -48,8 +48,8 @@ def sparse_attention(
     page + row. -1, or any other number outside of the keys, counts for nothing, wherever it stands. topk_length: int
     (B, S), the first so many entries of each list count. A token that stands there twice counts twice; with
     check_duplicates it is refused. Nothing is said about order or causality: that is what the indices say.
-    k_scale, v_scale: of kv, and of v where it is given, which are then float8_e4m3fn, a scale for each row and head or for
-    every 128 columns (docs/serving.md). Chosen rows become numbers of q's type. Then there are no gradients.
+    k_scale, v_scale: of kv, and of v where it is given, which are then float8_e4m3fn: a scale for each row and head or
+    for every 128 columns (docs/serving.md). Chosen rows become numbers of q's type; there are no gradients.
     A query without keys gives o = 0 and lse = -inf. sm_scale: None is Dq^-0.5.
 
     q, kv and v get gradients, also through lse; the same bits for any number of threads. Memory beside the results:

@@ -48,12 +48,14 @@ def sparse_flash_attention(
     sparse_indices: int32 or int64 (B, S, N2 or 1, k), positions in the sequence; -1 or any number outside of it counts
     for nothing. actual_seq_lengths_kv: int (B,), how many keys there are. actual_seq_lengths_query: int (B,), how many
     of the queries; rows behind are 0. sparse_mode: 3, query i of n sees keys below length - n + 1 + i; 0: all keys.
-    k_scale, v_scale: of key, and of value where it is given, which are then float8_e4m3fn, a scale for each row and head
-    or for every 128 columns (docs/serving.md); key_rope is of query's type. Then there are no gradients.
+    k_scale, v_scale: of key, and of value where it is given, which are then float8_e4m3fn: a scale for each row and
+    head or for every 128 columns (docs/serving.md); key_rope is of query's type, and there are no gradients.
     A query without keys gives 0 and lse = -inf. Differentiable in query, key, value and the two for rope.
     Raises WrongArgument and WrongTokens.
     """
-    queries, keys = _checked(query, key, value, query_rope, key_rope, {"k_scale": k_scale, "v_scale": v_scale})
+    queries, keys = _checked(
+        query, key, value, query_rope, key_rope, {"k_scale": k_scale, "v_scale": v_scale}
+    )
     for name, x, known in (
         ("sparse_block_size", sparse_block_size, (1,)),
         ("sparse_mode", sparse_mode, (0, 3)),
