@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.lower.capture import Route, capture_gradients
+from attn_engine.codegen.lower.paged import BLOCK_TABLE
 from attn_engine.codegen.schedule import SMALLEST_BLOCK, SMALLEST_ROWS
 from attn_engine.errors import UnsupportedOnBackend
 from attn_engine.ir.ops import Number
@@ -141,8 +142,12 @@ def extent_of(program: Attention, captured: Mapping[str, Tensor], q: Tensor, k: 
         lengths = sizes["q_len"], sizes["kv_len"]
         return Extent(sizes["batches"], sizes["heads"], sizes["kv_heads"], *lengths, *lengths, exact=True)
     q_len, kv_len = tables.longest["q"], tables.longest["kv"]
-    packed = program.sequences is not None and program.sequences.packed
-    rows = (q_len, kv_len) if packed else (sizes["q_len"], sizes["kv_len"])
+    sequences = program.sequences
+    assert sequences is not None
+    q_rows, kv_rows = (q_len, kv_len) if sequences.packed else (sizes["q_len"], sizes["kv_len"])
+    if sequences.page:
+        kv_rows = captured[BLOCK_TABLE].shape[1] * sequences.page
+    rows = q_rows, kv_rows
     return Extent(tables.count, sizes["heads"], sizes["kv_heads"], q_len, kv_len, *rows, exact=False)
 
 

@@ -201,11 +201,9 @@ class AttentionEngine(EngineState):
         methods of an OnlineFunc are compared with each other: forward, backward and combine with what follows from
         online_fwd, and that with itself in smaller tiles.
         """
-        from attn_engine.runtime.check import compare
+        from attn_engine.checked_calls import check_call
 
-        given = blocks_given(self, named, None) if named else None
-        blocks = None if given is None else BlocksOfCall(self, given)
-        report = compare(self, blocks, q, k, v, *custom_inputs, **named)
+        report = check_call(self, (q, k, v), custom_inputs, named)
         return replace(report, methods=self._description.check_methods(self.program.rule))
 
     # -- copies

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from attn_engine.codegen.backends.chunk_params import SEGMENT
+from attn_engine.codegen.backends.chunk_params import SEGMENT_TOKENS
 from attn_engine.errors import GradientNotSupported, StaleGraph, TransformNotSupported, UnsupportedOnBackend
 from attn_engine.runtime.bind import custom_by_name
 from attn_engine.runtime.linear_autograd import found_gradients
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _engines: WeakValueDictionary[int, LinearAttentionEngine] = WeakValueDictionary()
 _numbers = itertools.count()
-FEWEST = 16  # tokens of the shortest chunk
 
 
 def numbered(engine: LinearAttentionEngine) -> int:
@@ -123,7 +122,7 @@ def _sizes(v: Tensor, cu_seqlens: Tensor | None, number: int) -> tuple[Any, Any,
     engine = engine_of(number)
     batch, tokens = v.shape[0], v.shape[1 if engine.layout == "bshd" else 2]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    room = batch * (tokens // (FEWEST * SEGMENT)) + sequences
+    room = batch * (tokens // SEGMENT_TOKENS) + sequences
     return sequences, room, engine.state_columns
 
 

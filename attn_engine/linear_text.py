@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from attn_engine.codegen.backends.chunk_params import SEGMENT
+from attn_engine.codegen.backends.chunk_params import SEGMENT_TOKENS
 from attn_engine.errors import UnknownOption
 from attn_engine.explain import Explanation
 from attn_engine.ir.chunk import ChunkStmt, Gram, GramGradient, Product, Section, Solve, StateStep, Tile
@@ -67,18 +67,19 @@ class LinearText:
         chunks = CpuChunks(self.program, self.chunk)
         wanted = ("q", "k", "v")
         forward, backward = (chunks.kernel(d, wanted) for d in ("forward", "backward"))
+        tokens = chunks.tokens("forward"), chunks.tokens("backward")
         return Explanation(
             {
                 "Program": _program_text(self.program),
                 "Decay": _decay_text(self.program),
-                "Chunks": f"{chunks.tokens} tokens each; a head of a sequence is one task",
+                "Chunks": f"{_chunks_text(*tokens)}; a head of a sequence is one task",
                 "Forward, multiplications for a token and head": _work(
-                    forward.scan, self.program, chunks.tokens
+                    forward.scan, self.program, tokens[0]
                 ),
                 "Backward, the same": _work(
-                    (*backward.scan, *backward.gradient), self.program, chunks.tokens
+                    (*backward.scan, *backward.gradient), self.program, tokens[1]
                 ),
-                "State": _state_text(self.program, chunks.tokens),
+                "State": _state_text(self.program),
                 "Backend": self.backend,
             }
         )
@@ -89,6 +90,10 @@ class LinearText:
             f"LinearAttentionEngine({p.name}, {p.element.value}, D={p.dim_qk}, Dv={p.dim_v}, "
             f"decay={p.rank.value!r}, delta={p.corrected}, layout={self.layout!r}, backend={self.backend!r})"
         )
+
+
+def _chunks_text(forward: int, backward: int) -> str:
+    return f"{forward} tokens each" if forward == backward else f"{forward} tokens each, {backward} backward"
 
 
 def _program_text(program: LinearProgram) -> str:
@@ -156,12 +161,12 @@ def _multiplications(s: ChunkStmt, sizes: dict[str, int]) -> int:
             return 0
 
 
-def _state_text(program: LinearProgram, chunk: int) -> str:
+def _state_text(program: LinearProgram) -> str:
     width = 8 if program.element is Storage.FLOAT64 else 4
     size = program.dim_qk * program.state_columns * width
     name = "float64" if width == 8 else "float32"
     column = ", the last column for the sum of the weights" if program.divisor is not None else ""
     return (
         f"{program.dim_qk} x {program.state_columns} {name} for each head, {size:,} bytes{column}\n"
-        f"for gradients one of every {SEGMENT * chunk:,} tokens is kept; the backward pass finds the others again"
+        f"for gradients one of every {SEGMENT_TOKENS} tokens is kept; the backward pass finds the others again"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from attn_engine.frontend import CustomIO, MetaTensor
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.selection import Overlap, Selection
 from attn_engine.options import checked_scale, fixed_sizes, three_metas
+from attn_engine.runtime.backends import DEVICES
 from attn_engine.runtime.bind import LAYOUTS, Expected, custom_by_name
 from attn_engine.runtime.call_checks import CallChecks, refuse_transforms
 from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.selection_checks import check_forced
 from attn_engine.runtime.selection_cpu import CpuSelection
 from attn_engine.runtime.selection_dense import DenseSelection
+from attn_engine.runtime.selection_machine import SelectionMachine
+from attn_engine.runtime.selection_triton import TritonSelection
 from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.strides import logical_view, of_logical
 from attn_engine.selection_text import SelectionText, checked_backend
@@ -33,14 +36,6 @@ from attn_engine.sequence_calls import sequence_places
 from attn_engine.traced_program import Description
 from attn_engine.traced_selection import Importance, SelectionDescription, TracedSelection
 from attn_engine.tracing import Tracing
-
-
-class Machine(Protocol):
-    """What runs a selection on the tensors of one call, in logical order."""
-
-    def __call__(
-        self, q: Tensor, k: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Number], topk: int
-    ) -> Tensor: ...
 
 
 class SelectionEngine(SelectionText, Tracing[TracedSelection]):
@@ -55,7 +50,8 @@ class SelectionEngine(SelectionText, Tracing[TracedSelection]):
         windows that reach into them.
     forced_mod: (b, h, q_idx, kv_idx) -> bool, with the kv head for h and the candidate (key or block) for kv_idx: what
         is always taken, first, visible or not; of more than topk the lowest.
-    layout, scale, backend: as for AttentionEngine; the backends are "auto", "torch" and "reference".
+    layout, scale, backend: as for AttentionEngine; the backends are "auto", "cpu", "triton", "triton-interpreter",
+        "torch" and "reference".
 
     Importances are float32 (float64 for float64 inputs). Of equal ones the lower index is taken: results are the same
     from run to run. Memory is O(T * topk), and there is no gradient.
@@ -105,7 +101,7 @@ class SelectionEngine(SelectionText, Tracing[TracedSelection]):
         self._description = SelectionDescription(pairs, _checked_pool(pool), forced_mod)
         sizes = tuple(fixed_sizes(m) for m in (q, k, k))
         expected = Expected(layout, q.dtype, (q.dim, k.dim, k.dim), sizes)
-        device = "cpu" if self.backend == "cpu" else None
+        device = None if self.backend == "torch" else DEVICES.get(self.backend)
         self._checks = CallChecks(expected, self.custom_io.shapes, self.backend, device)
         self._first_error = self._traced = None
 
@@ -129,8 +125,8 @@ class SelectionEngine(SelectionText, Tracing[TracedSelection]):
         chosen = _checked_topk(topk)
         if self.backend == "reference":
             found = DenseSelection(traced.program, *views, tensors, numbers, torch.float64).indices(chosen)
-        elif self._runs_on_cpu(q):
-            found = self._machine(traced)(*views, tensors, numbers, chosen)
+        elif (machine := self._machine(traced, q)) is not None:
+            found = machine(*views, tensors, numbers, chosen)
         else:
             found = self._dense(traced, views, tensors, numbers).indices(chosen)
         return of_logical(found, self.layout, q.ndim == 3)
@@ -200,17 +196,17 @@ class SelectionEngine(SelectionText, Tracing[TracedSelection]):
         check_forced(traced.program, self._logical(q), self._logical(k), tensors, numbers)
         return traced, tensors, {"scale": self.scale, **numbers}
 
-    def _runs_on_cpu(self, q: Tensor) -> bool:
-        """Whether generated C++ answers: backend "cpu", or "auto" for tensors on a CPU."""
-        return self.backend == "cpu" or (
-            self.backend == "auto" and q.device.type == "cpu" and find_compiler() is not None
-        )
-
-    @staticmethod
-    def _machine(traced: TracedSelection) -> CpuSelection:
-        found = traced.machines.get("cpu")
+    def _machine(self, traced: TracedSelection, q: Tensor) -> SelectionMachine | None:
+        """The generated kernels that answer; None: torch does, where it was chosen or "auto" knows of no kernels."""
+        name = self.backend
+        if name == "auto":
+            compiles = q.device.type != "cpu" or find_compiler() is not None
+            name = {"cpu": "cpu", "cuda": "triton"}.get(q.device.type, "torch") if compiles else "torch"
+        if name == "torch":
+            return None
+        found = traced.machines.get(name)
         if found is None:
-            found = traced.machines["cpu"] = CpuSelection(traced.program)
+            found = traced.machines[name] = machine_named(name, traced.program)
         return found
 
     def _dense(
@@ -230,6 +226,13 @@ class SelectionEngine(SelectionText, Tracing[TracedSelection]):
 
 def _names(program: Selection) -> set[str]:
     return {c.name for c in program.captures}
+
+
+def machine_named(backend: str, program: Selection) -> SelectionMachine:
+    """The generated kernels of "cpu", "triton" or "triton-interpreter"; raises UnsupportedOnBackend."""
+    if backend == "cpu":
+        return CpuSelection(program)
+    return TritonSelection(program, interpret=backend == "triton-interpreter")
 
 
 def _two_metas(qk_metas: Sequence[MetaTensor]) -> tuple[MetaTensor, MetaTensor]:

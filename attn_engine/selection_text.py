@@ -7,8 +7,9 @@ from attn_engine.explain import Explanation
 from attn_engine.ir.printer import format_expr
 from attn_engine.ir.selection import Overlap, Selection
 from attn_engine.runtime.selection_cpu import CpuSelection
+from attn_engine.runtime.selection_triton import TritonSelection
 
-BACKENDS = ("auto", "cpu", "torch", "reference")
+BACKENDS = ("auto", "cpu", "torch", "triton", "triton-interpreter", "reference")
 
 
 class SelectionText:
@@ -23,13 +24,15 @@ class SelectionText:
         raise NotImplementedError
 
     def source(self, backend: str | None = None, *, split: bool = False) -> str:
-        """What computes the selection: C++, or for the backends "torch" and "reference" its formulas.
+        """What computes the selection: C++ or Triton, or for the backends "torch" and "reference" its formulas.
 
-        backend: None: the engine's own. split: the two kernels that share the keys of few tokens.
+        backend: None: the engine's own, "auto" is C++. split: of C++, the two kernels that share the keys of few tokens.
         """
         name = checked_backend(self.backend if backend is None else backend)
         if name in ("auto", "cpu"):
             return CpuSelection(self.program).source(split=split)
+        if name in ("triton", "triton-interpreter"):
+            return TritonSelection(self.program, name == "triton-interpreter").source()
         return formulas(self.program)
 
     def explain(self) -> Explanation:
@@ -85,8 +88,8 @@ def _candidates(pool: Overlap | None) -> str:
 def checked_backend(backend: str | None) -> str:
     """The backend; raises UnsupportedOnBackend, UnknownBackend."""
     backend = "auto" if backend is None else backend
-    if backend.startswith(("tilelang", "triton")):
-        instead = 'Use backend="torch" for tensors on any device.'
+    if backend.startswith("tilelang"):
+        instead = 'Use backend="triton", or "torch" for tensors on any device.'
         raise UnsupportedOnBackend(backend=backend, feature="selections", instead=instead)
     if backend not in BACKENDS:
         raise UnknownBackend(backend=backend, known=", ".join(map(repr, BACKENDS)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,27 +103,35 @@ class GivenTokens:
                 instead="Call the engine outside of the compiled graph: torch.compiler.disable(engine)(q, k, v, ...).",
             )
         refuse_transforms((*inputs, *custom, *named.values(), self.indices))
+        bound, lists = self.bound(engine, inputs, custom, named, called)
+        if sets:
+            lists.refuse_duplicates()
+        keys = keys_of(engine, inputs, bound.scales, shared=shared)
+        o, rows = attend_over(engine, bound, lists, *keys, dtype)
+        return of_logical(o, engine.layout, False), rows
+
+    def bound(
+        self,
+        engine: AttentionEngine,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        custom: tuple[Tensor, ...],
+        named: dict[str, Any],
+        called: Mapping[str, str] = NO_NAMES,
+    ) -> tuple[Bound, TokenLists]:
+        """The program and what it reads, and the lists, after the checks of a call."""
         table, length = (named.pop(n, None) for n in (BLOCK_TABLE, LEN_KV))
         in_cache = table is not None or self.name == LISTS[1]
         scales = scales_given(named, engine._checks.custom_shapes, *inputs[1:], engine.layout)
-        if scales is not None:
+        stand_ins = inputs[1:]
+        if scales is None:
+            refuse_bare(*inputs[1:])
+        else:
             stand_ins = like_queries(*inputs)
             check_scales(*inputs[1:], scales, engine.layout)
-        else:
-            refuse_bare(*inputs[1:])
-            stand_ins = inputs[1:]
         bound = self._bound(engine, (inputs[0], *stand_ins), custom, named, in_cache, table)
-        q, k, v = (engine._logical(x) for x in inputs)
+        q, k, _ = (engine._logical(x) for x in inputs)
         lists = checked_lists(self.name, self.indices, self.counts, q, k, table, length, called)
-        if sets:
-            lists.refuse_duplicates()
-        of_both = () if scales is None else tuple(scales.values())
-        if shared or _shared(k, v, scales or {}):
-            keys = Keys((k,), (), v.shape[3], of_both[:1])
-        else:
-            keys = Keys((k,), (v,), 0, of_both)
-        o, rows = attend_over(engine, bound, lists, q, keys, dtype)
-        return of_logical(o, engine.layout, False), rows
+        return replace(bound, scales=scales or {}), lists
 
     def _bound(
         self,
@@ -150,20 +158,32 @@ class GivenTokens:
         return Bound(traced.program, {c.name: tensors[c.name] for c in traced.program.captures}, numbers)
 
 
-def _shared(k: Tensor, v: Tensor, scales: Mapping[str, Tensor]) -> bool:
-    """Whether v is the first columns of k, where nobody asks for the gradient of either."""
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-        return False
-    return values_in_keys(k, v, scales)
+def keys_of(
+    engine: AttentionEngine,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    scales: Mapping[str, Tensor],
+    *,
+    shared: bool = False,
+) -> tuple[Tensor, Keys]:
+    """q as (B, H, rows, D), and K and V, which are read once where v is the first columns of k: known to be (shared),
+    or seen to be where nobody asks for the gradient of either. scales: of both, by the kernels' names, or none."""
+    q, k, v = (engine._logical(x) for x in inputs)
+    learned = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    of_both = tuple(scales.values())
+    if shared or (values_in_keys(k, v, scales) and not learned):
+        return q, Keys((k,), (), v.shape[3], of_both[:1])
+    return q, Keys((k,), (v,), 0, of_both)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bound:
-    """A program without lists, its captured tensors and its numbers ("scale" among them)."""
+    """A program without lists, its captured tensors and its numbers ("scale" among them); scales of K and V by the
+    kernels' names, where they are float8."""
 
     program: Attention
     captured: dict[str, Tensor]
     numbers: dict[str, Any]
+    scales: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def attend_over(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from attn_engine import LinearAttentionEngine, meta_tensor
-from attn_engine.runtime.linear_cpu import DEFAULT_CHUNK
+from attn_engine.runtime.linear_cpu import CHUNKS
 from benchmarks import linear_report
 from benchmarks.measure import rounded
 from benchmarks.memory import ROOT, forget_peak, peak_bytes
@@ -158,7 +158,7 @@ def untrained(function: Callable[..., Tensor], x: dict[str, Tensor]) -> Callable
 
 def multiplications(variant: str, dim: int) -> float:
     """Of one forward call, counting the pairs of a chunk that see each other."""
-    pairs, token = (DEFAULT_CHUNK + 1) / 2 * dim, 2 * dim * dim
+    pairs, token = (CHUNKS["forward"] + 1) / 2 * dim, 2 * dim * dim
     each = token + 2 * pairs
     if variant in ("gated delta net", "kda"):
         each += dim * dim + 2 * pairs

@@ -50,5 +50,8 @@ TESTING_TILES: Mapping[Row, Launch] = {
 # The same where keys lie in pages: their places take registers that the model does not count.
 IN_PAGES: Mapping[Row, Launch] = {("sm_90", "forward", 128, 128): Launch(128, 64, 8, 2)}
 
+# The same where rows belong to sequences, as those of lists of tokens that are not equally long.
+OF_SEQUENCES: Mapping[Row, Launch] = {("sm_90", "dq", 576, 512): Launch(16, 32, 8, 1)}
+
 # The same where values lie in their keys: in tiles of 64 rows a few bytes are spilled (24 to 56).
 VALUES_IN_KEYS: Mapping[Row, Launch] = {("sm_100", "forward", 576, 512): Launch(32, 32, 8, 2)}

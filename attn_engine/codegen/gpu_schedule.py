@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 
-from attn_engine.codegen.compiled_launches import COMPILED, IN_PAGES, TESTING_TILES, VALUES_IN_KEYS
+from attn_engine.codegen.compiled_launches import COMPILED, IN_PAGES, OF_SEQUENCES, TESTING_TILES, VALUES_IN_KEYS
 from attn_engine.codegen.footprint import Footprint, footprint
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.resources import Resources, grouped, resources
@@ -51,6 +51,8 @@ def default_schedule(program: Attention, target: Target, device: str = "") -> Sc
     """
     short = program.element in (Storage.BFLOAT16, Storage.FLOAT16)
     compiled = {**COMPILED, **TESTING_TILES} if tests_tiles(program) else COMPILED
+    if program.sequences is not None:
+        compiled = {**compiled, **OF_SEQUENCES}
     if program.sequences is not None and program.sequences.page:
         compiled = {**compiled, **IN_PAGES}
     if program.values_in_keys:

@@ -64,6 +64,9 @@ class Renderer:
     def narrow(self, s: Narrow) -> list[str]:
         raise NotImplementedError
 
+    def choose(self, s: Choose) -> list[str]:
+        raise AssertionError("selections are refused before this backend is asked")
+
     def full(self, e: Full) -> str:
         raise NotImplementedError
 
@@ -119,7 +122,7 @@ class Renderer:
             case Narrow():
                 return self.narrow(s)
             case Choose():
-                raise AssertionError("selections are refused before this backend is asked")
+                return self.choose(s)
 
     def let(self, s: Let) -> list[str]:
         return [f"{s.name} = {self.expr(s.value)}"]

@@ -47,6 +47,7 @@ class Schedule:
     few_row_kernels: heads of few query rows get forward kernels of their own, with keys in lanes.
     folded: normalisers in powers of two, the scale of the scores folded in; for elements of 16 bits and scales > 0.
     short_tiles: forward kernels for heads of few query rows have tiles of 16, 32 or 64 rows.
+    shared_queries: instances of a one-kernel backward pass own queries, not keys, where both can be (lower/shares.py).
     sections: where the mask gives tiles different work, heavy tiles of many heads are handed out before light ones.
     descriptors: tiles that loops read are loaded through tensor descriptors, where a target has what runs them.
     split_tasks: the forward pass splits the keys of few query tiles into up to this many tasks; 0: never.
@@ -76,6 +77,7 @@ class Schedule:
     d_query: Launch | None = None
     delta_rows: int = 0
     short_tiles: bool = False
+    shared_queries: bool = False
 
     @property
     def forward_launch(self) -> Launch:

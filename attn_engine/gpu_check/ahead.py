@@ -7,7 +7,7 @@ makes no use of the matrix unit.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,13 +45,39 @@ SHOWCASE = (
     Case(_GROUPED, mask="local-stride"),
 )
 NOISE = 16  # bytes that ptxas keeps on the stack of some kernels, outside their loops
-# Kernels that only add up rows have no use for the matrix unit.
-_WITHOUT_PRODUCTS = ("delta", "adjoints", "merge")
+# Kernels that only add up rows, or look through them, have no use for the matrix unit.
+_WITHOUT_PRODUCTS = ("delta", "adjoints", "merge", "settle")
 _SHOWN = (*PRODUCTS, "UTMALDG", "LDGSTS", "MUFU.EX2")
 
 
+class KernelsAhead:
+    """A job that compiles kernels for a target. Its class says which, and has `name`, `backend` and `target`."""
+
+    __slots__ = ()
+    backend: str
+    target: str
+
+    def reports(self) -> Iterable[tuple[str, AotReport]]:
+        """What the compiler says of each kernel, and the kernel's name."""
+        raise NotImplementedError
+
+    def run(self) -> Outcome:
+        kernels: dict[str, Any] = {}
+        outcome = timed(lambda: self._compile(kernels))
+        return replace(outcome, numbers=outcome.numbers | {"kernels": kernels})
+
+    def _compile(self, kernels: dict[str, Any]) -> str:
+        faults: list[str] = []
+        for name, report in self.reports():
+            kernels[name] = facts = facts_of(report)
+            faults += faults_of(report, facts)
+        if faults:
+            raise Failed("; ".join(faults))
+        return f"{len(kernels)} kernels"
+
+
 @dataclass(frozen=True, slots=True)
-class AheadJob:
+class AheadJob(KernelsAhead):
     """Every kernel of a case, compiled for a target."""
 
     case: Case
@@ -66,19 +92,9 @@ class AheadJob:
         parts = (self.case.normaliser, self.case.score, self.case.mask, *more, f"D={sizes.dim}")
         return ", ".join(part for part in parts if part)
 
-    def run(self) -> Outcome:
-        kernels: dict[str, Any] = {}
-        outcome = timed(lambda: self._compile(kernels))
-        return replace(outcome, numbers=outcome.numbers | {"kernels": kernels})
-
-    def _compile(self, kernels: dict[str, Any]) -> str:
-        faults: list[str] = []
+    def reports(self) -> Iterable[tuple[str, AotReport]]:
         for report in COMPILERS[self.backend](self.case, self.target):
-            kernels[report.kernel] = facts = facts_of(report)
-            faults += faults_of(report, facts)
-        if faults:
-            raise Failed("; ".join(faults))
-        return f"{len(kernels)} kernels"
+            yield report.kernel, report
 
 
 def jobs(backends: tuple[str, ...], targets: tuple[str, ...] = TARGETS) -> list[AheadJob]:
@@ -86,14 +102,16 @@ def jobs(backends: tuple[str, ...], targets: tuple[str, ...] = TARGETS) -> list[
 
 
 def _with_triton(case: Case, target: str) -> list[AotReport]:
-    backend = TritonBackend("triton", interpret=False)
     program = program_of(case)
-    backend.refuse(program, capture_gradients(program, case.learned))
+    TritonBackend("triton", interpret=False).refuse(program, capture_gradients(program, case.learned))
     schedule = within_blocks(default_schedule(program, target_named(target)), program.listed)
-    return [
-        compile_ahead(k, backend.source(k, schedule), target, backend.options(k, schedule))
-        for k in _kernels(case, program, schedule)
-    ]
+    return [compiled(k, schedule, target) for k in _kernels(case, program, schedule)]
+
+
+def compiled(kernel: Kernel, schedule: Schedule, target: str) -> AotReport:
+    """By Triton."""
+    backend = TritonBackend("triton", interpret=False)
+    return compile_ahead(kernel, backend.source(kernel, schedule), target, backend.options(kernel, schedule))
 
 
 def _with_tilelang(case: Case, target: str) -> list[AotReport]:

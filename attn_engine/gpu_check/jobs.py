@@ -40,6 +40,20 @@ class CheckJob:
                 torch.cuda.empty_cache()
 
 
+class Comparison:
+    """A job that compares a call with formulas. Its class says which, and has `name` and `place`."""
+
+    __slots__ = ()
+    place: Place
+
+    def compare(self) -> str:
+        """A line of numbers; raises Failed."""
+        raise NotImplementedError
+
+    def run(self) -> Outcome:
+        return timed(self.compare)
+
+
 def timed(run: Callable[[], str]) -> Outcome:
     """What `run` says, or why it failed. What a backend refuses by name, or memory is too small for, was not run."""
     begin = time.perf_counter()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor
 from attn_engine import LinearAttentionEngine, meta_tensor
 from attn_engine.codegen.chunk_schedule import chunk_schedule
 from attn_engine.codegen.targets import target_named
-from attn_engine.gpu_check.ahead import facts_of, faults_of
+from attn_engine.gpu_check.ahead import KernelsAhead
 from attn_engine.gpu_check.checks import Failed, Place
-from attn_engine.gpu_check.jobs import timed
-from attn_engine.gpu_check.outcome import Outcome
-from attn_engine.runtime.aot_report import TARGETS
+from attn_engine.gpu_check.jobs import Comparison
+from attn_engine.runtime.aot_report import TARGETS, AotReport
 from attn_engine.runtime.linear_tilelang import TileLangChunks
 from attn_engine.runtime.linear_triton import TritonChunks
 from attn_engine.runtime.linear_triton_aot import compile_phases_ahead
@@ -84,7 +83,7 @@ def call(function: Callable[..., Any], x: dict[str, Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class LinearCheck:
+class LinearCheck(Comparison):
     """Numbers of one linear attention, outputs and gradients, against float64."""
 
     kind: str
@@ -97,10 +96,7 @@ class LinearCheck:
     def name(self) -> str:
         return f"linear attention: {self.kind}, D={self.dim} {self.dtype}"
 
-    def run(self) -> Outcome:
-        return timed(self._compare)
-
-    def _compare(self) -> str:
+    def compare(self) -> str:
         dtype, small = getattr(torch, self.dtype), self.place.small
         dim, tokens = (16, 37) if small else (self.dim, 1000)
         x = inputs_of(self.kind, tokens, 1 if small else 8, dim, dtype, self.place.device, 1 if small else 2)
@@ -130,7 +126,7 @@ def _results(function: Callable[..., Any], x: dict[str, Tensor]) -> dict[str, Te
 
 
 @dataclass(frozen=True, slots=True)
-class LinearAhead:
+class LinearAhead(KernelsAhead):
     """Every kernel of a linear attention in bfloat16, compiled for a target with its default schedule."""
 
     kind: str
@@ -143,22 +139,12 @@ class LinearAhead:
     def name(self) -> str:
         return f"linear attention: {self.kind}, D={self.dim}"
 
-    def run(self) -> Outcome:
-        kernels: dict[str, Any] = {}
-        outcome = timed(lambda: self._compile(kernels))
-        return replace(outcome, numbers=outcome.numbers | {"kernels": kernels})
-
-    def _compile(self, kernels: dict[str, Any]) -> str:
-        faults: list[str] = []
+    def reports(self) -> Iterator[tuple[str, AotReport]]:
         for direction in ("forward", "backward"):
-            for report in self.reports(direction):
-                kernels[f"{direction}: {report.kernel}"] = facts = facts_of(report)
-                faults += faults_of(report, facts)
-        if faults:
-            raise Failed("; ".join(faults))
-        return f"{len(kernels)} kernels"
+            for report in self.reports_of(direction):
+                yield f"{direction}: {report.kernel}", report
 
-    def reports(self, direction: str) -> tuple[Any, ...]:
+    def reports_of(self, direction: str) -> tuple[AotReport, ...]:
         """What the compiler says of the kernels of "forward" or "backward"."""
         engine = engine_of(self.kind, self.dim, torch.bfloat16, "reference")
         call(engine, inputs_of(self.kind, 1, 1, self.dim, torch.bfloat16, "cpu", 1))
@@ -170,7 +156,7 @@ class LinearAhead:
         return compile_phases_ahead(machine.source(direction, WANTED), phases, options, self.target)
 
 
-def _with_tilelang(machine: TileLangChunks, direction: str, target: str) -> tuple[Any, ...]:
+def _with_tilelang(machine: TileLangChunks, direction: str, target: str) -> tuple[AotReport, ...]:
     source, (phases, _) = machine.source(direction, WANTED), machine.phases(direction, WANTED)
     return tuple(cubin_of(lower_tilelang(source, phase.name, target)) for phase in phases)
 

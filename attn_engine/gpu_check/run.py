@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 import attn_engine
-from attn_engine.gpu_check import ahead, linear, serving
+from attn_engine.gpu_check import ahead, chosen, linear, selection, serving
 from attn_engine.gpu_check.catalogue import CHECKS
 from attn_engine.gpu_check.checks import Place
-from attn_engine.gpu_check.jobs import CheckJob
+from attn_engine.gpu_check.jobs import CheckJob, Comparison
 from attn_engine.gpu_check.outcome import Done, Job, Outcome
 from attn_engine.gpu_check.pool import run_jobs
 from attn_engine.gpu_check.report import Report
@@ -95,8 +95,7 @@ def run(options: Options, report: Report, path: Path) -> None:
 
     def carry_out(section: str, jobs: Sequence[Job], until: float) -> None:
         def done(job: Job, outcome: Outcome) -> None:
-            checked = isinstance(job, CheckJob | linear.LinearCheck | serving.ServingCheck)
-            place = job.place.backend if checked else _place_of(job)
+            place = job.place.backend if isinstance(job, CheckJob | Comparison) else _place_of(job)
             report.done.append(Done("checks" if section == "checks" else "ahead", job.name, place, outcome))
             print(_line(report.done[-1]), flush=True)
             save()
@@ -110,10 +109,11 @@ def run(options: Options, report: Report, path: Path) -> None:
     until = begin + SHARE_OF_CHECKS * (end - begin) if options.benchmark and on_gpu else end
     device = "cpu" if all(DEVICES[b] == "cpu" for b in backends) else "cuda"
     if (on_gpu or device == "cpu") and not options.ahead_only and backends:
-        rows: list[CheckJob | linear.LinearCheck | serving.ServingCheck] = []
+        rows: list[Comparison] = []
         for backend in backends:
             place = backend, device, DEVICES[backend] == "cpu"
-            rows += serving.checks(*place) if _is_triton(backend) else []
+            for of in (selection, chosen, serving) if _is_triton(backend) else ():
+                rows += of.checks(*place)
             rows += linear.checks(*place) if _has_linear(backend) else []
         asked = [c for c in rows if re.search(options.only, c.name)]
         carry_out("checks", [*check_jobs(options, backends, device), *asked], until)
@@ -122,7 +122,7 @@ def run(options: Options, report: Report, path: Path) -> None:
     targets = TARGETS if found is None or options.ahead_only else (found,)
     kernels = [
         *ahead.jobs(compilers, targets),
-        *(serving.ahead_jobs(targets) if "triton" in compilers else ()),
+        *(j for of in (selection, chosen, serving) if "triton" in compilers for j in of.ahead_jobs(targets)),
         *linear.ahead_jobs(compilers, targets),
     ]
     carry_out("ahead of time", [job for job in kernels if re.search(options.only, job.name)], until)
@@ -132,7 +132,7 @@ def run(options: Options, report: Report, path: Path) -> None:
 
 
 def _place_of(job: Job) -> str:
-    assert isinstance(job, ahead.AheadJob | linear.LinearAhead | serving.ServingAhead)
+    assert isinstance(job, ahead.KernelsAhead)
     return f"{job.backend}, {job.target}"
 
 

@@ -14,17 +14,14 @@ from attn_engine.codegen.gpu_schedule import default_schedule
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.schedule import Schedule, short_query_schedule
 from attn_engine.codegen.targets import target_named
-from attn_engine.gpu_check.ahead import facts_of, faults_of
+from attn_engine.gpu_check.ahead import KernelsAhead, compiled
 from attn_engine.gpu_check.checks import Failed, Place
-from attn_engine.gpu_check.jobs import timed
+from attn_engine.gpu_check.jobs import Comparison
 from attn_engine.gpu_check.judge import judge
-from attn_engine.gpu_check.outcome import Outcome
 from attn_engine.ir.passes.pack_heads import Packing, pack_heads
 from attn_engine.ir.program import Attention, Sequences
 from attn_engine.ir.tile import Kernel
-from attn_engine.runtime.aot_report import TARGETS
-from attn_engine.runtime.backends import TritonBackend
-from attn_engine.runtime.triton_aot import compile_ahead
+from attn_engine.runtime.aot_report import TARGETS, AotReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ KINDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class ServingCheck:
+class ServingCheck(Comparison):
     """Output and lse of a call against float64; what no sequence holds is NaN, and entries behind its end are -1."""
 
     kind: Kind
@@ -74,10 +71,7 @@ class ServingCheck:
     def name(self) -> str:
         return f"serving: {self.kind.name}"
 
-    def run(self) -> Outcome:
-        return timed(self._compare)
-
-    def _compare(self) -> str:
+    def compare(self) -> str:
         small = self.place.small
         kind, dtype = (self.kind.small(), torch.float32) if small else (self.kind, torch.bfloat16)
         q, k, v, given = _drawn(kind, dtype, self.place.device)
@@ -151,7 +145,7 @@ def _dense(kind: Kind, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> d
 
 
 @dataclass(frozen=True, slots=True)
-class ServingAhead:
+class ServingAhead(KernelsAhead):
     """The kernels of a call in bfloat16, compiled for a target with its default schedule."""
 
     kind: Kind
@@ -163,22 +157,9 @@ class ServingAhead:
     def name(self) -> str:
         return f"serving: {self.kind.name}"
 
-    def run(self) -> Outcome:
-        kernels: dict[str, Any] = {}
-        outcome = timed(lambda: self._compile(kernels))
-        return replace(outcome, numbers=outcome.numbers | {"kernels": kernels})
-
-    def _compile(self, kernels: dict[str, Any]) -> str:
-        faults: list[str] = []
-        backend = TritonBackend("triton", interpret=False)
+    def reports(self) -> Iterator[tuple[str, AotReport]]:
         for kernel, schedule in kernels_of(self.kind, self.target):
-            source, options = backend.source(kernel, schedule), backend.options(kernel, schedule)
-            report = compile_ahead(kernel, source, self.target, options)
-            kernels[report.kernel] = facts = facts_of(report)
-            faults += faults_of(report, facts)
-        if faults:
-            raise Failed("; ".join(faults))
-        return f"{len(kernels)} kernels"
+            yield kernel.name, compiled(kernel, schedule, self.target)
 
 
 def program_of(kind: Kind) -> Attention:

@@ -251,6 +251,11 @@ class Kernel:
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether it keeps the best candidates of rows."""
+        return any(isinstance(s, Choose) for s in walk(self.body))
+
     def block(self, axis: str) -> int:
         return dict(self.tile)[axis]
 

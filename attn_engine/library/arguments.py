@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import cast
 
 import torch
@@ -15,6 +16,28 @@ def at_least(argument: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         expected = f"an integer of at least {least}"
         raise WrongArgument(argument=argument, got=value, expected=expected, instead=f"Give {least} or more.")
+
+
+def number(argument: str, value: object, least: float | None = None) -> float:
+    """`value` as a float, of at least `least`; raises WrongArgument."""
+    found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    if found is None or (least is not None and not found >= least):
+        expected = "a number" if least is None else f"a number of at least {least:g}"
+        raise WrongArgument(argument=argument, got=value, expected=expected, instead="Give a float.")
+    return found
+
+
+def scale_of(argument: str, value: object, dim: int) -> float:
+    """`value` as a float, or 1 / sqrt(dim) for None; raises WrongArgument."""
+    return dim**-0.5 if value is None else number(argument, value)
+
+
+def divisible(heads: int, kv_heads: int, of: str = "q", keys: str = "k") -> None:
+    """Raise WrongArgument where the heads of `of` are no multiple of those of `keys`."""
+    if kv_heads < 1 or heads % kv_heads:
+        expected = f"a multiple of the heads of {keys}, {kv_heads}"
+        instead = f"Check the layout of {of} and {keys}."
+        raise WrongArgument(argument=f"heads of {of}", got=heads, expected=expected, instead=instead)
 
 
 def integers(argument: str, value: object, ranks: tuple[int, ...]) -> None:

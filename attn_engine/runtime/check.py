@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.check_rule import MethodReport
 from attn_engine.ir.program import Attention
-from attn_engine.runtime.call import Call
-from attn_engine.runtime.operator import apply
-from attn_engine.runtime.reference import reference
+from attn_engine.runtime.compiled import CompiledAttention
 
+Inputs = tuple[Tensor, Tensor, Tensor]
 Results = dict[str, Tensor]
 
 
@@ -76,70 +74,46 @@ class CheckReport:
         return "\n".join(lines)
 
 
-class Blocks(Protocol):
-    """Blocks that a call gives (block_calls.py)."""
+class Ways(Protocol):
+    """The two ways to compute a call, for any tensors of its kind: o (B, H, rows, D) and the row values."""
 
-    def attend(
-        self,
-        traced: Any,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        captured: Mapping[str, Tensor],
-        numbers: Mapping[str, Number],
-        with_rows: bool,
-    ) -> tuple[Tensor, Any]: ...
+    def compiled(self, inputs: Inputs, captured: Mapping[str, Tensor]) -> tuple[Tensor, Results]: ...
 
-    def visible(self, program: Attention, captured: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Tensor: ...
+    def dense(
+        self, inputs: Inputs, captured: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, Results]: ...
 
 
 def compare(
-    engine: Any, blocks: Blocks | None, q: Tensor, k: Tensor, v: Tensor, *custom: Tensor, **named: Tensor
+    program: Attention,
+    compiled: CompiledAttention,
+    ways: Ways,
+    inputs: Inputs,
+    captured: Mapping[str, Tensor],
 ) -> CheckReport:
-    """Output, row values and gradients of `engine(q, k, v, ...)`, over these blocks alone, against the reference.
+    """Output, row values and gradients of a call against its dense definition in float64, beside that in its own type.
 
     The gradients are those of sum(o * r) for a fixed random r, with respect to q, k, v and each floating tensor that
     score_mod reads, custom or captured. The caller's tensors and their .grad are left alone.
     """
-    traced, tensors, numbers, _ = engine._bind(q, k, v, custom, named)
-    call, key = engine._call(traced, q.device.type)
-    program = traced.program
     floating = tuple(c.name for c in program.differentiable_captures)
-    learned = call.compiled.supported(floating)
-
-    def compiled(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
-        if blocks is None:
-            o, rows = apply(call, key, q, k, v, tensors, numbers, with_rows=True)
-        else:
-            o, rows = blocks.attend(traced, (q, k, v), tensors, numbers, with_rows=True)
-        return call.logical(o), dict(zip(program.rule.row_outputs, rows, strict=True))
+    learned, dtype = compiled.supported(floating), inputs[0].dtype
 
     def dense(dtype: torch.dtype) -> Run:
-        def run(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Results]:
-            views = call.logical(q), call.logical(k), call.logical(v)
-            visible = None if blocks is None else blocks.visible(program, tensors, *views[:2])
-            return reference(program, *views, tensors, numbers, dtype, visible)
+        return lambda inputs, captured: ways.dense(inputs, captured, dtype)
 
-        return run
-
-    inputs = (q, k, v)
-    weight = _weights(call, q, v)
-    exact = _results(dense(torch.float64), [x.double() for x in inputs], _double(tensors), learned, weight)
-    eager = _results(dense(q.dtype), inputs, tensors, learned, weight)
-    found = _results(compiled, inputs, tensors, learned, weight)
+    q, k, v = (x.double() for x in inputs)
+    exact = _results(dense(torch.float64), (q, k, v), _double(captured), learned, dtype)
+    eager = _results(dense(dtype), inputs, captured, learned, dtype)
+    found = _results(ways.compiled, inputs, captured, learned, dtype)
     return CheckReport(
-        f"{program.name} on {call.compiled.backend.name}, {str(q.dtype).removeprefix('torch.')}",
-        tuple(_report(name, found[name], eager[name], exact[name], q.dtype) for name in exact),
+        f"{program.name} on {compiled.backend.name}, {str(dtype).removeprefix('torch.')}",
+        tuple(_report(name, found[name], eager[name], exact[name], dtype) for name in exact),
         tuple(f"no gradient on this backend: {name}" for name in floating if name not in learned),
     )
 
 
-Run = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, Results]]
-
-
-def _weights(call: Call, q: Tensor, v: Tensor) -> Tensor:
-    """What the output is weighted with before its gradient is taken; the same on every call."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (*call.logical(q).shape[:3], v.shape[-1])
-    return torch.randn(shape, generator=generator).to(q.device, q.dtype)
+Run = Callable[[Inputs, Mapping[str, Tensor]], tuple[Tensor, Results]]
 
 
 def _double(tensors: Mapping[str, Tensor]) -> Results:
@@ -148,15 +122,19 @@ def _double(tensors: Mapping[str, Tensor]) -> Results:
 
 
 def _results(
-    run: Run, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor], learned: Sequence[str], weight: Tensor
+    run: Run, inputs: Inputs, tensors: Mapping[str, Tensor], learned: Sequence[str], dtype: torch.dtype
 ) -> Results:
-    """Output, row values and gradients of one way to compute the attention."""
+    """Output, row values and gradients of one way to compute the attention; dtype: of the caller's inputs."""
     q, k, v = (x.detach().requires_grad_() for x in inputs)
     fresh = {name: x.detach().requires_grad_(name in learned) for name, x in tensors.items()}
     with torch.enable_grad():
-        o, rows = run(q, k, v, fresh)
+        o, rows = run((q, k, v), fresh)
+        # What the output is weighted with before its gradient is taken: the same every time.
+        weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         wanted = {"d q": q, "d k": k, "d v": v, **{f"d {name}": fresh[name] for name in learned}}
-        gradients = torch.autograd.grad(o, list(wanted.values()), weight.to(o.dtype), allow_unused=True)
+        gradients = torch.autograd.grad(
+            o, list(wanted.values()), weight.to(o.device, o.dtype), allow_unused=True
+        )
     results = {"o": o.detach(), **{name: x.detach() for name, x in rows.items()}}
     for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
         results[name] = torch.zeros_like(x) if gradient is None else gradient

@@ -39,9 +39,10 @@ from attn_engine.ir.passes.rule_analysis import saved_of_empty_row
 from attn_engine.ir.program import GROUP, Attention, OnlineRule
 from attn_engine.ir.tile import Kernel, Module, TileTable
 from attn_engine.runtime.backend import Backend, Launchable, Scalars, Tensors
+from attn_engine.runtime.backward_shares import key_shares, query_shares, shares_fewer_queries
 from attn_engine.runtime.capture_sums import captured_gradient
 from attn_engine.runtime.few_rows import PackedHeads, choose_packing, choose_splits
-from attn_engine.runtime.key_parts import KeyParts
+from attn_engine.runtime.gradient_parts import gradient_parts
 from attn_engine.runtime.parameter_sums import row_sums
 from attn_engine.runtime.pools import empty_pools, joined_pools
 from attn_engine.runtime.query_parts import ROOM, QueryParts
@@ -58,10 +59,6 @@ from attn_engine.runtime.storage import compute_dtype
 from attn_engine.runtime.tile_tables import tile_tables
 
 _NO_TENSORS: Tensors = {}
-
-# Work items wanted per backward pass: enough to keep the threads of a desktop busy, and few enough that the parts of
-# dQ stay small. It does not depend on the number of threads, so neither do the results.
-WANTED_BACKWARD_TASKS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,10 +254,14 @@ class CompiledAttention:
             )
         q, k, v = inputs
         dq, dk, dv = gradients
-        rows = (*d_rows, *(p.name for p in self.program.rule.pooled if d_pools and p.kind == "sum"))
-        direction = self.kernels("backward", learned, rows)
         tables = sequences_of_call(self.program, captured)
         sizes = sizes_of_call(q, k, tables)
+        if not learned and (compiled := self.of_shares(gradients, sizes)) is not self:
+            return compiled.backward(
+                d_out, inputs, out, saved, captured, scalars, gradients, learned, d_rows, d_pools
+            )
+        rows = (*d_rows, *(p.name for p in self.program.rule.pooled if d_pools and p.kind == "sum"))
+        direction = self.kernels("backward", learned, rows)
         numbers = dict(scalars)
         tensors: dict[str, Tensor] = {
             "Q": q,
@@ -278,11 +279,11 @@ class CompiledAttention:
         }
         if tables is not None:
             fill_other_rows(tables, "kv", {"dK": dk, "dV": dv}, {})
-        splits, parts, key_parts = 1, None, None
+        splits, parts, of_keys = 1, None, None
         if direction.shares_queries:
-            splits = numbers["splits"] = sizes["splits"] = self.query_splits(sizes)
-            key_parts = KeyParts(dq, dk, dv, splits, self.compute)
-            tensors.update(key_parts.tensors())
+            splits = numbers["splits"] = sizes["splits"] = query_shares(sizes, self.schedule.backward_q)
+            of_keys = gradient_parts(True, gradients, splits, self.compute, self.program.sequences is None)
+            tensors.update(of_keys.tensors())
         elif self.schedule.gradients is Gradients.ONE_KERNEL:
             parts = self._query_parts(dq, sizes, direction.captures, captured)
             splits = numbers["splits"] = sizes["splits"] = parts.splits
@@ -294,8 +295,8 @@ class CompiledAttention:
             {c.buffer: self._buffer(c, sizes, captured, splits, q.device) for c in direction.captures}
         )
         self._launch(direction, tensors, captured, numbers, sizes, parts)
-        if key_parts is not None:
-            key_parts.finish(scalars["scale"])
+        if of_keys is not None:
+            of_keys.finish(scalars["scale"])
         numbers.update(sizes)
         self._order_diagonals(direction.captures, tensors)
         if tables is not None and self.program.sequences is not None and learned:
@@ -319,18 +320,19 @@ class CompiledAttention:
         """The saved row values where no key is seen, by the kernels' names."""
         return {saved_param(name): x for name, x in saved_of_empty_row(self.program.rule).items()}
 
-    def backward_splits(self, sizes: Mapping[str, int], shared: Sequence[str] = ()) -> int:
-        """Shares of the kv axis: from the sizes alone, so that the same call always adds in the same order."""
-        tasks = 1 if "batch" in shared else sizes["batches"]
-        tasks *= 1 if "kv_head" in shared else sizes["kv_heads"]
-        tiles = -(-sizes["kv_len"] // self.schedule.backward_kv)
-        return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
+    def of_shares(
+        self, gradients: tuple[Tensor, Tensor, Tensor], sizes: Mapping[str, int]
+    ) -> CompiledAttention:
+        """The kernels of a backward pass to dq, dk and dv of these sizes: those that leave fewer parts."""
+        schedule, listed = self.schedule, self.program.listed
+        if schedule.gradients is not Gradients.ONE_KERNEL or schedule.shared_queries or listed is not None:
+            return self
+        shares = key_shares(sizes, schedule.backward_kv), query_shares(sizes, schedule.backward_q)
+        return self._sharing_queries if shares_fewer_queries(*gradients, *shares) else self
 
-    def query_splits(self, sizes: Mapping[str, int]) -> int:
-        """Shares of the queries, from the sizes alone as well."""
-        tasks = sizes["batches"] * sizes["kv_heads"]
-        tiles = -(-sizes["q_len"] // self.schedule.backward_q)
-        return max(1, min(tiles, WANTED_BACKWARD_TASKS // max(1, tasks)))
+    @cached_property
+    def _sharing_queries(self) -> CompiledAttention:
+        return CompiledAttention(self.program, self.backend, replace(self.schedule, shared_queries=True))
 
     def _query_parts(
         self, dq: Tensor, sizes: Mapping[str, int], captures: Sequence[CaptureGradient], captured: Tensors
@@ -342,7 +344,7 @@ class CompiledAttention:
         group, room = dq.shape[1] // max(1, sizes["kv_heads"]), max(ROOM, dq.numel(), *pairs)
         packed = self.program.sequences is not None and self.program.sequences.packed
         batches = sizes["batches"] if packed else None
-        splits = self.backward_splits(sizes, shared)
+        splits = key_shares(sizes, self.schedule.backward_kv, shared)
         return QueryParts(dq, splits, group, shared, self.compute, room, batches)
 
     def _order_diagonals(self, captures: Sequence[CaptureGradient], tensors: dict[str, Tensor]) -> None:

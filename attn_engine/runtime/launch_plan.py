@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.ir.ops import Number
-from attn_engine.runtime.dq_parts import parts_of, sum_parts
+from attn_engine.runtime.gradient_parts import gradient_parts
 
 Numbers = Mapping[str, Number]
 Tensors = Mapping[str, Tensor]
@@ -89,7 +89,7 @@ class BackwardPlan:
     """The backward pass of one kind of call, without gradients of captured tensors.
 
     gradients: how dq, dk, dv lie, as q, k, v do. logical: (batch, head, row, dimension) of such a tensor. delta:
-    (B, H, Sq).
+    (B, H, Sq). splits: shares of the keys, or of the queries where shares_queries.
     """
 
     kernels: tuple[Prepared, ...]
@@ -99,6 +99,7 @@ class BackwardPlan:
     delta: tuple[int, ...]
     saved: Offsets
     splits: int
+    shares_queries: bool
     fixed: Numbers
     logical: Callable[[Tensor], Tensor]
 
@@ -109,8 +110,8 @@ class BackwardPlan:
         q, k, v, out, rows = stored
         dq, dk, dv = (torch.empty_strided(x.shape, x.stride, dtype=self.element) for x in self.gradients)
         delta = torch.empty(self.delta, dtype=self.compute)
-        own = self.splits == 1 and self.compute is self.element
-        parts = dq.zero_() if own else parts_of(self.logical(dq), self.splits, self.compute)
+        by_head = self.logical(dq), self.logical(dk), self.logical(dv)
+        parts = gradient_parts(self.shares_queries, by_head, self.splits, self.compute)
         addresses = {
             "Q": q.data_ptr(),
             "K": k.data_ptr(),
@@ -120,17 +121,15 @@ class BackwardPlan:
             "dK": dk.data_ptr(),
             "dV": dv.data_ptr(),
             "Delta": delta.data_ptr(),
-            "dQ_parts": parts.data_ptr(),
         }
+        for name, x in parts.tensors().items():
+            addresses[name] = x.data_ptr()
         add_addresses(addresses, rows, self.saved)
         for name, x in captured.items():
             addresses[name] = x.data_ptr()
         for kernel in self.kernels:
             kernel.launch(addresses, {**numbers, **self.fixed})
-        if own:
-            dq.mul_(numbers["scale"])
-        else:
-            sum_parts(self.logical(dq), parts, numbers["scale"])
+        parts.finish(numbers["scale"])
         return [dq, dk, dv]
 
 

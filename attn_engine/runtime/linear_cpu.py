@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.codegen.backends.chunk_cpu import render_chunk_cpu
-from attn_engine.codegen.backends.chunk_params import SEGMENT, chunk_params, output_storage
+from attn_engine.codegen.backends.chunk_params import SEGMENT_TOKENS, chunk_params, output_storage
 from attn_engine.codegen.lower.chunked import lower_chunked_forward, lower_token_step
 from attn_engine.codegen.lower.chunked_backward import lower_chunked_backward
 from attn_engine.ir.chunk import ChunkKernel
@@ -25,7 +25,9 @@ from attn_engine.runtime.linear_inputs import LinearInputs
 from attn_engine.runtime.storage import TORCH_DTYPES, compute_dtype
 from attn_engine.version import VERSION
 
-DEFAULT_CHUNK = 32  # measured on Zen 5: fewer products inside chunks beat the state's more frequent steps
+# Tokens of a chunk, measured on Zen 5: fewer products inside chunks beat the state's more frequent steps, of which the
+# backward pass has several. A single step is a chunk with one token in it.
+CHUNKS = {"forward": 16, "backward": 32, "step": 16}
 
 
 class ChunkLibrary:
@@ -103,10 +105,9 @@ class CpuChunks:
 
     name = "cpu"
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a chunk."""
-        return self.chunk or DEFAULT_CHUNK
+    def tokens(self, direction: str) -> int:
+        """Tokens of a chunk of "forward", "backward" or "step"."""
+        return self.chunk if self.chunk is not None and direction != "step" else CHUNKS[direction]
 
     def kernel(self, direction: str, wanted: Sequence[str] = ()) -> ChunkKernel:
         if direction == "forward":
@@ -117,11 +118,11 @@ class CpuChunks:
 
     def source(self, direction: str, wanted: Sequence[str] = ()) -> str:
         """The C++ of "forward", "backward" or "step"."""
+        tokens = self.tokens(direction)
         header = (
-            f"attn_engine {VERSION} | {self.program.name}: {direction} | cpu | chunks of {self.tokens} tokens",
+            f"attn_engine {VERSION} | {self.program.name}: {direction} | cpu | chunks of {tokens} tokens",
             f'regenerate: engine.source("{direction}")',
         )
-        tokens = 16 if direction == "step" else self.tokens
         return render_chunk_cpu(self.kernel(direction, wanted), host_target(), tokens, header)
 
     def library(self, direction: str, wanted: Sequence[str] = ()) -> tuple[ChunkKernel, ChunkLibrary]:
@@ -136,7 +137,7 @@ class CpuChunks:
     def forward(self, inputs: LinearInputs, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """o (B, H, T, Dv), the final states, and the states at the starts of segments (none unless `keep`)."""
         _, library = self.library("forward")
-        about = _about(inputs, self.tokens)
+        about = _about(inputs)
         compute = compute_dtype(self.program.element)
         shape = inputs.state_shape(self.program.state_columns)
         segments = int(about[-1, 3]) if keep else 0
@@ -175,7 +176,7 @@ class CpuChunks:
             "d_final": d_states.to(compute),
             "kept": kept,
             "d_initial": torch.empty(shape, dtype=compute),
-            "sequences": _about(inputs, self.tokens),
+            "sequences": _about(inputs),
             "faults": torch.zeros(shape[:2], dtype=torch.int64),
         }
         self._launch(library, inputs, tensors | outputs, False)
@@ -189,7 +190,7 @@ class CpuChunks:
         assert inputs.initial_state is not None
         shape = inputs.state_shape(self.program.state_columns)
         kept = {
-            "sequences": _about(inputs, self.tokens),
+            "sequences": _about(inputs),
             "faults": torch.zeros(shape[:2], dtype=torch.int64),
             "initial": torch.empty((0, 0, 0, 0), dtype=inputs.initial_state.dtype),
             "kept": torch.empty((0, 0, 0, 0), dtype=inputs.initial_state.dtype),
@@ -238,13 +239,13 @@ def _empty_like(v: Tensor) -> Tensor:
     return large_outputs.empty_like(v) if 0 not in v.stride() else torch.empty(v.shape, dtype=v.dtype)
 
 
-def _about(inputs: LinearInputs, chunk: int) -> Tensor:
+def _about(inputs: LinearInputs) -> Tensor:
     """For each sequence its batch element, first token, length and first segment; at the end the number of segments."""
     rows: list[tuple[int, int, int, int]] = []
     segment, s = 0, inputs.sequences
     for batch, first, length in zip(s.batch, s.first, s.length, strict=True):
         rows.append((batch, first, length, segment))
-        segment += -(-length // (chunk * SEGMENT))
+        segment += -(-length // SEGMENT_TOKENS)
     return torch.tensor([*rows, (0, 0, 0, segment)], dtype=torch.int64)
 
 

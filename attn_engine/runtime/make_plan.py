@@ -17,9 +17,10 @@ from attn_engine.codegen.schedule import Gradients
 from attn_engine.ir.ops import Number
 from attn_engine.ir.passes.pack_heads import Packing
 from attn_engine.ir.program import GROUP
+from attn_engine.runtime.backward_shares import key_shares, query_shares
 from attn_engine.runtime.compiled import CompiledAttention, Direction, sizes_of
-from attn_engine.runtime.dq_parts import parts_of
 from attn_engine.runtime.few_rows import choose_packing, choose_splits
+from attn_engine.runtime.gradient_parts import gradient_parts
 from attn_engine.runtime.launch_plan import (
     MOST_BACKWARD_PLANS,
     BackwardPlan,
@@ -127,21 +128,27 @@ def backward_plan(
     captured: Mapping[str, Tensor],
 ) -> BackwardPlan | None:
     """The plan of backward passes like this one; `stored` is q, k, v, o and the saved row values in one tensor."""
-    direction = compiled.kernels("backward")
-    if compiled.schedule.gradients is not Gradients.ONE_KERNEL or direction.adjoints:
-        return None
     q, k, v, out, rows = stored
     made = [empty_ordered_like(x) for x in (q, k, v)]
     dq, dk, dv = map(logical, made)
-    splits = compiled.backward_splits(sizes_of(logical(q), logical(k)))
-    names, compute = compiled.saved_names, compiled.compute
-    queries = logical(q)
+    queries, sizes = logical(q), sizes_of(logical(q), logical(k))
+    compiled = compiled.of_shares((dq, dk, dv), sizes)
+    direction = compiled.kernels("backward")
+    if compiled.schedule.gradients is not Gradients.ONE_KERNEL or direction.adjoints:
+        return None
+    schedule, compute, names = compiled.schedule, compiled.compute, compiled.saved_names
+    if direction.shares_queries:
+        splits = query_shares(sizes, schedule.backward_q)
+    else:
+        splits = key_shares(sizes, schedule.backward_kv)
+    sizes["splits"] = splits
+    places = dq.to("meta"), dk.to("meta"), dv.to("meta")  # only how the parts lie is asked here
+    parts = gradient_parts(direction.shares_queries, places, splits, compute)
     tensors = {"Q": queries, "K": logical(k), "V": logical(v), "O": logical(out), "dO": logical(d_out)}
-    tensors |= {"dK": dk, "dV": dv, "dQ_parts": parts_of(dq, splits, compute)}
+    tensors |= {"dK": dk, "dV": dv, **parts.tensors()}
     tensors |= {**dict(zip(names, rows, strict=True)), **captured}
     delta = tuple(queries.shape[:3])
     layouts = {"Delta": Layout.contiguous(delta), **{name: Layout.of(x) for name, x in tensors.items()}}
-    sizes = {**sizes_of(queries, logical(k)), "splits": splits}
     kernels = prepared(direction, layouts, sizes)
     if kernels is None:
         return None
@@ -154,6 +161,7 @@ def backward_plan(
         delta=delta,
         saved=tuple((name, i * step) for i, name in enumerate(names)),
         splits=splits,
+        shares_queries=direction.shares_queries,
         fixed={"splits": splits},
         logical=logical,
     )

@@ -86,26 +86,28 @@ def check_paged_places(given: Mapping[str, Tensor], table: Tensor, q: Tensor) ->
             _refuse(name, "its shape", tuple(x.shape), expected)
 
 
-def check_table(table: Tensor, lengths: Tensor, page: int, pages: int) -> None:
+def check_table(
+    table: Tensor, lengths: Tensor, page: int, pages: int, called: str = "len_kv", instead: str = _TABLE
+) -> None:
     """Raise WrongPages for lengths that the table does not hold, and for entries that are read and are no page of the
-    cache. lengths: int64 on the CPU."""
+    cache. lengths: int64 on the CPU, which the caller calls `called`."""
     rows = table.shape[1] * page
-    if (b := _first(lengths < 0)) is not None:
-        _refuse("len_kv", f"element {b}", int(lengths[b]), "0 or more")
-    if (b := _first(lengths > rows)) is not None:
+    if (b := first_wrong(lengths < 0)) is not None:
+        _refuse(called, f"element {b}", int(lengths[b]), "0 or more", instead)
+    if (b := first_wrong(lengths > rows)) is not None:
         expected = f"{rows} or less: the table has {table.shape[1]} pages of {page} for each sequence"
-        _refuse("len_kv", f"element {b}", int(lengths[b]), expected)
+        _refuse(called, f"element {b}", int(lengths[b]), expected, instead)
     entries = table.detach().to("cpu", torch.int64)
     read = torch.arange(table.shape[1]) * page < lengths[:, None]
     wrong = read & ((entries < 0) | (entries >= pages))
-    if (place := _first(wrong.flatten())) is not None:
+    if (place := first_wrong(wrong.flatten())) is not None:
         b, j = divmod(place, table.shape[1])
         expected = f"a page of the cache, 0 to {pages - 1}, for the {int(lengths[b])} keys of sequence {b}"
-        _refuse("block_table", f"element [{b}, {j}]", int(entries[b, j]), expected)
+        _refuse("block_table", f"element [{b}, {j}]", int(entries[b, j]), expected, instead)
 
 
-def _first(wrong: Tensor) -> int | None:
-    """The first place where something is wrong."""
+def first_wrong(wrong: Tensor) -> int | None:
+    """The first place where something is wrong, None where nothing is."""
     return int(wrong.to(torch.uint8).argmax()) if bool(wrong.any()) else None
 
 

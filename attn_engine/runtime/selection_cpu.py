@@ -1,7 +1,4 @@
-"""Selections on CPUs: from the tensors of a call to launches of the generated kernels.
-
-States of tokens are scratch memory of bounded size: where there are many tokens, launches follow each other.
-"""
+"""Selections on CPUs: how a call is cut for the threads, and the generated C++."""
 
 from __future__ import annotations
 
@@ -15,10 +12,9 @@ from attn_engine.codegen.lower.selection import SelectionSchedule, lower_selecti
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.selection import Selection
 from attn_engine.ir.tile import Kernel, Module
-from attn_engine.runtime.compiled import sizes_of_call
 from attn_engine.runtime.cpu_compile import compile_cpu, host_target
 from attn_engine.runtime.cpu_launch import CpuKernel
-from attn_engine.runtime.sequences import fill_other_rows, tables_in
+from attn_engine.runtime.selection_machine import LaunchPlan, SelectionMachine
 from attn_engine.version import VERSION
 
 HEAD_ROWS = 64  # heads of a tile
@@ -30,10 +26,9 @@ TASKS_OF_THREAD = 4
 
 
 @dataclass(eq=False)
-class CpuSelection:
+class CpuSelection(SelectionMachine):
     """The kernels of one program."""
 
-    program: Selection
     _kernels: dict[bool, tuple[CpuKernel, ...]] = field(default_factory=dict[bool, "tuple[CpuKernel, ...]"])
 
     @property
@@ -59,57 +54,14 @@ class CpuSelection:
             self._kernels[split] = tuple(compile_cpu(k, self._text(k)) for k in made)
         return self._kernels[split]
 
-    def __call__(
-        self, q: Tensor, k: Tensor, tensors: dict[str, Tensor], scalars: dict[str, Number], topk: int
-    ) -> Tensor:
-        """int32 (B, kv heads, rows, topk) of q (B, H, rows, D) and k (B, Hkv, keys, D), or a cache in pages."""
-        sequences = self.program.sequences
-        kv_heads = k.shape[1]
-        result = torch.empty((q.shape[0], q.shape[2], kv_heads, topk), dtype=torch.int32, device=q.device)
-        result = result.transpose(1, 2)
-        tables = None if sequences is None else tables_in(tensors)
-        sizes = sizes_of_call(q, k, tables)
-        if tables is not None:
-            fill_other_rows(tables, "q", {"indices": result}, {"indices": -1})
-        tokens = sizes["q_len"]
-        if not result.numel() or not tokens:
-            return result
-        plan = plan_launches(self.program, sizes, topk, self.schedule.keys)
-        given = {**tensors, **self._views(q, k, result, kv_heads, sizes["batches"])}
-        given["candidates"] = plan.states()
-        sizes = {**sizes, "q_len": q.shape[1] // kv_heads, "splits": plan.splits}
-        numbers = {**scalars, "topk": topk, "tokens": tokens, "tile_tokens": plan.tile_tokens}
-        numbers["splits"] = plan.splits
-        for first in range(0, plan.tiles, plan.launched):
-            count = min(plan.launched, plan.tiles - first)
-            numbers |= {"tile_count": count, "first_tile": first}
-            for kernel in self.kernels(split=plan.splits > 1):
-                kernel.launch(given, numbers, {**sizes, "tile_count": count})
-        return result
+    def plan(self, sizes: dict[str, int], topk: int) -> LaunchPlan:
+        return plan_launches(self.program, sizes, topk, self.schedule.keys)
 
-    def _views(self, q: Tensor, k: Tensor, result: Tensor, kv_heads: int, batches: int) -> dict[str, Tensor]:
-        """The tensors as kernels index them: rows that all sequences share are seen by each of them."""
-        sequences = self.program.sequences
-        by_token = q.transpose(1, 2).unflatten(2, (kv_heads, q.shape[1] // kv_heads))
-        found = {"Q": by_token, "K": k, "indices": result}
-        if sequences is not None and sequences.packed:
-            shared = ("Q", "indices") if sequences.page else ("Q", "K", "indices")
-            found |= {n: found[n].expand(batches, *found[n].shape[1:]) for n in shared}
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchPlan:
-    """How the tokens of a call are cut: tokens of a program, programs of a launch, shares of the keys, states."""
-
-    tile_tokens: int
-    tiles: int
-    launched: int
-    splits: int
-    shape: tuple[int, ...]
-
-    def states(self) -> Tensor:
-        return torch.empty(self.shape, dtype=torch.int32)
+    def launch(
+        self, plan: LaunchPlan, given: dict[str, Tensor], numbers: dict[str, Number], sizes: dict[str, int]
+    ) -> None:
+        for kernel in self.kernels(split=plan.splits > 1):
+            kernel.launch(given, numbers, sizes)
 
 
 def plan_launches(program: Selection, sizes: dict[str, int], topk: int, lanes: int) -> LaunchPlan:

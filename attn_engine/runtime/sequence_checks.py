@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attn_engine.errors import AttnEngineError, DeviceMismatch, NotATensor
 from attn_engine.ir.program import Sequences
+from attn_engine.runtime.paged_checks import first_wrong
 from attn_engine.runtime.sequences import AXES, SequenceTables
 
 
@@ -70,11 +71,11 @@ def check_sequences(sequences: Sequences, tables: SequenceTables, sizes: Mapping
         if sequences.packed:
             _check_cumulative(f"cu_len_{axis}", firsts, lengths, rows, "q" if axis == "q" else "k")
             continue
-        if (b := _first(firsts < 0)) is not None:
+        if (b := first_wrong(firsts < 0)) is not None:
             _refuse(f"start_{axis}", f"element {b}", int(firsts[b]), "0 or more", _PLACES)
-        if (b := _first(lengths < 0)) is not None:
+        if (b := first_wrong(lengths < 0)) is not None:
             _refuse(f"len_{axis}", f"element {b}", int(lengths[b]), "0 or more", _PLACES)
-        if (b := _first(firsts + lengths > rows)) is not None:
+        if (b := first_wrong(firsts + lengths > rows)) is not None:
             end = int(firsts[b] + lengths[b])
             _refuse(f"len_{axis}", f"the end of sequence {b}", end, f"{rows} or less", _PLACES)
 
@@ -84,17 +85,12 @@ def _check_cumulative(name: str, firsts: Tensor, lengths: Tensor, rows: int, ten
         return
     if int(firsts[0]) != 0:
         _refuse(name, "its first element", int(firsts[0]), "0", _CUMULATIVE)
-    if (b := _first(lengths < 0)) is not None:
+    if (b := first_wrong(lengths < 0)) is not None:
         end = int(firsts[b] + lengths[b])
         _refuse(name, f"element {b + 1}", end, f"{int(firsts[b])} or more, as element {b} is", _CUMULATIVE)
     end = int(firsts[-1] + lengths[-1])
     if end > rows:
         _refuse(name, "its last element", end, f"{rows} or less, the rows of {tensor}", _CUMULATIVE)
-
-
-def _first(wrong: Tensor) -> int | None:
-    """The first sequence where something is wrong."""
-    return int(wrong.to(torch.uint8).argmax()) if bool(wrong.any()) else None
 
 
 def _refuse(argument: str, what: str, got: object, expected: str, instead: str) -> None:

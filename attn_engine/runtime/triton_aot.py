@@ -83,7 +83,7 @@ def _signature(kernel: Kernel, descriptors: bool, float8: bool) -> dict[str, Any
         facts[(names.index(p.name),)] = ALIGNED
         strides = [n for n in stride_names(p) if n in names]
         for name in strides[:-1]:
-            if len(p.shape) == 4 or captured(p):
+            if len(p.shape) >= 4 or captured(p):
                 facts[(names.index(name),)] = ALIGNED
         if strides:
             types[strides[-1]] = "constexpr"

@@ -34,8 +34,6 @@ def test_topk_is_a_positive_int(topk):
         ({"score_mod": lambda s, b, h, q, k: s if s > 0 else 0}, errors.ControlFlowOnTraced, "where"),
         ({"pool": (32, 16, 64)}, errors.WrongArgument, "Overlap"),
         ({"layout": "sbhd"}, errors.UnknownLayout, "sbhd"),
-        ({"backend": "triton"}, errors.UnsupportedOnBackend, "selections"),
-        ({"backend": "triton-interpreter"}, errors.UnsupportedOnBackend, "selections"),
         ({"backend": "tilelang"}, errors.UnsupportedOnBackend, "selections"),
         ({"backend": "gpu"}, errors.UnknownBackend, "gpu"),
         ({"scale": torch.ones(1)}, errors.WrongArgument, "scale"),

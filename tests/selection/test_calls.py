@@ -110,6 +110,13 @@ def test_the_same_for_any_number_of_threads(tokens, keys, topk):
     assert torch.equal(select(*whole, offset, topk=topk), at_offset("torch")(*whole, offset, topk=topk))
 
 
+def test_split_keys_of_sequences():
+    q, k = whole_numbers(2, 1, 4, 16), whole_numbers(2, 6000, 1, 16)
+    lengths = torch.tensor([5500, 1700])
+    found = [engine(b)(q, k, topk=20, len_kv=lengths) for b in BACKENDS]
+    assert torch.equal(*found)
+
+
 def test_split_keys_with_forced_candidates():
     q, k = whole_numbers(1, 1, 4, 16), whole_numbers(1, 6000, 1, 16)
 

@@ -210,9 +210,16 @@ def attended(
     return torch.softmax(score, -1) @ latent
 
 
-def whole(given: Operands, topk: int, scale: float, kind: str = "first_interleaved") -> Tensor:
+def whole(
+    given: Operands,
+    topk: int,
+    scale: float,
+    kind: str = "first_interleaved",
+    eps: float = 1e-5,
+    ln_eps: float = 1e-6,
+) -> Tensor:
     """The operator, end to end."""
-    g = prologs(given, kind=kind)
+    g = prologs(given, eps, kind, ln_eps)
     caches = written(given, g)
     b, s1 = given.tensors["x"].shape[:2]
     out = torch.zeros(b, s1, given.sizes.n1, given.sizes.kv_rank, dtype=F64)

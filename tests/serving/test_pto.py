@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attn_engine.library as library
-from attn_engine.errors import NotATensor, ShapeMismatch, WrongArgument
+from attn_engine.errors import NotATensor, ShapeMismatch, UnknownBackend, UnsupportedOnBackend, WrongArgument
 from attn_engine.library import (
     from_nz,
     hadamard,
@@ -148,6 +148,16 @@ def test_rotations_of_the_indexer(kind: str, seed: int) -> None:
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_added_below_the_roots(seed: int) -> None:
+    """Each of the two eps goes to its own norms."""
+    torch.manual_seed(seed)
+    given = operands([60, 9], 1)
+    for eps, of_layer_norm in ((0.5, 1e-6), (1e-5, 3.0)):
+        out = sparse_attention_pto(*given.copy(), topk=8, eps=eps, layer_norm_eps=of_layer_norm)
+        want = whole(given, 8, SCALE, eps=eps, ln_eps=of_layer_norm)
+        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_lengths_that_leave_nothing_to_see(seed: int) -> None:
     """A sequence of length 0 or less gives zeros; one shorter than the new tokens gives zeros in the first of them."""
     torch.manual_seed(seed)
@@ -199,6 +209,13 @@ def twice(x: Tensor) -> Tensor:
     return x
 
 
+# A size that two tensors share is that of the first: which one is named where another is a column short.
+SHORT = {
+    "w_dq": "w_uq_qr", "w_uq_qr": "w_uq_qr", "w_dkv_kr": "w_dkv_kr", "gamma_cq": "gamma_cq",
+    "gamma_ckv": "gamma_ckv", "sin": "cos", "cos": "cos", "w_uk": "w_dkv_kr", "w_idx_qb": "w_idx_qb",
+    "w_idx_k": "w_idx_qb", "w_idx_proj": "w_idx_qb", "in_gamma_k": "in_gamma_k", "in_beta_k": "in_beta_k",
+    "kv_cache": "kv_cache", "kr_cache": "kr_cache", "index_k_cache": "index_k_cache",
+}  # fmt: skip
 WRONG = [
     ("x", lambda x: x[..., :-1], ShapeMismatch, "w_dq"),
     ("x", lambda x: x.tolist(), NotATensor, "x"),
@@ -219,6 +236,9 @@ WRONG = [
     ("act_seqs", put((0,), 1000), WrongPages, "act_seqs"),
     ("act_seqs", lambda x: x.bool(), WrongPages, "act_seqs"),
     ("w_dq", lambda x: x.requires_grad_(), CacheNotDifferentiable, "w_dq"),
+    *((name, lambda x: x[..., :-1].contiguous(), ShapeMismatch, named) for name, named in SHORT.items()),
+    *((name, lambda x: None, NotATensor, name) for name in ("w_dq", "block_table", "kr_cache")),
+    *((name, lambda x: x.double(), WrongArgument, name) for name in ("w_idx_proj", "gamma_cq", "kv_cache")),
 ]
 
 
@@ -239,7 +259,16 @@ def test_bad_input_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    "options", [{"topk": 0}, {"topk": 2.5}, {"indexer_rope": "all"}, {"quantisation": "int4"}]
+    "options",
+    [
+        {"topk": 0},
+        {"topk": 2.5},
+        {"indexer_rope": "all"},
+        {"quantisation": "int4"},
+        {"softmax_scale": "1"},
+        {"eps": -1.0},
+        {"layer_norm_eps": None},
+    ],
 )
 def test_bad_options_write_nothing(options: dict[str, Any], seed: int) -> None:
     given = operands([37, 4], 2)
@@ -247,6 +276,19 @@ def test_bad_options_write_nothing(options: dict[str, Any], seed: int) -> None:
     with pytest.raises(WrongArgument) as found:
         sparse_attention_pto(*call.values(), **options)
     assert found.value.details["argument"] == next(iter(options))
+    untouched(call, given)
+
+
+@pytest.mark.parametrize(("backend", "error"), [("tilelang", UnsupportedOnBackend), ("tpu", UnknownBackend)])
+def test_other_backends_write_nothing(backend: str, error: type[Exception], seed: int) -> None:
+    given = operands([37, 4], 2)
+    call = dict(zip(given.tensors, given.copy(), strict=True))
+    with pytest.raises(error, match=backend):
+        sparse_attention_pto(*call.values(), topk=4, backend=backend)
+    untouched(call, given)
+
+
+def untouched(call: dict[str, Tensor], given: Operands) -> None:
     assert all(torch.equal(bits(call[n]), bits(given.tensors[n])) for n in CACHES)
 
 

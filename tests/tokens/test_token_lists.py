@@ -152,6 +152,15 @@ def test_entries_count_as_often_as_they_are_named(seed: int) -> None:
         close(x, y.double(), torch.float32)
 
 
+def test_lists_without_an_entry(seed: int) -> None:
+    """Nothing is seen: zeros, lse = -inf, and gradients of zero."""
+    torch.manual_seed(seed)
+    q, k, v = given = tensors(6, 2, (24, 16), torch.float32)
+    o, lse = sparse_attention(q, k, torch.zeros(2, 3, 2, 0).int(), v, return_lse=True, backend="torch")
+    assert not o.any() and bool((lse == float("-inf")).all())
+    assert not any(x.any() for x in torch.autograd.grad(o.sum(), given))
+
+
 def test_same_bits_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Many pieces, tokens that many lists name; and again the same."""
     torch.manual_seed(seed)
@@ -279,3 +288,37 @@ def test_lists_stand_alone() -> None:
         assert found.value.details["argument"] == name
     with pytest.raises(WrongTokens):
         engine(q, kv, kv, token_counts=torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_an_engine_checks_itself(paged: bool, seed: int) -> None:
+    """Output, row values and gradients over lists, also in a cache whose other rows are NaN; differences are told."""
+    torch.manual_seed(seed)
+    q, k, v = tensors(6, 2, (24, 16), torch.float32)
+    slopes = torch.rand(6, requires_grad=True)
+
+    def nearer(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score - slopes[h] * (q_idx - kv_idx)
+
+    metas = [meta_tensor(None, None, None, d, dtype=torch.float32) for d in (24, 24, 16)]
+    engine = AttentionEngine(metas, nearer, scale=0.3, backend="torch")
+    given: dict[str, Tensor] = {"token_indices": drawn(2, 3, 1, 40, 11, ragged=True)}
+    inputs = q, k, v
+    if paged:
+        table = torch.randperm(12)[:10].view(2, 5)
+        caches = [torch.full((13, 8, 2, x.shape[3]), float("nan")) for x in (k, v)]
+        for cache, x in zip(caches, (k, v), strict=True):
+            cache[table.flatten()] = x.detach().view(10, 8, 2, -1)
+        inputs = q, *caches
+        given |= {"block_table": table, "len_kv": torch.tensor([40, 17])}
+    report = engine.check(*inputs, **given)
+    report.raise_if_failed()
+    found = {t.name: t for t in report.tensors}
+    assert found.keys() >= {"o", "lse", "d q", "d k", "d v", "d slopes"}
+    wanted = engine.reference(*inputs, **given)
+    assert isinstance(wanted, Tensor)
+    largest = float(wanted.detach().abs().max())
+    assert found["o"].relative == pytest.approx(found["o"].error / largest, rel=1e-6)
+    assert all(q.grad is None for q in inputs)
+    with pytest.raises(WrongTokens):
+        engine.check(*inputs, **{**given, "token_indices": torch.zeros(1, 1, 1, 1)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from attn_engine.codegen.backends.chunk_params import SEGMENT, SIZES, ChunkParam, chunk_params
+from attn_engine.codegen.backends.chunk_params import SEGMENT_TOKENS, SIZES, ChunkParam, chunk_params
 from attn_engine.codegen.backends.chunk_rows import RowRenderer
 from attn_engine.codegen.backends.chunk_schedule import phases_between, scheduled
 from attn_engine.codegen.backends.chunk_statements import COLUMNS, StatementRenderer, between_name
@@ -66,7 +66,7 @@ class _ChunkRenderer(StatementRenderer):
             "",
             "namespace attention {",
             "",
-            f"constexpr int CHUNK = {self.chunk}, SEGMENT = {SEGMENT}, D = {p.dim_qk}, DV = {p.dim_v}, "
+            f"constexpr int CHUNK = {self.chunk}, SEGMENT = {SEGMENT_TOKENS // self.chunk}, D = {p.dim_qk}, DV = {p.dim_v}, "
             f"STATE_COLUMNS = {p.state_columns};",
             f"constexpr int {columns};",
             "",

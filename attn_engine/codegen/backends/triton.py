@@ -17,11 +17,11 @@ from attn_engine.codegen.backends.triton_address import (
     BLOCKS,
     DIMENSION_CONSTANTS,
     Address,
-    Addressing,
     block_size,
     captured,
     stride_names,
 )  # fmt: skip
+from attn_engine.codegen.backends.triton_choices import Choosing, choice_lines, choice_names
 from attn_engine.codegen.backends.triton_descriptors import (
     TileDescriptor,
     about,
@@ -84,7 +84,7 @@ def argument_names(kernel: Kernel, descriptors: bool = False) -> tuple[str, ...]
     return tuple(name for group in renderer.arguments for name in group)
 
 
-class TritonRenderer(Addressing):
+class TritonRenderer(Choosing):
     """Renders one kernel; use a fresh one for each."""
 
     functions: ClassVar[Mapping[Op, str]] = {
@@ -119,9 +119,8 @@ class TritonRenderer(Addressing):
         text = "\n".join(body)
         self.arguments = self._arguments(text)
         used = {name for name in HELPERS if re.search(rf"\b{name}\(", text)}
-        return (
-            "\n".join([*self._top(text), *helper_lines(used, self.element), *self._signature(), *body]) + "\n"
-        )
+        helpers = [*helper_lines(used, self.element), *choice_lines(text)]
+        return "\n".join([*self._top(text), *helpers, *self._signature(), *body]) + "\n"
 
     def _top(self, body: str) -> list[str]:
         lines = [
@@ -131,6 +130,7 @@ class TritonRenderer(Addressing):
             "import triton.language as tl",
             "",
         ]
+        without_blocks = len(lines)
         for axis, size in self.kernel.tile:
             block = block_size(self.kernel, axis)
             if axis in COLUMNS and block != size:
@@ -138,7 +138,7 @@ class TritonRenderer(Addressing):
                 lines.append(f"{_dimension(axis)} = tl.constexpr({columns})")
             if re.search(rf"\b{BLOCKS[axis]}\b", body):
                 lines.append(f"{BLOCKS[axis]} = tl.constexpr({block})")
-        return [*lines, "", ""]
+        return [*lines, *["", ""][len(lines) == without_blocks :]]
 
     def _arguments(self, body: str) -> list[list[str]]:
         """The arguments that the body reads: tensors, then the strides of each, then numbers and sizes."""
@@ -185,7 +185,10 @@ class TritonRenderer(Addressing):
     def _renamings(self) -> dict[str, str]:
         """New names for a user's values that would hide the file's own names."""
         own = {"tl", "triton", "float", *HELPERS, *BLOCKS.values(), *DIMENSION_CONSTANTS.values()}
-        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {"place"}
+        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {
+            "place",
+            *choice_names(self.kernel),
+        }
         for p in self.kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
         own -= LENGTHS  # a kernel over sequences sets them

@@ -25,6 +25,7 @@ DIMENSION_WORDS = {
     "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
     "tile_count": "tile", "span": "end", "partial_words": "word", "pages": "page",
     "K_scales": "block", "V_scales": "block",
+    "tokens": "token", "shares": "share", "tile_tokens": "row", "words": "word", "topk": "place",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
 BLOCKS = {axis: f"BLOCK_{axis.upper()}" for axis in AXES}
@@ -34,7 +35,7 @@ GRID_SIZES = {
 }  # fmt: skip
 NON_NEGATIVE = frozenset(
     f"{axis}_{what}" for axis in AXES for what in ("idx", "start", "len")
-) | {*GRID_SIZES, *GRID_SIZES.values(), "group"}  # fmt: skip
+) | {*GRID_SIZES, *GRID_SIZES.values(), "group", "first_tile", "tile_tokens"}  # fmt: skip
 LISTED = frozenset(
     {"q_bounds", "kv_bounds", "partial_listed", "full_listed", "partial_words", "span", "tile_count"}
 )  # last sizes of lists of blocks and of tables of sequences: no number in them is negative
@@ -63,6 +64,12 @@ def block_size(kernel: Kernel, axis: str) -> int:
     """How many positions a tile has along an axis: a power of two, at least 16 for the head dimensions."""
     size = kernel.block(axis)
     return padded(size) if axis in COLUMNS else size
+
+
+def wide_axes(kernel: Kernel) -> set[str]:
+    """Axes of the grid that are held in 64 bits; the tiles and shares of a selection count tokens and keys."""
+    of_tokens = {"tile", "split"} if kernel.chooses else set[str]()
+    return set(kernel.grid) - {"q", "kv"} - of_tokens
 
 
 def captured(param: Param) -> bool:
@@ -107,7 +114,7 @@ class Addressing(Renderer):
                 self.lowest[name] = min(bound for bound in found if bound is not None)
             elif name not in of_tile:
                 self.lowest.pop(name, None)
-        self.wide = set(kernel.grid) - {"q", "kv"}
+        self.wide = wide_axes(kernel)
         for name, assigned in values.items():
             if any(self._is_wide(value) for value in assigned):
                 self.wide.add(name)

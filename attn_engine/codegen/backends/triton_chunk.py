@@ -28,7 +28,7 @@ LIBRARY = "chunk.triton"
 _OWN = frozenset(
     """tl triton float row step inside d_idx dv_idx part sequence head batch first length chunk turn
     chunk_start count token t about query key value d_output beta decay chunks sequences faults
-    fault bad place chunk_count on_token through reading writing between q_group k_group CHUNK
+    fault bad place chunk_count on_token through q_group k_group CHUNK
     LEVELS ELEMENT PRODUCTS EXACT SUMS COMPUTE D BLOCK_D DV BLOCK_DV PARTS NO_FAULT
     decay_sums_before decay_sums_end erased_inverse""".split()
 )

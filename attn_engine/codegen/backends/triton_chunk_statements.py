@@ -157,13 +157,9 @@ class ChunkStatements(ChunkRows):
         d, x, y = s.d_matrix.name, s.x.name, s.y.name
         if s.within is not None and s.within.vector:
             assert s.d_decay is not None
-            rows = f"{d}, {x}, {y}, {s.within.decay.name}, {s.strict}, {s.within.exclusive}"
-            return [
-                f"reading, writing, between = vector_gram_gradient({rows})",
-                f"{s.d_x.name} += reading",
-                f"{s.d_y.name} += writing",
-                f"{s.d_decay.name} += between",
-            ]
+            sums = f"{s.d_x.name}, {s.d_y.name}, {s.d_decay.name}"
+            rows = f"{d}, {x}, {y}, {s.within.decay.name}, {sums}, {s.strict}, {s.within.exclusive}"
+            return [f"{sums} = vector_gram_gradient({rows})"]
         lines: list[str] = []
         weight = f"tl.where(reads({s.strict}), {d}, 0.0)"
         if s.within is not None:

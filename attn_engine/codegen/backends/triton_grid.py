@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from attn_engine.codegen.backends.triton_address import BLOCKS, GRID_SIZES
+from attn_engine.codegen.backends.triton_address import BLOCKS, GRID_SIZES, wide_axes
 from attn_engine.ir.ops import Number
 from attn_engine.ir.tile import Kernel
 
@@ -30,7 +30,7 @@ def positions(kernel: Kernel, body: str) -> list[str]:
         if axis in ("q", "kv"):
             lines += [f"{axis}_start = {program} * {BLOCKS[axis]}", *tile_positions(axis)]
         elif re.search(rf"\b{axis}\b", body):
-            lines.append(f"{axis} = {program}.to(tl.int64)")
+            lines.append(f"{axis} = {program}{'.to(tl.int64)' if axis in wide_axes(kernel) else ''}")
     return [f"    {line}" for line in [*tiles, *lines]]
 
 

@@ -166,7 +166,7 @@ def lower_d_key_value(
     parts = [c for c in captures if added_beside_keys(c)] if with_query else []
     shares = None
     if with_query:
-        cut = QueryShares if shares_queries(program, captures) else KeyShares
+        cut = QueryShares if shares_queries(program, schedule, captures) else KeyShares
         shares = cut(program, tiles, shared_axes(parts))
     within = shares.queries if shares else None
     sweep = Sweep(program, schedule, names, "q", tiles, sums_own_axis=with_query, within=within)

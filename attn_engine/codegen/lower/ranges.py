@@ -123,13 +123,17 @@ def phases(
     return Phases(tuple(bounds), runs)
 
 
-def split_bounds(n: int, begin: Expr, end: Expr, tiles: Expr, axis: str = "kv") -> list[Stmt]:
-    """Contiguous shares, one per split, of the tiles of n rows from `begin` to `end`."""
+def split_bounds(
+    n: int, begin: Expr, end: Expr, tiles: Expr, axis: str = "kv", *, last_first: bool = False
+) -> list[Stmt]:
+    """Contiguous shares, one per split, of the tiles of n rows from `begin` to `end`; the first split has the first,
+    or the last."""
     share = scalar("tiles_per_split")
+    place = SPLITS - 1 - SPLIT if last_first else SPLIT
     return [
         Let(f"{axis}_tiles", tiles),
         Let("tiles_per_split", (scalar(f"{axis}_tiles") + SPLITS - 1) // SPLITS),
-        _let("split_begin", begin + SPLIT * share * n),
+        _let("split_begin", begin + place * share * n),
         _let("split_end", call(Op.MIN, scalar("split_begin") + share * n, end)),
     ]
 

@@ -72,10 +72,11 @@ STATES, INDICES = "candidates", "indices"
 
 @dataclass(frozen=True, slots=True)
 class SelectionSchedule:
-    """heads, keys: rows and columns of a tile of scores."""
+    """heads, keys: rows and columns of a tile of scores. one_tile: the heads of every group fit into one."""
 
     heads: int
     keys: int
+    one_tile: bool = False
 
 
 def lower_selection(program: Selection, schedule: SelectionSchedule, *, split: bool) -> Module:
@@ -112,7 +113,7 @@ class _Selection:
         return over_pages(kernel, sequences.page) if sequences is not None and sequences.page else kernel
 
     def settle(self) -> Kernel:
-        own = self.tokens_of_program()
+        own = self.tokens_of_program(keys=False)
         body = (*own, Section("the best of each token in all shares of the keys"), *self.settled(SPLITS))
         params = (_queries(self.program), *self.outputs(body))  # Q says what is computed in
         kernel = self.kernel("settle", params, (TOPK, *self.counts()), body)
@@ -155,16 +156,17 @@ class _Selection:
 
     # -- where the program is
 
-    def tokens_of_program(self) -> list[Stmt]:
-        """The tokens of this tile; in a call with sequences also where the sequence lies."""
+    def tokens_of_program(self, *, keys: bool = True) -> list[Stmt]:
+        """The tokens of this tile; in a call with sequences also where the sequence lies, and its keys."""
         lets: list[Stmt] = []
         if self.program.sequences is not None:
             lets.append(Section("sequence of this program"))
-            for axis, first, length in (("q", "q_first", "tokens"), ("kv", "kv_first", "kv_len")):
+            spans_of = (("q", "q_first", "tokens"), ("kv", "kv_first", "kv_len"))
+            for axis, first, length in spans_of if keys else spans_of[:1]:
                 spans = spans_param(axis)
                 lets.append(Let(first, Load(spans, INT, (BATCH, Const(0)))))
                 lets.append(Let(length, Load(spans, INT, (BATCH, Const(1)))))
-            if not self.program.sequences.page:
+            if keys and not self.program.sequences.page:
                 lets.append(Narrow("K", "kv", scalar("kv_first"), KV_LEN))
         return [
             *lets,
@@ -235,9 +237,8 @@ class _Selection:
         names = self.names()
         by_head = _asks_for_the_head(self.program.pairs)
         seen = visibility(self.pairs, names, {}, ("kv",))
-        heads = Loop(
-            "q_start", Const(0), ceil_to(Q_LEN, self.schedule.heads), "q", (*self.heads(names, by_head),)
-        )
+        end = Const(self.schedule.heads) if self.schedule.one_tile else ceil_to(Q_LEN, self.schedule.heads)
+        heads = Loop("q_start", Const(0), end, "q", (*self.heads(names, by_head),))
         start: list[Stmt] = [Let(IMPORTANCE.name, Full(0.0, ("kv",)))]
         if by_head:
             there: Expr = SEEN > 0.0

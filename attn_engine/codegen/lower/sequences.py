@@ -63,7 +63,10 @@ def places_param(axis: str) -> str:
 
 
 # Tensors of whole rows: those stay where they are when rows are listed.
-OF_PLACES = {"q": ("Q", "O", "dO", "dQ", "dQ_parts"), "kv": ("K", "V", "dK", "dV")}
+OF_PLACES = {
+    "q": ("Q", "O", "dO", "dQ", "dQ_parts", "dQ_sums"),
+    "kv": ("K", "V", "dK", "dV", "dK_parts", "dV_parts"),
+}
 TABLES = {
     spans_param("q"): ("batches", "span"),
     spans_param("kv"): ("batches", "span"),

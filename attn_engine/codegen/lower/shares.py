@@ -4,7 +4,8 @@ KeyShares: an instance owns kv tiles. It stores their dK and dV, and adds to a p
 summed afterwards, as many numbers as there are instances times queries.
 
 QueryShares: an instance owns queries. It adds to their dQ in place, and stores a part of dK and dV for each kv tile.
-That is the better cut where little is computed for each query: blocks that a call gives.
+That is the better cut where little is computed for each query, as with blocks that a call gives, and where many query
+heads read few kv heads or keys (`Schedule.shared_queries`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attn_engine.codegen.lower.capture import CaptureGradient
+from attn_engine.codegen.lower.forward import later_rows_see_more
 from attn_engine.codegen.lower.ranges import split_bounds
 from attn_engine.codegen.lower.values import (
     D_IDX,
@@ -29,7 +31,9 @@ from attn_engine.codegen.lower.values import (
     tile,
     wide,
 )
+from attn_engine.codegen.schedule import Schedule
 from attn_engine.ir.expr import Const, Expr, Var
+from attn_engine.ir.passes.mask_range import plan_mask
 from attn_engine.ir.program import BATCH, HEAD, Q_IDX, Attention
 from attn_engine.ir.tile import Loop, Param, Section, Stmt, StoreTile
 
@@ -38,9 +42,10 @@ DQ_PARTS, DQ_SUMS, DK_PARTS, DV_PARTS = "dQ_parts", "dQ_sums", "dK_parts", "dV_p
 SHARE = scalar("split_begin"), scalar("split_end")
 
 
-def shares_queries(program: Attention, captures: tuple[CaptureGradient, ...]) -> bool:
+def shares_queries(program: Attention, schedule: Schedule, captures: tuple[CaptureGradient, ...]) -> bool:
     """Whether the queries are shared out. Not where sums over queries are wanted that have no parts."""
-    return program.listed is not None and program.listed.tested and not captures
+    wanted = schedule.shared_queries if program.listed is None else program.listed.tested
+    return wanted and not captures
 
 
 def d_key_value(program: Attention) -> tuple[Param, ...]:
@@ -136,7 +141,10 @@ class QueryShares:
     def over(self, body: list[Stmt]) -> list[Stmt]:
         """The kernel's body around that of a kv tile."""
         n, kv = self.tiles["q"], self.tiles["kv"]
-        bounds = split_bounds(n, Const(0), scalar("q_tiles") * n, (Q_LEN + (n - 1)) // n, "q")
+        plan = plan_mask(self.program.mask.result if self.program.mask else None, "kv")
+        tiles = (Q_LEN + (n - 1)) // n
+        heavy_last = self.program.listed is None and later_rows_see_more(plan)
+        bounds = split_bounds(n, Const(0), scalar("q_tiles") * n, tiles, "q", last_first=heavy_last)
         end = (KV_LEN + (kv - 1)) // kv * kv
         loop = Loop("kv_start", Const(0), end, "kv", tuple(body), "kv_tile")
         return [Section("q tiles of this split"), *bounds, loop]

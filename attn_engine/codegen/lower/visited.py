@@ -56,7 +56,9 @@ def phases_of(
         return Visited(tuple(bounds), runs)
     plan = plan_mask(program.mask.result if program.mask else None, loop)
     if listed is None:
-        found = phases(plan, tiles, edges, tests, own_rows_count=own_rows_count, one_split=one_split)
+        found = phases(
+            plan, tiles, edges, tests, own_rows_count=own_rows_count, one_split=one_split, within=within
+        )
         return Visited(found.bounds, found.runs)
     seen = phases(plan, tiles, edges, tests, own_rows_count=own_rows_count, within=within)
     bounds, given = given_runs(program, listed, loop, tiles[loop], seen.runs, one_split=one_split)

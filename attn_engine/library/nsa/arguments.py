@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from attn_engine.errors import WrongArgument
-from attn_engine.library.arguments import integers
-from attn_engine.library.sparse.seer_arguments import divisible, number, shaped
+from attn_engine.library import arguments
+from attn_engine.library.arguments import divisible, integers
+from attn_engine.library.sparse.seer_arguments import shaped
 
 BATCH, PACKED = ("batch", "T"), ("rows",)
 
@@ -72,7 +73,7 @@ def given_blocks(block_indices: object, q: Tensor, kv_heads: int, blocks: int) -
 
 def scale_of(scale: object, q: Tensor) -> float:
     """`scale`, or 1/sqrt(D) for None; raises WrongArgument."""
-    return q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
+    return arguments.scale_of("scale", scale, q.shape[-1])
 
 
 def _refuse(argument: str, got: object, expected: str, instead: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_engine.library.arguments import divisible
 from attn_engine.library.nsa.attention import native_sparse_attention
 from attn_engine.library.nsa.cache import NSACache
 from attn_engine.library.nsa.compression import (
@@ -19,7 +20,6 @@ from attn_engine.library.nsa.compression import (
 from attn_engine.library.nsa.rotary import Rotary
 from attn_engine.library.nsa.sequences import CuSeqlens
 from attn_engine.library.nsa.sizes import Compression, Sizes, refuse
-from attn_engine.library.sparse.seer_arguments import divisible
 
 PHIS = ("mean", "weighted", "linear", "mlp")
 
@@ -101,9 +101,12 @@ class NativeSparseAttention(nn.Module):
             cache.append(*kv.pop("first"), **kv, counts=counts)
             return self.to_out(cache.attend(q, *gates, counts=counts, backend=self.backend).flatten(-2))
 
-    def make_cache(self, batch: int, capacity: int) -> NSACache:
-        """An empty cache for so many sequences of up to `capacity` tokens."""
+    def make_cache(
+        self, batch: int, capacity: int, *, page_size: int | None = None, pages: int | None = None
+    ) -> NSACache:
+        """An empty cache for so many sequences of up to `capacity` tokens; in pages with a page_size (`NSACache`)."""
         options = {n: x for n, x in self._options().items() if n != "backend"}
+        options |= {"page_size": page_size, "pages": pages}
         like = self.to_q.weight
         return NSACache(
             batch, capacity, self.kv_heads, self.head_dim,

@@ -41,7 +41,7 @@ def selected(
     """
     overlap = (compression.block, compression.stride, selection_block)
     kind = q.dtype, q.shape[-1], sequences.packed, sequences.offset is not None
-    where = backend if backend in ("cpu", "torch", "reference") else "auto"
+    where = "auto" if backend.startswith("tilelang") else backend
     select = _engine(overlap, forced, *kind, scale, where)
     named: dict[str, Any] = sequences.of_blocks(compression)
     if sequences.cumulative is not None:

@@ -22,7 +22,8 @@ class Sequences:
     integers (sequences + 1,). lengths: integers (batch,), how many rows of a cache are filled; counts: how many
     queries there are of each, where not all. offset: the position of the first query of every sequence; None where
     all begin at 0.
-    rows: where compressed rows lie, cumulative or as lengths; None where it follows from the tokens.
+    rows: where compressed rows lie, cumulative or as lengths; None where it follows from the tokens. block_table: of
+    caches in pages, int32 (batch, pages of a sequence); those of compressed rows have the same places.
     """
 
     k_len: int
@@ -31,6 +32,7 @@ class Sequences:
     counts: Tensor | None = None
     offset: Tensor | None = None
     rows: Tensor | None = None
+    block_table: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -51,8 +53,8 @@ class Sequences:
         return self._of_caches(self.rows)
 
     def _of_caches(self, lengths: Tensor | None) -> dict[str, Any]:
-        of_q = {} if self.counts is None else {"len_q": self.counts}
-        return of_q if lengths is None else {"len_kv": lengths, **of_q}
+        named = {"len_q": self.counts, "len_kv": lengths, "block_table": self.block_table}
+        return {name: x for name, x in named.items() if x is not None}
 
     def rows_cumulative(self, compression: Compression) -> Tensor:
         """int32 (sequences + 1,) of packed compressed rows."""
@@ -116,13 +118,18 @@ def sequences_of(q: Tensor, k_len: int, cu_seqlens: CuSeqlens) -> Sequences:
 
 
 def sequences_in_caches(
-    q: Tensor, k: Tensor, lengths: Tensor, counts: Tensor | None = None, rows: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None = None,
+    rows: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Sequences:
     """Of q (batch, TQ, heads, D), TQ or counts[b] queries: the last of the lengths[b] rows of k (batch, capacity,
-    ...).
+    ...), or in pages (pages, rows of a page, ...).
     """
     offset = (lengths - (q.shape[1] if counts is None else counts)).to(torch.int32)
-    return Sequences(k.shape[1], lengths=lengths, counts=counts, offset=offset, rows=rows)
+    return Sequences(k.shape[1], None, lengths, counts, offset, rows, block_table)
 
 
 def _of_batch(q: Tensor, k_len: int) -> Sequences:

@@ -26,7 +26,7 @@ class Compression:
     def __post_init__(self) -> None:
         at_least("compression_block", self.block, 1)
         at_least("compression_stride", self.stride, 1)
-        _multiple("compression_block", self.block, self.stride)
+        multiple("compression_block", self.block, self.stride)
 
     def complete(self, length: int) -> int:
         """How many blocks lie in so many tokens: floor((T - l) / d) + 1, from T = l on.
@@ -59,7 +59,7 @@ class Sizes:
         at_least("selected_blocks", self.selected_blocks, FORCED)
         at_least("window", self.window, 1)
         block = self.selection_block
-        _multiple("selection_block", block, self.compression.stride)
+        multiple("selection_block", block, self.compression.stride)
         if block < self.compression.block:
             expected = f"at least compression_block, {self.compression.block}"
             refuse("selection_block", block, expected, "Take 64 for blocks of 32.")
@@ -78,7 +78,8 @@ def refuse(argument: str, got: object, expected: str, instead: str) -> NoReturn:
     raise WrongArgument(argument=argument, got=got, expected=expected, instead=instead)
 
 
-def _multiple(argument: str, value: int, stride: int) -> None:
+def multiple(argument: str, value: int, stride: int) -> None:
+    """Raises WrongArgument for what is no multiple of compression_stride."""
     if value % stride:
         instead = f"Take {stride}, {2 * stride}, {4 * stride}, ..."
         refuse(argument, value, f"a multiple of compression_stride, {stride}", instead)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attn_engine.errors import NotATensor, UnknownLayout
 from attn_engine.library.serving.quantisation import BLOCK, to_fp8
-from attn_engine.runtime.paged_checks import CacheNotDifferentiable, WrongPages
+from attn_engine.runtime.paged_checks import CacheNotDifferentiable, WrongPages, first_wrong
 
 _SLOTS = "Slot page * rows of a page + row is written at most once in a call; nothing was written."
 
@@ -37,6 +38,39 @@ def append_to_cache(
     Everything is checked before anything is written: typed errors name the tensor for pages outside of the cache, rows
     beyond the end, other dtypes, shapes and devices, and for two rows that would be written to one slot.
     """
+    checked = checked_append(
+        new, caches, lengths, block_table, counts=counts, cu_len=cu_len, layout=layout, scales=scales
+    )
+    checked.write()
+    return checked.lengths
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckedAppend:
+    """Rows that may be written; slots: where to, page * rows of a page + row. lengths: the new ones, int32."""
+
+    pieces: list[Tensor]
+    targets: list[Tensor]
+    source: Tensor
+    slots: Tensor
+    lengths: Tensor
+
+    def write(self) -> None:
+        _write(self.pieces, self.targets, self.source, self.slots)
+
+
+def checked_append(
+    new: Tensor | Sequence[Tensor],
+    caches: Tensor | Sequence[Tensor],
+    lengths: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    counts: Tensor | None = None,
+    cu_len: Tensor | None = None,
+    layout: str = "bshd",
+    scales: Tensor | Sequence[Tensor] | None = None,
+) -> CheckedAppend:
+    """What `append_to_cache` would write, after all its checks."""
     pairs = _with_scales(_pairs_of(new, caches), scales)
     _check_layout(layout)
     pieces = [_logical(x, layout) for x, _ in pairs]
@@ -46,8 +80,7 @@ def append_to_cache(
     for x, c in zip(pieces, targets, strict=True):
         _check_pair(x, c, pieces[0], targets[0])
     _check_once(slots)
-    _write(pieces, targets, source, slots)
-    return (lengths.to(torch.int64) + added).to(torch.int32)
+    return CheckedAppend(pieces, targets, source, slots, (lengths.to(torch.int64) + added).to(torch.int32))
 
 
 def write_to_slots(
@@ -73,7 +106,7 @@ def write_to_slots(
         _refuse("slots", "its shape", tuple(slots.shape), f"{tuple(rows)}, one number for each row of new")
     flat = slots.to(torch.int64).flatten()
     room = targets[0].shape[0] * targets[0].shape[1]
-    if (i := _first((flat < -1) | (flat >= room))) is not None:
+    if (i := first_wrong((flat < -1) | (flat >= room))) is not None:
         _refuse("slots", f"element {i}", int(flat[i]), f"a slot of the cache, 0 to {room - 1}, or -1")
     for x, c in zip(pieces, targets, strict=True):
         _check_pair(x, c, pieces[0], targets[0])
@@ -138,7 +171,7 @@ def _rows(
     each sequence gets."""
     _check_integers("lengths", lengths, new, 1)
     n = lengths.shape[0]
-    if (b := _first(lengths < 0)) is not None:
+    if (b := first_wrong(lengths < 0)) is not None:
         _refuse("lengths", f"element {b}", int(lengths[b]), "0 or more")
     if cu_len is not None:
         return _packed_rows(new, lengths, cu_len)
@@ -150,7 +183,7 @@ def _rows(
     _check_integers("counts", counts, new, 1)
     if counts.shape[0] != n:
         _refuse("counts", "its shape", tuple(counts.shape), f"({n},), as of lengths")
-    if (b := _first((counts < 0) | (counts > most))) is not None:
+    if (b := first_wrong((counts < 0) | (counts > most))) is not None:
         _refuse("counts", f"element {b}", int(counts[b]), f"0 to {most}, the rows of new")
     taken = torch.arange(most, device=new.device) < counts[:, None]
     sequence, row = taken.nonzero(as_tuple=True)
@@ -184,7 +217,7 @@ def _slots(
     if block_table is None:
         if cache.shape[0] != n:
             _refuse("caches", "a first dimension", cache.shape[0], f"{n}, for {n} lengths and no block_table")
-        if (i := _first(position >= rows)) is not None:
+        if (i := first_wrong(position >= rows)) is not None:
             b = int(sequence[i])
             _refuse("lengths", f"the new end of sequence {b}", f"beyond {rows}", f"{rows} rows or less")
         return sequence * rows + position
@@ -192,12 +225,12 @@ def _slots(
     if block_table.shape[0] != n:
         _refuse("block_table", "its shape", tuple(block_table.shape), f"({n}, pages of one sequence)")
     room = rows * block_table.shape[1]
-    if (i := _first(position >= room)) is not None:
+    if (i := first_wrong(position >= room)) is not None:
         b = int(sequence[i])
         expected = f"{room} or less: the table has {block_table.shape[1]} pages of {rows} for each sequence"
         _refuse("lengths", f"the new end of sequence {b}", f"beyond {room}", expected)
     pages = block_table.to(torch.int64)[sequence, position // max(rows, 1)]
-    if (i := _first((pages < 0) | (pages >= cache.shape[0]))) is not None:
+    if (i := first_wrong((pages < 0) | (pages >= cache.shape[0]))) is not None:
         b, j = int(sequence[i]), int(position[i]) // rows
         expected = f"a page of the cache, 0 to {cache.shape[0] - 1}: new rows go there"
         _refuse("block_table", f"element [{b}, {j}]", int(pages[i]), expected)
@@ -234,7 +267,7 @@ def _check_pair(x: Tensor, cache: Tensor, first: Tensor, first_cache: Tensor) ->
 
 def _check_once(slots: Tensor) -> None:
     ordered, _ = slots.sort()
-    if (i := _first(ordered[1:] == ordered[:-1])) is not None:
+    if (i := first_wrong(ordered[1:] == ordered[:-1])) is not None:
         _refuse(
             "block_table", "a slot that is written twice in one call", int(ordered[i]), "written once", _SLOTS
         )
@@ -256,11 +289,6 @@ def _check_integers(name: str, x: Tensor, like: Tensor, rank: int | None = None)
         _refuse(name, "its device", x.device, f"{like.device}, as the others")
     if rank is not None and x.ndim != rank:
         _refuse(name, "its number of dimensions", x.ndim, f"{rank}")
-
-
-def _first(wrong: Tensor) -> int | None:
-    """The first place where something is wrong."""
-    return int(wrong.to(torch.uint8).argmax()) if bool(wrong.any()) else None
 
 
 def _refuse(

@@ -15,7 +15,7 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import ShapeMismatch, WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
-from attn_engine.library.arguments import integers
+from attn_engine.library.arguments import integers, scale_of
 from attn_engine.library.serving.masks import causal_with_offset
 from attn_engine.library.serving.mla_caches import latent_bytes, unpack_latent_bytes
 from attn_engine.library.serving.quantisation import BLOCK
@@ -71,7 +71,7 @@ def flash_mla_with_kvcache(
         if x is not None:
             instead = "One cache is what this function is for."
             raise WrongArgument(argument=name, got=type(x).__name__, expected="left out", instead=instead)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = scale_of("softmax_scale", softmax_scale, q.shape[-1])
     if indices is not None:
         out, lse = _over_slots(
             q, k_cache, indices, topk_length, head_dim_v, scale, is_fp8_kvcache, causal, backend

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attn_engine.library.arguments import number
 from attn_engine.library.serving.prolog_checks import (
     check_indexer_operands,
     check_mla_operands,
@@ -69,7 +70,7 @@ def mla_prolog(
         x=x, w_dq=w_dq, w_uq_qr=w_uq_qr, w_uk=w_uk, w_dkv_kr=w_dkv_kr,
         gamma_cq=gamma_cq, gamma_ckv=gamma_ckv, sin=sin, cos=cos,
     )  # fmt: skip
-    stored = _stored_as(x, rounding)
+    eps, stored = number("eps", eps, 0), _stored_as(x, rounding)
     c_q = rms_norm(_product(x, w_dq, stored), gamma_cq, eps).to(stored)
     heads = _product(c_q, w_uq_qr, stored).unflatten(-1, (dims["n1"], dims["nope"] + dims["rope"]))
     q_nope, q_r = heads.split((dims["nope"], dims["rope"]), -1)
@@ -117,6 +118,7 @@ def indexer_prolog(
         in_gamma_k=in_gamma_k, in_beta_k=in_beta_k, sin=sin, cos=cos,
     )  # fmt: skip
     first, interleaved = rotation_of(indexer_rope)
+    eps = number("eps", eps, 0)
     stored, wide = _stored_as(x, rounding), _wide(x)
     query = _product(c_q, w_idx_qb, wide).unflatten(-1, (dims["heads"], dims["dim"]))
     key = layer_norm(_product(x, w_idx_k, wide), in_gamma_k, in_beta_k, eps)

@@ -10,7 +10,7 @@ from torch import Tensor
 from attn_engine.errors import DeviceMismatch, NotATensor, ShapeMismatch
 from attn_engine.library.arguments import at_least
 from attn_engine.library.serving.prolog_checks import CACHES, Sizes, check_pto_operands
-from attn_engine.runtime.paged_checks import CacheNotDifferentiable, WrongPages
+from attn_engine.runtime.paged_checks import CacheNotDifferentiable, WrongPages, check_table, first_wrong
 
 _INSTEAD = "Nothing was written to a cache."
 
@@ -34,7 +34,8 @@ def check_call(
     _check_integers("block_table", block_table, (b, None), device)
     _check_integers("act_seqs", act_seqs, (b,), device)
     _check_slots(cache_index, sizes)
-    _check_lengths(block_table, act_seqs, sizes)
+    lengths = act_seqs.detach().to("cpu", torch.int64).clamp_min(0)
+    check_table(block_table, lengths, sizes["block_size"], sizes["blocks"], "act_seqs", _INSTEAD)
     return sizes
 
 
@@ -61,33 +62,13 @@ def _check_slots(cache_index: Tensor, sizes: Sizes) -> None:
     """Inside of the caches, and each written once; negative ones are left out."""
     room, s1 = sizes["blocks"] * sizes["block_size"], sizes["s1"]
     slots = cache_index.detach().to("cpu", torch.int64).flatten()
-    if (i := _first(slots >= room)) is not None:
+    if (i := first_wrong(slots >= room)) is not None:
         what, expected = f"element [{i // s1}, {i % s1}]", f"a slot of the caches, 0 to {room - 1}, or -1"
         _refuse("cache_index", what, int(slots[i]), expected)
     ordered, _ = slots[slots >= 0].sort()
-    if (i := _first(ordered[1:] == ordered[:-1])) is not None:
+    if (i := first_wrong(ordered[1:] == ordered[:-1])) is not None:
         what = "a slot that is written twice in one call"
         _refuse("cache_index", what, int(ordered[i]), "written once")
-
-
-def _check_lengths(block_table: Tensor, act_seqs: Tensor, sizes: Sizes) -> None:
-    """The table holds every sequence, and its entries are pages of the caches as far as they are read."""
-    table, lengths = (x.detach().to("cpu", torch.int64) for x in (block_table, act_seqs))
-    page, width = sizes["block_size"], table.shape[1]
-    if (b := _first(lengths > page * width)) is not None:
-        expected = f"{page * width} or less: block_table has {width} pages of {page} for each sequence"
-        _refuse("act_seqs", f"element {b}", int(lengths[b]), expected)
-    read = torch.arange(width) * page < lengths[:, None]
-    wrong = read & ((table < 0) | (table >= sizes["blocks"]))
-    if (place := _first(wrong.flatten())) is not None:
-        b, j = divmod(place, width)
-        expected = f"a page of the caches, 0 to {sizes['blocks'] - 1}, for the {int(lengths[b])} keys of sequence {b}"
-        _refuse("block_table", f"element [{b}, {j}]", int(table[b, j]), expected)
-
-
-def _first(wrong: Tensor) -> int | None:
-    """The first place where something is wrong."""
-    return int(wrong.to(torch.uint8).argmax()) if bool(wrong.any()) else None
 
 
 def _refuse(argument: str, what: str, got: object, expected: str) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attn_engine.library.arguments import number, scale_of
 from attn_engine.library.serving.append import write_to_slots
 from attn_engine.library.serving.prologs import indexer_prolog, mla_prolog
 from attn_engine.library.serving.pto_checks import check_call
-from attn_engine.library.sparse.indexer import lightning_indexer
+from attn_engine.library.sparse.indexer import indexer_engine, lightning_indexer
 from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 
@@ -77,13 +78,16 @@ def sparse_attention_pto(
     }  # fmt: skip
     caches = {"kv_cache": kv_cache, "kr_cache": kr_cache, "index_k_cache": index_k_cache}
     sizes = check_call({**mla, **indexer, **caches}, cache_index, block_table, act_seqs, topk)
-    scale = (sizes["kv_rank"] + sizes["rope"]) ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = scale_of("softmax_scale", softmax_scale, sizes["kv_rank"] + sizes["rope"])
     with torch.no_grad():
         of_mla = mla_prolog(**mla, eps=eps, rounding=rounding)
         of_indexer = indexer_prolog(
             x, of_mla.c_q, **indexer, sin=sin, cos=cos, indexer_rope=indexer_rope,
-            eps=layer_norm_eps, rounding=rounding, hadamard=hadamard, quantisation=quantisation,
+            eps=number("layer_norm_eps", layer_norm_eps, 0), rounding=rounding,
+            hadamard=hadamard, quantisation=quantisation,
         )  # fmt: skip
+        # A backend that cannot choose is refused before anything is written.
+        indexer_engine(of_indexer.query.dtype, sizes["dim"], True, backend)
         new = (of_mla.latent, of_mla.k_rope, of_indexer.key)
         write_to_slots(
             [row.to(x.dtype)[:, :, None] for row in new], [*caches.values()], cache_index.clamp_min(-1)

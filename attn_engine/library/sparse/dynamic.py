@@ -6,7 +6,6 @@ original positions counted from 0 on both sides. Names, arguments and layouts ar
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import FractionalKeep, UnknownSparsity, WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
+from attn_engine.library.arguments import scale_of
 from attn_engine.library.sparse.buckets import Pairs, by_bucket, by_keep
 from attn_engine.library.sparse.compaction import order_of, take
 from attn_engine.row_calls import attend_listed
@@ -45,7 +45,7 @@ def dynamic_sparse_attention(
 
     Raises UnknownSparsity (a KeyError) for another mode, WrongArgument and FractionalKeep for wrong indices.
     """
-    scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
+    scale = scale_of("sm_scale", sm_scale, q.shape[-1])
     if sparsity_mode == "hash":
         return hash_sparse_attention(q, k, v, q_idx, k_idx, sm_scale=scale, causal=causal)
     if sparsity_mode == "qk":
@@ -227,7 +227,7 @@ def _engine(
     columns: int = 0,
     short: bool = False,
 ) -> AttentionEngine:
-    scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale)
+    scale = scale_of("sm_scale", sm_scale, q.shape[-1])
     return _made(q.dtype, q.shape[-1], v.shape[-1], scale, mode, strict, columns, short)
 
 

@@ -16,13 +16,12 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import WrongArgument
 from attn_engine.frontend import meta_tensor
+from attn_engine.library.arguments import divisible, number
 from attn_engine.library.dense.causal import causal
 from attn_engine.library.sparse.seer_arguments import (
     block_of,
     blocks,
-    divisible,
     mask_of_blocks,
-    number,
     packed_lengths,
     shaped,
 )

@@ -24,14 +24,6 @@ def block_of(block_size: object) -> int:
     return block_size
 
 
-def number(argument: str, value: object) -> float:
-    """`value` as a float; raises WrongArgument."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        instead = "1 / math.sqrt(head_dim) is usual."
-        raise WrongArgument(argument=argument, got=value, expected="a number", instead=instead)
-    return float(value)
-
-
 def blocks(length: int, block_size: int) -> int:
     """How many blocks hold so many positions."""
     return -(-length // block_size)
@@ -72,15 +64,6 @@ def mask_of_blocks(
             argument="heads of block_mask", got=mask.shape[1], expected=expected, instead=instead
         )
     return mask
-
-
-def divisible(heads: int, kv_heads: int) -> None:
-    """Raise WrongArgument where heads of q are no multiple of those of k."""
-    if kv_heads < 1 or heads % kv_heads:
-        expected = f"a multiple of the heads of k, {kv_heads}"
-        raise WrongArgument(
-            argument="heads of q", got=heads, expected=expected, instead="Check the layout of q and k."
-        )
 
 
 def packed_lengths(argument: str, cu_seqlens: object, rows: int, max_seqlen: object) -> list[int]:

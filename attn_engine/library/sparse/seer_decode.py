@@ -5,7 +5,6 @@ keep[b, h, j] = block of j is picked for the kv head of h, and j < cache_seqlens
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -15,13 +14,11 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
-from attn_engine.library.arguments import integers
+from attn_engine.library.arguments import divisible, integers, scale_of
 from attn_engine.library.sparse.seer_arguments import (
     block_of,
     blocks,
-    divisible,
     mask_of_blocks,
-    number,
     shaped,
 )
 
@@ -140,7 +137,7 @@ def _decode(
     sm_scale: float | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else number("sm_scale", sm_scale)
+    scale = scale_of("sm_scale", sm_scale, q.shape[-1])
     n = rows.shape[1]
     engine = _engine(q.dtype, q.shape[-1], v_cache.shape[-1], scale, n > 1)
     offset = [(cache_seqlens - n).int()] if n > 1 else []

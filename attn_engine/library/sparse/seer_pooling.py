@@ -14,13 +14,12 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.frontend import meta_tensor
 from attn_engine.frontend.pooling import with_pooled
+from attn_engine.library.arguments import divisible, number
 from attn_engine.library.dense.causal import causal
 from attn_engine.library.dense.softmax import OnlineSoftmax
 from attn_engine.library.sparse.seer_arguments import (
     block_of,
     blocks,
-    divisible,
-    number,
     packed_lengths,
     shaped,
 )

@@ -44,15 +44,3 @@ def prefix(name: str, value: object, dim: int) -> int:
             argument=name, got=value, expected=expected, instead="Values are the first columns."
         )
     return value
-
-
-def divided(name: str, heads: int, kv_heads: int) -> None:
-    """Raise WrongArgument where heads are no multiple of those of the keys."""
-    if kv_heads < 1 or heads % kv_heads:
-        expected = f"a multiple of the heads of the keys, {kv_heads}"
-        raise WrongArgument(
-            argument=f"heads of {name}",
-            got=heads,
-            expected=expected,
-            instead="Check the layout of the tensors.",
-        )

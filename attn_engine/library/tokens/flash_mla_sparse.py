@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from attn_engine.errors import DeviceMismatch, WrongArgument
-from attn_engine.library.tokens.arguments import alike, divided, prefix, refuse_shape, shaped
+from attn_engine.library.arguments import divisible, number
+from attn_engine.library.tokens.arguments import alike, prefix, refuse_shape, shaped
 from attn_engine.library.tokens.sparse_attention import engine_of, first_scales
 from attn_engine.token_calls import GivenTokens
 
@@ -38,12 +39,13 @@ def flash_mla_sparse_fwd(
     shaped("kv", kv, "(keys, kv heads, dim)")
     if k_scale is None:
         alike("q", q, kv=kv)
-    divided("q", q.shape[1], kv.shape[1])
+    divisible(q.shape[1], kv.shape[1], keys="kv")
     if q.shape[2] != kv.shape[2]:
         refuse_shape("kv", kv, f"one with {q.shape[2]} columns, as q has")
     shaped("indices", indices, "(queries, kv heads, topk)")
     with torch.no_grad():
-        engine = engine_of(q.dtype, q.shape[2], prefix("d_v", d_v, q.shape[2]), float(sm_scale), backend)
+        scale = number("sm_scale", sm_scale)
+        engine = engine_of(q.dtype, q.shape[2], prefix("d_v", d_v, q.shape[2]), scale, backend)
         counts = None if topk_length is None else shaped("topk_length", topk_length, "queries").unsqueeze(0)
         given = GivenTokens("token_indices", indices.unsqueeze(0), counts)
         called = {"token_indices": "indices", "token_counts": "topk_length"}

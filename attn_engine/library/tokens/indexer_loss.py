@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attn_engine.errors import WrongArgument
-from attn_engine.library.tokens.arguments import divided, refuse_shape, shaped
+from attn_engine.library.arguments import divisible, scale_of
+from attn_engine.library.tokens.arguments import refuse_shape, shaped
 from attn_engine.library.tokens.indexer_rows import ChosenRows, Indexer, RowsInSight, Targets
 from attn_engine.runtime.token_checks import checked_lists
 
@@ -55,7 +56,7 @@ def indexer_loss(
         ("k", k, "(batch, keys, kv heads, dim)"),
     ):
         shaped(name, x, layout)
-    divided("q", q.shape[2], k.shape[2])
+    divisible(q.shape[2], k.shape[2])
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         refuse_shape("k", k, f"({q.shape[0]}, keys, kv heads, {q.shape[3]})")
     keys = index_k.unsqueeze(2) if isinstance(index_k, Tensor) and index_k.ndim == 3 else index_k
@@ -65,7 +66,10 @@ def indexer_loss(
         raise WrongArgument(
             argument="reduction", got=reduction, expected=known, instead='Leave it out for "mean".'
         )
-    scales = (_scale(sm_scale, q.shape[3]), _scale(index_scale, index_q.shape[3]))
+    scales = (
+        scale_of("sm_scale", sm_scale, q.shape[3]),
+        scale_of("index_scale", index_scale, index_q.shape[3]),
+    )
     if indices is None:
         if topk_length is not None:
             expected, instead = "left out without indices", "The warm-up is over all keys in sight."
@@ -79,10 +83,6 @@ def indexer_loss(
         lists = checked_lists("token_indices", indices, topk_length, *views, called=called)
         targets = ChosenRows(views[0], views[1], lists, scales[0])
     return _IndexerLoss.apply(targets, reduction, scales[1], index_q, keys, weights)
-
-
-def _scale(given: float | None, dim: int) -> float:
-    return dim**-0.5 if given is None else float(given)
 
 
 def _check_indexer(q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, weights: Tensor) -> None:

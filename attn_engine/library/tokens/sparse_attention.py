@@ -16,6 +16,7 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import WrongArgument
 from attn_engine.frontend import meta_tensor
+from attn_engine.library.arguments import scale_of
 from attn_engine.library.tokens.arguments import prefix, shaped
 from attn_engine.runtime.scaled import COLUMNS
 from attn_engine.token_calls import GivenTokens
@@ -63,7 +64,7 @@ def sparse_attention(
     values = v
     if values is None:
         values = kv if dim_v is None else kv[..., : prefix("dim_v", dim_v, kv.shape[3])]
-    scale = q.shape[3] ** -0.5 if sm_scale is None else float(sm_scale)
+    scale = scale_of("sm_scale", sm_scale, q.shape[3])
     engine = engine_of(q.dtype, q.shape[3], values.shape[3], scale, backend)
     given = GivenTokens("token_slots" if physical else "token_indices", indices, topk_length)
     if v is None and k_scale is not None:

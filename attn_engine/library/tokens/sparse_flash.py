@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from attn_engine.errors import WrongArgument
-from attn_engine.library.tokens.arguments import alike, divided, refuse_shape, shaped
+from attn_engine.library.arguments import divisible, number
+from attn_engine.library.tokens.arguments import alike, refuse_shape, shaped
 from attn_engine.library.tokens.sparse_attention import engine_of
 from attn_engine.runtime.scaled import check_scales, like_queries, scales_given
 from attn_engine.runtime.token_attention import Keys
@@ -76,7 +77,7 @@ def sparse_flash_attention(
     )
     lists = replace(lists, limit=_limits(query, lists.limit[:, 0], actual_seq_lengths_query, sparse_mode))
     dims = sum(x.shape[3] for x in queries), keys.dim_v or keys.values[0].shape[3]
-    engine = engine_of(query.dtype, *dims, float(scale_value), backend or "auto")
+    engine = engine_of(query.dtype, *dims, number("scale_value", scale_value), backend or "auto")
     out, rows = attend_over(engine, Bound(engine.program, {}, {"scale": engine.scale}), lists, q, keys)
     out = out.transpose(1, 2)
     return (out, rows["lse"]) if return_softmax_lse else out
@@ -111,7 +112,7 @@ def _checked(
         raise WrongArgument(
             argument=name, got=None, expected="given beside the other one", instead="Give both or none."
         )
-    divided("query", query.shape[2], key.shape[2])
+    divisible(query.shape[2], key.shape[2], "query", "key")
     if query.shape[3] != key.shape[3]:
         refuse_shape("key", key, f"one with {query.shape[3]} columns, as query has")
     for name, x in given.items():
