@@ -194,8 +194,12 @@ def test_caches_refuse(seed: int) -> None:
     for options, argument in (
         ({}, "scales"),
         ({"scales": scale[:1]}, "scales"),
-        ({"scales": scale.double()}, "new"),
+        ({"scales": scale.double()}, "scales"),
         ({"scales": (scale, scale)}, "scales"),
+        ({"scales": torch.zeros(2, 16, 1, 2)}, "scales"),  # of 128 columns each, where there are 32
+        ({"scales": scale, "block_table": torch.tensor([[0], [0]])}, "block_table"),  # one slot for two rows
+        ({"scales": scale, "block_table": torch.tensor([[0], [2]])}, "block_table"),
+        ({"scales": scale, "counts": torch.tensor([1, 2])}, "counts"),
     ):
         with pytest.raises(WrongPages) as found:
             append_to_cache(new, cache, lengths, **options)  # pyright: ignore[reportArgumentType]
