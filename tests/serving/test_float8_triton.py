@@ -189,17 +189,18 @@ def test_tiles_have_one_scale_for_each_row() -> None:
 SPILLS = {(576, 512, 64): 72}  # of splits of 64 rows: outside the loop but for two registers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dims", "page", "rows"),
     [
         ((128, 128), 64, 0),
-        pytest.param((128, 128), 0, 0, marks=pytest.mark.slow),
-        pytest.param((128, 128), 16, 16, marks=pytest.mark.slow),
-        pytest.param((64, 64), 64, 16, marks=pytest.mark.slow),
-        pytest.param((192, 128), 64, 64, marks=pytest.mark.slow),
-        pytest.param((576, 512), 64, 0, marks=pytest.mark.slow),
-        pytest.param((576, 512), 64, 16, marks=pytest.mark.slow),
-        pytest.param((576, 512), 64, 64, marks=pytest.mark.slow),
+        ((128, 128), 0, 0),
+        ((128, 128), 16, 16),
+        ((64, 64), 64, 16),
+        ((192, 128), 64, 64),
+        ((576, 512), 64, 0),
+        ((576, 512), 64, 16),
+        ((576, 512), 64, 64),
     ],
 )
 def test_hardware_converts_on_sm_90(

@@ -25,7 +25,7 @@ from tests.serving.caches import filled
 from tests.serving.test_float8 import engine, narrow
 
 CPU = "cpu" if find_compiler() is not None else "torch"
-BACKENDS = [CPU, "triton-interpreter"]
+BACKENDS = [CPU, pytest.param("triton-interpreter", marks=pytest.mark.slow)]
 LENGTHS = [70, 0, 33]
 
 
@@ -85,7 +85,7 @@ def test_a_call_of_an_engine(seed: int) -> None:
     torch.testing.assert_close(found.double(), want, rtol=2e-2, atol=2e-2)  # rows are rounded to bfloat16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [CPU, "triton-interpreter"])
 def test_flash_mla_over_bytes(backend: str, seed: int) -> None:
     """FlashMLA's sparse decoding: 656 bytes a token, places in the cache, counts, a row of none, a sink."""
     torch.manual_seed(seed)
