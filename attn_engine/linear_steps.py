@@ -83,6 +83,9 @@ def _inputs(
     beta: Tensor | None,
 ) -> tuple[TracedLinear, LinearInputs]:
     """The step as a call of the engine with one token, checked."""
+    if not isinstance(state, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        expected = "a tensor (batch, heads, D of k, D of v), zeros before the first token"
+        raise StateMismatch(argument="state", got=f"no tensor: {state!r}", expected=expected)
     token = 1 if engine.layout == "bshd" else 2
     for name, x in zip("qkv", rows[:3], strict=False):
         assert x is not None

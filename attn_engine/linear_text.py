@@ -73,12 +73,8 @@ class LinearText:
                 "Program": _program_text(self.program),
                 "Decay": _decay_text(self.program),
                 "Chunks": f"{_chunks_text(*tokens)}; a head of a sequence is one task",
-                "Forward, multiplications for a token and head": _work(
-                    forward.scan, self.program, tokens[0]
-                ),
-                "Backward, the same": _work(
-                    (*backward.scan, *backward.gradient), self.program, tokens[1]
-                ),
+                "Forward, multiplications for a token and head": _work(forward.scan, self.program, tokens[0]),
+                "Backward, the same": _work((*backward.scan, *backward.gradient), self.program, tokens[1]),
                 "State": _state_text(self.program),
                 "Backend": self.backend,
             }
@@ -138,6 +134,12 @@ def _work(body: Sequence[ChunkStmt], program: LinearProgram, chunk: int) -> str:
             found[title] = found.get(title, 0) + count
             total += count
     return "\n".join([*(f"{n:>9,}  {title}" for title, n in found.items()), f"{total:>9,}  in all"])
+
+
+def multiplications(body: Sequence[ChunkStmt], program: LinearProgram, chunk: int) -> int:
+    """For one token, counting the pairs of a chunk that see each other once."""
+    sizes = {"t": chunk, "d": program.dim_qk, "v": program.state_columns}
+    return sum(_multiplications(s, sizes) // chunk for s in body)
 
 
 def _multiplications(s: ChunkStmt, sizes: dict[str, int]) -> int:

@@ -26,7 +26,7 @@ class SelectionText:
     def source(self, backend: str | None = None, *, split: bool = False) -> str:
         """What computes the selection: C++ or Triton, or for the backends "torch" and "reference" its formulas.
 
-        backend: None: the engine's own, "auto" is C++. split: of C++, the two kernels that share the keys of few tokens.
+        backend: None: the engine's own; "auto" is C++. split: the two kernels in C++ that share the keys of few tokens.
         """
         name = checked_backend(self.backend if backend is None else backend)
         if name in ("auto", "cpu"):

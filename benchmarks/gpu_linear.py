@@ -10,23 +10,17 @@ fla's chunk_simple_gla, chunk_retention and chunk_gla at B=1, T=8192, H=96, D=12
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attn_engine import LinearAttentionEngine, meta_tensor
-from attn_engine.gpu_check.machine import machine
 from benchmarks.gpu_contenders import Cannot, module_named
-from benchmarks.gpu_measure import Timer, difference, in_turns, reason
-from benchmarks.results import FOLDER
+from benchmarks.gpu_rows import Measured, command, measured
 
 # (batches, length, heads, dim), the goals' shape first.
 SHAPES = ((1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (4, 4096, 64, 128), (8, 4096, 32, 64))
@@ -40,7 +34,6 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "gated delta rule": {"decay_rank": "token", "beta_mod": lambda b: b},
     "kda": {"decay_rank": "vector", "beta_mod": lambda b: b},
 }
-MOST_DIFFERENCE = 0.03
 Function = Callable[..., Tensor]
 
 
@@ -172,49 +165,15 @@ def run_of(function: Function, case: LinearCase, given: Mapping[str, Tensor]) ->
     return lambda: torch.autograd.grad(out, wrt, given["d_out"].to(out.dtype), retain_graph=True)[0]
 
 
-def measure(case: LinearCase, device: str) -> tuple[dict[str, list[float]], dict[str, str]]:
+def measure(case: LinearCase, device: str) -> Measured:
     """Quartiles of the seconds of a call, by contender, and why others have none."""
-    given, runs, left_out = tensors(case, device), dict[str, Callable[[], Any]](), dict[str, str]()
-    wanted: Tensor | None = None
-    for name, maker in CONTENDERS.items():
-        try:
-            run = run_of(maker(case), case, given)
-            result = run().detach().clone()
-        except Exception as error:
-            left_out[name] = reason(error)
-            continue
-        wanted = wanted if wanted is not None else result
-        assert wanted is not None
-        if (off := difference(result, wanted)) > MOST_DIFFERENCE:
-            left_out[name] = f"its result differs from that of {next(iter(runs))} by {off:.2f} of its size"
-            continue
-        runs[name] = run
-    return in_turns(runs, Timer(device)), left_out
+    given = tensors(case, device)
 
+    def maker(make: Callable[[LinearCase], Function]) -> Callable[[], Callable[[], Tensor]]:
+        return lambda: run_of(make(case), case, given)
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_linear")
-    parser.add_argument("--only", default="", help="regular expression that a case's name must match")
-    parser.add_argument("--list", action="store_true", help="show the cases and measure nothing")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-linear-DATE.json")
-    options = parser.parse_args(arguments)
-    cases = [case for case in table() if re.search(options.only, str(case))]
-    if options.list:
-        print(*cases, sep="\n")
-        return 0
-    if not torch.cuda.is_available():
-        print("No GPU that torch can use: nothing to measure.")
-        return 0
-    here, rows = machine(), list[dict[str, Any]]()
-    path: Path = options.output or FOLDER / f"gpu-linear-{here['date']:.10}.json"
-    for case in cases:
-        seconds, left_out = measure(case, "cuda")
-        rows.append({"case": str(case), "seconds": seconds, "left out": left_out})
-        print(f"{case!s:52}", "  ".join(f"{n} {q[1] * 1e3:.2f} ms" for n, q in seconds.items()), flush=True)
-        path.write_text(json.dumps({"machine": here, "rows": rows}, indent=1))
-    print(f"written: {path}")
-    return 0
+    return measured({name: maker(make) for name, make in CONTENDERS.items()}, device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("gpu_linear", table(), measure))

@@ -2,11 +2,13 @@
 
     python -m benchmarks.linear                        all cases and the table (ten minutes)
     python -m benchmarks.linear --only 'gla.*64'       some, added to the results of the day
+    python -m benchmarks.linear --only share           the matrix parts against the micro-kernel (half a minute)
     python -m benchmarks.linear --table                table and figure of the results of the day
 
 B = 1, H = 8, T = 4096, scale 1/sqrt(D). Contenders take turns; a ratio is theirs over our processor time, the median of
-the rounds. "plain" is chunked torch code of this file, in float32; "fla" is the naive_chunk of fla-core and "hf" the
-torch_chunk_gated_delta_rule of transformers, where they are installed. Forward and backward: autograd through them.
+the rounds; its bound is what it would be if all multiplications of ours ran as fast as the micro-kernel and nothing
+else took time. "plain" is chunked torch code of this file, in float32; "fla" is the naive_chunk of fla-core and "hf"
+the torch_chunk_gated_delta_rule of transformers, where they are installed. Forward and backward: autograd through them.
 """
 
 from __future__ import annotations
@@ -28,8 +30,7 @@ import torch
 from torch import Tensor
 
 from attn_engine import LinearAttentionEngine, meta_tensor
-from attn_engine.runtime.linear_cpu import CHUNKS
-from benchmarks import linear_report
+from benchmarks import linear_report, linear_share
 from benchmarks.measure import rounded
 from benchmarks.memory import ROOT, forget_peak, peak_bytes
 from benchmarks.peak import peak
@@ -156,33 +157,41 @@ def untrained(function: Callable[..., Tensor], x: dict[str, Tensor]) -> Callable
     return run
 
 
-def multiplications(variant: str, dim: int) -> float:
-    """Of one forward call, counting the pairs of a chunk that see each other."""
-    pairs, token = (CHUNKS["forward"] + 1) / 2 * dim, 2 * dim * dim
-    each = token + 2 * pairs
-    if variant in ("gated delta net", "kda"):
-        each += dim * dim + 2 * pairs
-    return each * TOKENS * HEADS
-
-
 def compared(variant: str, dim: int, dtype: str) -> dict[str, float]:
-    """Milliseconds, ratios, and our part of the peak of the processor's multiply-adds."""
+    """Milliseconds, ratios with their bounds, and our part of the peak of the processor's multiply-adds."""
     x, ours = rows(variant, dim, dtype), engine(variant, dim, dtype)
     others = contenders(variant)
     kept: dict[str, float] = {}
+    parts = linear_share.parts(ours)
     for direction, make in (("forward", untrained), ("forward and backward", trained)):
         if variant == "kda" and direction != "forward":
             others = {}  # autograd through the naive function would keep many gigabytes
         runs = {"ours": (make(ours, x), 3)} | {n: (make(f, x), 1) for n, f in others.items()}
+        runs["micro-kernel"] = (parts.micro_kernel, 1)
+        operations = linear_share.all_operations(ours, TOKENS, HEADS, backward=direction != "forward")
         loop = peak(dtype) if direction == "forward" else None
         if loop is not None:
             runs["peak"] = (functools.partial(loop.run, 1), 1)
         times = in_turns(runs)
         kept |= {f"{direction}: {n} ms": rounded(1e3 * times[n]) for n in ("ours", *others)}
         kept |= {f"{direction}: {n} ratio": rounded(times[n] / times["ours"]) for n in others}
+        bound = operations * times["micro-kernel"] / parts.micro_kernel()
+        kept |= {f"{direction}: {n} bound": rounded(times[n] / bound) for n in others}
         if loop is not None:
-            rate = 2 * multiplications(variant, dim) / times["ours"]
+            rate = operations / times["ours"]
             kept["share of peak"] = rounded(rate * times["peak"] / loop.operations(1))
+    return kept
+
+
+def shared(variant: str, dim: int, dtype: str) -> dict[str, float]:
+    """The micro-kernel's GFLOP/s, and the part of it that the matrix parts of each direction reach."""
+    kept: dict[str, float] = {}
+    for direction in linear_share.STEPS:
+        parts = linear_share.parts(engine(variant, dim, dtype), direction)
+        times = in_turns({"matrices": (parts.matrices, 1), "micro-kernel": (parts.micro_kernel, 1)})
+        rates = {n: getattr(parts, n.replace("-", "_"))() / t for n, t in times.items()}
+        kept["micro-kernel"] = rounded(rates["micro-kernel"] / 1e9)
+        kept[f"{direction}: share"] = rounded(rates["matrices"] / rates["micro-kernel"])
     return kept
 
 
@@ -227,6 +236,12 @@ def cases() -> dict[str, Callable[[], dict[str, float]]]:
         for dim in DIMS:
             for dtype in DTYPES:
                 found[f"{variant}, {dim} x {dim}, {dtype}"] = lambda v=variant, d=dim, t=dtype: compared(
+                    v, d, t
+                )
+    for variant in ("none", "simple gla", "gated delta net"):
+        for dim in DIMS:
+            for dtype in DTYPES:
+                found[f"share: {variant}, {dim} x {dim}, {dtype}"] = lambda v=variant, d=dim, t=dtype: shared(
                     v, d, t
                 )
     for variant in ("simple gla", "kda"):

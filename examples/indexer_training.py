@@ -3,7 +3,7 @@
 A small language model is trained on the sources of Python's standard library and frozen. Then its indexer imitates the
 dense attention (warm-up), and after that the attention among the tokens that the indexer itself chooses (sparse stage).
 
-python examples/indexer_training.py            256 tokens of context: less than half a minute on a CPU
+python examples/indexer_training.py            256 tokens of context: one or two minutes on a CPU
 python examples/indexer_training.py --small    64 tokens: a moment
 """
 

@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 
-from attn_engine.codegen.compiled_launches import COMPILED, IN_PAGES, OF_SEQUENCES, TESTING_TILES, VALUES_IN_KEYS
+from attn_engine.codegen.compiled_launches import (
+    COMPILED,
+    IN_PAGES,
+    OF_SEQUENCES,
+    TESTING_TILES,
+    VALUES_IN_KEYS,
+)
 from attn_engine.codegen.footprint import Footprint, footprint
 from attn_engine.codegen.pipeline import lower
 from attn_engine.codegen.resources import Resources, grouped, resources

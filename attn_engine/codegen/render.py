@@ -64,7 +64,7 @@ class Renderer:
     def narrow(self, s: Narrow) -> list[str]:
         raise NotImplementedError
 
-    def choose(self, s: Choose) -> list[str]:
+    def choice(self, s: Choose) -> list[str]:
         raise AssertionError("selections are refused before this backend is asked")
 
     def full(self, e: Full) -> str:
@@ -122,7 +122,7 @@ class Renderer:
             case Narrow():
                 return self.narrow(s)
             case Choose():
-                return self.choose(s)
+                return self.choice(s)
 
     def let(self, s: Let) -> list[str]:
         return [f"{s.name} = {self.expr(s.value)}"]

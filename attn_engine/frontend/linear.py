@@ -14,6 +14,7 @@ from typing import Any, cast
 from attn_engine.errors import (
     AttnEngineError,
     Location,
+    NumberFromTraced,
     UnknownOperation,
     WrongOperands,
     WrongParameters,
@@ -24,7 +25,7 @@ from attn_engine.frontend.names import KernelNames, type_name
 from attn_engine.frontend.operations import to_float
 from attn_engine.frontend.session import CapturedTensor, Session
 from attn_engine.frontend.trace import FunctionRun, Trace
-from attn_engine.frontend.traced import Traced, lift
+from attn_engine.frontend.traced import INDEX, Traced, lift
 from attn_engine.frontend.views import TensorView
 from attn_engine.ir.expr import Const, Expr, Full, Reduce, Var, transform
 from attn_engine.ir.linear import D_IDX, DV_IDX, T_IDX
@@ -65,7 +66,7 @@ def trace_mod(
     positions = (BATCH, HEAD, T_IDX) if takes_position else ()
     try:
         trace = run.run(_renamed(argument, "kv", row_axis), takes_custom, positions)
-    except (UnknownOperation, WrongOperands) as error:
+    except (UnknownOperation, WrongOperands, NumberFromTraced) as error:
         if (told := _across_tokens(error, what)) is not None:
             raise told from None
         raise
@@ -175,6 +176,9 @@ def _place(fn: Any) -> Location | None:
 def _across_tokens(error: AttnEngineError, what: str) -> MixesTokens | None:
     """The error of an operation that needs other tokens, where this is what went wrong."""
     operation = str(error.details.get("operation", ""))
+    if error.details.get("call") == INDEX:
+        reason = "its argument is one token's row, with no token to choose"
+        return MixesTokens(mod=what, operation="an index", reason=reason, location=error.location)
     name = operation.strip(".()").rsplit(".", 1)[-1]
     if name in _ACROSS_TOKENS:
         reason = "a mod has one token's row at hand"

@@ -211,7 +211,16 @@ def watching(session: Session) -> Any:
         with _NoRandomness(session):
             yield
     finally:
+        _profile_again(previous)
+
+
+def _profile_again(previous: Any) -> None:
+    """Put back what profiled before: a function, or a profiler in C (cProfile), which only it itself can start."""
+    if previous is None or callable(previous):
         sys.setprofile(previous)
+    else:
+        sys.setprofile(None)
+        previous.enable()
 
 
 class _NoRandomness(TorchFunctionMode):

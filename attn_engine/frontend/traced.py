@@ -37,6 +37,8 @@ _DUNDERS = {
     "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
     "lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift",
 }  # fmt: skip
+# What an error calls an index into a traced value.
+INDEX = "An index into it"
 # The second operand decides which expression is built: a captured number is taken at its present value.
 _FIXED_SECOND = ("pow", "float_power", "bitwise_left_shift", "bitwise_right_shift")
 _IGNORED_OPTIONS = (
@@ -120,7 +122,7 @@ class Traced(Symbolic):
         self._is_one_number("A loop over it")
 
     def __getitem__(self, _: Any) -> Any:
-        self._is_one_number("An index into it")
+        self._is_one_number(INDEX)
 
     def __setitem__(self, _: Any, __: Any) -> None:
         self._is_one_number("An assignment to its elements")

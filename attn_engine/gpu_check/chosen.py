@@ -202,14 +202,16 @@ class NativeCheck(_Differences):
         n, device = self.kind.small() if self.place.small else self.kind, self.place.device
         of_q, of_k = (2, n.tokens, n.heads, n.dim), (2, n.tokens, n.kv_heads, n.dim)
         names = ("q", "k", "v", "g_cmp", "g_slc", "g_win")
-        given = dict(zip(names, _drawn(dtype, device, of_q, of_k, of_k, *[of_q[:3]] * 3), strict=True))
+        given: dict[str, Tensor] = dict(
+            zip(names, _drawn(dtype, device, of_q, of_k, of_k, *[of_q[:3]] * 3), strict=True)
+        )
         given |= {name: x.sigmoid() for name, x in given.items() if name.startswith("g_")}
         inputs, exact = _leaves(given, dtype), _leaves(given, torch.float64)
-        found: Any = native_sparse_attention(
+        attend: Any = native_sparse_attention
+        o, blocks = attend(
             **inputs, compression_block=n.compressed, compression_stride=n.stride, selection_block=n.selected,
             selected_blocks=n.count, window=n.window, return_block_indices=True, backend=self.place.backend,
         )  # fmt: skip
-        o, blocks = found
         return _with_gradients(o, inputs), _with_gradients(_native(n, exact, blocks), exact)
 
 
@@ -255,9 +257,7 @@ class TokensAhead(KernelsAhead):
         return f"token lists: {self.kind.name}"
 
     def reports(self) -> Iterator[tuple[str, AotReport]]:
-        metas = [
-            meta_tensor(None, None, None, self.kind.dims[i], dtype=torch.bfloat16) for i in (0, 0, 1)
-        ]
+        metas = [meta_tensor(None, None, None, self.kind.dims[i], dtype=torch.bfloat16) for i in (0, 0, 1)]
         program = over_token_lists(AttentionEngine(metas, backend="torch").program, ragged=self.kind.ragged)
         schedule = default_schedule(program, target_named(self.target))
         for direction in ("forward", "backward"):

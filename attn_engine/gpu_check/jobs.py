@@ -41,10 +41,15 @@ class CheckJob:
 
 
 class Comparison:
-    """A job that compares a call with formulas. Its class says which, and has `name` and `place`."""
+    """A job that compares a call with formulas. Its class says which."""
 
     __slots__ = ()
     place: Place
+    heavy: bool
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
 
     def compare(self) -> str:
         """A line of numbers; raises Failed."""

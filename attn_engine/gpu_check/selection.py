@@ -24,7 +24,7 @@ MARGIN = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A selection by the weighed relu of every head, or with `pool` by sums of scores, block 0 and the own one taken first.
+    """A selection by the weighed relu of every head; with `pool` by sums of scores, block 0 and the own one first.
 
     Queries are the last of the keys and see what is before them. whole: small whole numbers, of which all sums are
     exact and many are equal: the indices must be those of float64. lengths: of sequences, in pages where page.
@@ -117,7 +117,7 @@ class SelectionCheck(Comparison):
 
 
 def _drawn(kind: Kind, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """"q", "keys" (sequences, longest, kv heads, dim), the "cache" they lie in, and what else a call is given."""
+    """ "q", "keys" (sequences, longest, kv heads, dim), the "cache" they lie in, and what else a call is given."""
     generator = torch.Generator().manual_seed(7)
     n, longest = len(kind.lengths), max(kind.lengths)
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import cast
 
 import torch
 
-from attn_engine.errors import WrongArgument
+from attn_engine.errors import AttnEngineError, WrongArgument
+
+
+@contextmanager
+def called(**names: str) -> Iterator[None]:
+    """Errors of a call inside name the arguments that this function's own caller gave: called(len_kv="lengths")."""
+    try:
+        yield
+    except AttnEngineError as error:
+        argument = error.details.get("argument")
+        if argument not in names:
+            raise
+        details = {**error.details, "argument": names[str(argument)]}
+        raise type(error)(location=error.location, **details) from None
 
 
 def at_least(argument: str, value: object, least: int) -> None:
@@ -38,6 +52,17 @@ def divisible(heads: int, kv_heads: int, of: str = "q", keys: str = "k") -> None
         expected = f"a multiple of the heads of {keys}, {kv_heads}"
         instead = f"Check the layout of {of} and {keys}."
         raise WrongArgument(argument=f"heads of {of}", got=heads, expected=expected, instead=instead)
+
+
+def one_each(argument: str, value: object, count: int) -> None:
+    """Raise WrongArgument for what is no integer tensor (count,)."""
+    integers(argument, value, (1,))
+    assert isinstance(value, torch.Tensor)
+    if value.shape[0] != count:
+        instead = "Give one number for each sequence."
+        raise WrongArgument(
+            argument=argument, got=tuple(value.shape), expected=f"({count},)", instead=instead
+        )
 
 
 def integers(argument: str, value: object, ranks: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_linear
+from benchmarks import gpu_linear, gpu_rows
 from benchmarks.gpu_linear import KINDS, LinearCase
 
 
@@ -80,7 +80,7 @@ STAND_INS = SimpleNamespace(
 def test_peers_compute_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A contender that is told something else would be left out: that nobody is says that all agree."""
     monkeypatch.setattr(gpu_linear, "module_named", lambda _: STAND_INS)
-    monkeypatch.setattr(gpu_linear, "in_turns", lambda runs, timer: {name: [0.0] for name in runs})
+    monkeypatch.setattr(gpu_rows, "in_turns", lambda runs, timer: {name: [0.0] for name in runs})
     for direction in ("forward", "backward"):
         seconds, left_out = gpu_linear.measure(LinearCase(kind, direction, 2, 24, 2, 16), "cpu")
         expected = {"ours, torch", "fla"} | ({"mamba_ssm"} if kind == "retention" else set())

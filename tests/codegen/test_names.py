@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_engine import AttentionEngine, meta_tensor
 from attn_engine.codegen.backends.cpu_names import FIXED, header_names
 from attn_engine.ir.kernel_words import KERNEL_WORDS
-from attn_engine.runtime import few_rows
+from attn_engine.runtime import cpu_compile, few_rows
 from attn_engine.runtime.cpu_compile import find_compiler
 
 GRID = ("split", "batch", "head", "kv_head", "q_start", "kv_start", "row", "column", "q_rows")
@@ -21,6 +21,16 @@ ARRAYS = (
     "masked_score_tile", "query_pairs", "even_probs", "probs_pairs", "O_matrix", "saved_lse_matrix",
 )  # fmt: skip
 DIM = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unoptimised() -> Iterator[None]:
+    """What a name means is settled before the compiler optimises, which takes ten times as long for such functions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_compile, "FLAGS", tuple("-O0" if f == "-O2" else f for f in cpu_compile.FLAGS))
+        cpu_compile._find.cache_clear()
+        yield
+    cpu_compile._find.cache_clear()
 
 
 def function_with_locals(names: tuple[str, ...]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import functools
 import math
 import sys
@@ -305,6 +306,15 @@ def test_the_profiler_is_restored():
         assert sys.getprofile() is hook
     finally:
         sys.setprofile(None)
+
+
+def test_a_profiler_in_c_goes_on() -> None:
+    """cProfile is no function that sys.setprofile takes back."""
+    profiler = cProfile.Profile()
+    with profiler:
+        trace_mask_mod(lambda b, h, q, k: q >= k)
+        "after".upper()
+    assert any("upper" in str(entry.code) for entry in profiler.getstats())
 
 
 CUSTOM = {

@@ -10,7 +10,10 @@ from attn_engine.gpu_check.checks import Failed, Place
 from attn_engine.gpu_check.jobs import Comparison
 
 INTERPRETER = Place("triton-interpreter", "cpu", small=True)
-SMALL = [*selection.checks("triton-interpreter", "cpu", True), *chosen.checks("triton-interpreter", "cpu", True)]
+SMALL = [
+    *selection.checks("triton-interpreter", "cpu", True),
+    *chosen.checks("triton-interpreter", "cpu", True),
+]
 
 
 @pytest.mark.slow
@@ -35,7 +38,9 @@ def test_what_is_taken_is_judged() -> None:
             judged(whole, *wrong)
     with pytest.raises(Failed):
         judged(rounded, 0, 1, 4)
-    assert selection._compared(whole, torch.tensor([[[0, 2, 5]]]), importance, importance == importance[0, 0, 5])
+    assert selection._compared(
+        whole, torch.tensor([[[0, 2, 5]]]), importance, importance == importance[0, 0, 5]
+    )
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from attn_engine.library import alibi_slopes, causal, t5_bias
 from attn_engine.library.catalogue import ATTENTIONS, CALLED, MASKS, Entry
 from attn_engine.library.dense.relative_bias import t5_buckets
 from attn_engine.library.samples import sample
+from tests.part import part_of
 
 HEADS, LENGTH, DIM = 4, 36, 16
 LEARNED: dict[str, dict[str, tuple[int, ...]]] = {
@@ -59,15 +60,35 @@ def agrees(attention: AttentionLibrary, tensors: list[Tensor], learned: list[Ten
         torch.testing.assert_close(one, other.to(one.dtype), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n, e in ATTENTIONS.items() if e.compose is None])
-def test_every_attention(name: str) -> None:
+# What is compiled in the fast suite; as a tile program, that has every entry.
+COMPILED = (
+    "SoftmaxAttention",
+    "T5Attention",
+    "SinkAttention",
+    "ReluAttention",
+    "SlidingTile",
+    "Document",
+    "Tree",
+)
+
+
+def is_fast(name: str, backend: str) -> bool:
+    return backend == "torch" or name in COMPILED
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    part_of(is_fast, [n for n, e in ATTENTIONS.items() if e.compose is None], ("torch", "auto")),
+)
+def test_every_attention(name: str, backend: str) -> None:
     learned = {n: torch.randn(shape, requires_grad=True) for n, shape in LEARNED.get(name, {}).items()}
-    agrees(AttentionLibrary(name, **SMALL.get(name, {}), **learned), qkv(), [*learned.values()])
+    attention = AttentionLibrary(name, backend=backend, **SMALL.get(name, {}), **learned)
+    agrees(attention, qkv(), [*learned.values()])
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_every_mask(name: str) -> None:
-    agrees(AttentionLibrary(mask_type=name, **SMALL.get(name, {})), qkv(), [])
+@pytest.mark.parametrize(("name", "backend"), part_of(is_fast, MASKS, ("torch", "auto")))
+def test_every_mask(name: str, backend: str) -> None:
+    agrees(AttentionLibrary(mask_type=name, backend=backend, **SMALL.get(name, {})), qkv(), [])
 
 
 @pytest.mark.parametrize("entry", [*ATTENTIONS.values(), *MASKS.values()], ids=str)

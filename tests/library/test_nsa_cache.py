@@ -130,5 +130,10 @@ def test_mistakes_name_the_argument_and_write_nothing() -> None:
         layer(phi="cubic")
     with pytest.raises(errors.WrongArgument, match="cu_seqlens"):
         layer()(torch.randn(2, 4, 48), cu_seqlens=torch.tensor([0, 4]), cache=cache)
+    with pytest.raises(errors.WrongArgument, match="x="):
+        layer()(torch.randn(2, 4, 47))
+    for wrong in ({"capacity": -1}, {"pages": 3}, {"pages": -1, "page_size": F.d}, {"compress_k": None}):
+        with pytest.raises(errors.WrongArgument, match=next(iter(wrong))):
+            NSACache(**{"batch": 1, "capacity": 8, "kv_heads": 1, "dim": 16, **F.options, **wrong})
     with pytest.raises(errors.WrongArgument, match="g_cmp"):
         cache.attend(torch.randn(2, 1, 2, 16), torch.ones(2, 1), None, None)

@@ -235,6 +235,7 @@ OPERATOR: list[tuple[dict[str, Any], str]] = [
     ({"scale": "1"}, "scale"),
     ({"cu_seqlens": torch.tensor([0, 20])}, "q="),
     ({"compress_k": lambda x: x}, r"compress_k\(blocks\)"),
+    ({"compress_v": None}, "compress_v"),
     ({"place_k": lambda x, at: x[..., :3]}, r"place_k\(rows, positions\)"),
 ]
 
@@ -274,7 +275,7 @@ def test_mistakes_of_the_other_forms() -> None:
         (lambda: fla(x, window_size=-1), "window_size"),
         (lambda: fla(inputs(2, 40), cu_seqlens=torch.tensor([0, 40])), "q="),
         (lambda: linear_compress(k[0], torch.ones(2, 3, 4), torch.tensor([0, 40]), 8, 4), "w="),
-        (lambda: avgpool_compress(k[0], None, torch.tensor([0, 40]), 8, 3), "compression_block"),
+        (lambda: avgpool_compress(k[0], None, torch.tensor([0, 40]), 8, 3), "kernel_size"),
         (
             lambda: topk_sparse_attention(q[0], k[0], v[0], torch.zeros(1, 40, 3).int(), 16, CU[:2]),
             "cu_seqlens",

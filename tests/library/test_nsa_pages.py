@@ -95,7 +95,7 @@ def test_a_wrong_table_is_named_and_nothing_is_written() -> None:
 
     count = -(-12 // PAGE)
     refused(r"block_table.*-1", [[-1] * count, [0] * count], fresh())
-    refused("block_table.*9", [list(range(count - 1)) + [9], list(range(3, 3 + count))], fresh())
+    refused("block_table.*9", [[*range(count - 1), 9], list(range(3, 3 + count))], fresh())
     refused("written twice", [list(range(count)), list(range(count))], fresh())
     refused("lengths.*beyond", [[0], [1]], fresh(PAGE))
     # A page of a prefix that both have, and one of them goes on in it.

@@ -25,6 +25,7 @@ def rows(tokens: int = 10):
         ({"k_mod": lambda k: k.cumsum(1)}, linear_errors.MixesTokens, "cumsum"),
         ({"k_mod": lambda k: torch.roll(k, 1)}, linear_errors.MixesTokens, "roll"),
         ({"v_mod": lambda v: v / v.sum(1)}, linear_errors.MixesTokens, "dim=1"),
+        ({"k_mod": lambda k: k + k[0]}, linear_errors.MixesTokens, "an index"),
         ({"q_mod": lambda q: None}, linear_errors.ModResult, "return"),
         ({"q_mod": lambda q: q > 0}, linear_errors.ModResult, "bool"),
         ({"q_mod": lambda q, a, b: q}, errors.WrongParameters, "q_mod"),
@@ -115,6 +116,12 @@ def test_a_step_has_no_gradient():
     q, k, v = (x[:, 0].requires_grad_() for x in rows())
     with pytest.raises(errors.GradientNotSupported, match="no_grad"):
         engine().step(q, k, v, None, torch.zeros(2, 4, 16, 16))
+
+
+def test_a_step_needs_a_state():
+    q, k, v = (x[:, 0] for x in rows())
+    with pytest.raises(linear_errors.StateMismatch, match="state has no tensor: None"):
+        engine().step(q, k, v, None, None)
 
 
 def test_no_second_derivative():

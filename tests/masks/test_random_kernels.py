@@ -136,7 +136,6 @@ def parts(draw: st.DrawFn) -> tuple[Callable[..., Any], int, int]:
 
     kinds = (
         or_masks(and_masks(banded, documents), prefix),
-        or_masks(banded, chunked),
         and_masks(documents, lambda b, h, q, k: ~chunked(b, h, q, k)),
     )
     return draw(st.sampled_from(kinds)), q_len, kv_len

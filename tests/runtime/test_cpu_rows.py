@@ -25,6 +25,7 @@ from attn_engine.runtime.reference import reference
 from attn_engine.runtime.storage import TORCH_DTYPES
 from attn_engine.traced_program import Description
 from tests.conformance.cases import VARIANTS, Context, dense_attention
+from tests.part import part_of
 from tests.runtime.cpu_attention import CpuOn, Shapes, compiled, inputs
 from tests.runtime.rules import WINDOW as WINDOW_SIZE
 from tests.runtime.rules import function, program
@@ -82,8 +83,10 @@ def run(
     return [out, *attention.forward(q, k, v, captured, {"scale": SCALE, **scalars}, out)]
 
 
-@pytest.mark.parametrize("name", NORMALISERS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    part_of(lambda v, n: n == "softmax" or v in ("prefix", "relative_bias"), VARIANTS, NORMALISERS),
+)
 def test_rules_masks_and_scores(name: str, variant: str, generator: torch.Generator):
     """Every rule with every mask and score_mod: grouped heads, unequal dimensions, ragged tiles of both kinds."""
     v = VARIANTS[variant]
@@ -112,11 +115,16 @@ def test_rules_masks_and_scores(name: str, variant: str, generator: torch.Genera
             assert_close(got, exact_row, torch.float32, f"{n}, {where}")
 
 
+SIZES = (
+    pytest.param(1, (64, 64)), pytest.param(1, (33, 80)), pytest.param(2, (80, 33)), pytest.param(4, (256, 144)),
+    pytest.param(8, (8, 5)), pytest.param(8, (64, 128)),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("rows", "dims"),
-    [(1, (64, 64)), (1, (33, 80)), (2, (80, 33)), (4, (256, 144)), (8, (8, 5)), (8, (64, 128))],
+    ("rows", "dims", "dtype"),
+    part_of(lambda r, d, t: t is torch.float32 or d in ((33, 80), (256, 144)), SIZES, UNITS),
 )
-@pytest.mark.parametrize("dtype", UNITS, ids=lambda t: str(t)[6:])
 def test_dimensions_and_types(
     rows: int, dims: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
 ):
@@ -131,12 +139,17 @@ def test_dimensions_and_types(
         assert_close(out, want, dtype, (q_len, kv_len))
 
 
-@pytest.mark.parametrize("name", [*CASES, "every operation"])
-@pytest.mark.parametrize("element", [Storage.FLOAT32, Storage.FLOAT64])
+# In double, every operation is in test_cpu_kernels.py and test_cpu_functions.py too.
+@pytest.mark.parametrize(
+    ("name", "element"),
+    part_of(
+        lambda n, e: e is Storage.FLOAT32 or n == "learned relative table, kept pairs",
+        [*CASES, "every operation"],
+        [Storage.FLOAT32, Storage.FLOAT64],
+    ),
+)
 def test_captured_tensors_and_operations(name: str, element: Storage, generator: torch.Generator):
     case: Case = every_operation() if name == "every operation" else CASES[name]
-    if element is Storage.FLOAT64 and name not in ("every operation", "learned relative table, kept pairs"):
-        pytest.skip("in double once for all operations and once for captured tensors")
     captures = tuple(Captured(n, storage, len(shape)) for n, (shape, storage) in case.captured.items())
     numbers = (ALPHA,) if case.score is not None and ALPHA in postorder(case.score) else ()
     score = None if case.score is None else function(case.score, *captures, scalars=numbers)

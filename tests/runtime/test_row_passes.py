@@ -19,6 +19,7 @@ from attn_engine.runtime.backends import backend_named
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.cpu_compile import find_compiler
 from tests.gpu_tiles import gpu_schedule
+from tests.part import part_of
 from tests.runtime.cpu_attention import Shapes, inputs
 from tests.runtime.rules import centred, function, program, softmax_with_sink
 
@@ -120,9 +121,15 @@ def _close(found: Tensor, exact: Tensor, element: Storage) -> None:
     assert error <= tolerance * max(1.0, exact.abs().max().item()), error
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("element", [Storage.FLOAT64, Storage.FLOAT32, Storage.BFLOAT16])
+@pytest.mark.parametrize(
+    ("name", "mask", "element"),
+    part_of(
+        lambda n, m, e: e is Storage.FLOAT32 or m == "window with dead rows",
+        CASES,
+        MASKS,
+        [Storage.FLOAT64, Storage.FLOAT32, Storage.BFLOAT16],
+    ),
+)
 def test_on_the_cpu(name: str, mask: str, element: Storage, generator: torch.Generator) -> None:
     check(CASES[name], mask, CPU, element, Shapes(), generator)
 

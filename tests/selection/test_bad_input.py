@@ -135,9 +135,22 @@ def test_of_the_indexer():
         lightning_indexer(Q, key, w, block_table=torch.zeros(2, 1, dtype=torch.int32))
     with pytest.raises(errors.WrongArgument, match="query"):
         lightning_indexer(Q[0], key, w)
-    with pytest.raises(errors.WrongArgument, match="topk"):
+    with pytest.raises(errors.WrongArgument, match="sparse_count"):
         lightning_indexer(Q, key, w, sparse_count=0)
     with pytest.raises(errors.CustomInputShape, match="weights"):
         lightning_indexer(Q, key, w[:, :2])
     with pytest.raises(errors.WrongArgument, match="key"):
         lightning_indexer(Q, torch.randn(2, 8, 2, 16), w)
+    for name, wrong in (
+        ("actual_seq_lengths_key", torch.tensor([8, 9])),
+        ("actual_seq_lengths_key", torch.tensor([8, -1])),
+        ("actual_seq_lengths_key", torch.tensor([8, 8, 8])),
+        ("actual_seq_lengths_key", [8, 8]),
+        ("actual_seq_lengths_query", torch.tensor([4, 3])),
+        ("actual_seq_lengths_query", torch.tensor([3.0, 3.0])),
+        ("key", key.half()),
+        ("key", key[:1]),
+    ):
+        with pytest.raises(errors.AttnEngineError) as found:
+            lightning_indexer(**{"query": Q, "key": key, "weights": w, "sparse_count": 2, name: wrong})
+        assert found.value.details["argument"] == name

@@ -35,7 +35,7 @@ def sometimes(b, h, q_idx, kv_idx):
     return (kv_idx % 29 == 3) & (q_idx % 2 == 0)
 
 
-@pytest.mark.parametrize("topk", [1, 3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("topk", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 40))])
 def test_forced_candidates_then_ties_of_lowest_index(topk):
     """Visible or not; of more than topk the lowest; and a row of fewer candidates ends with -1."""
     q, k = whole_numbers(1, 2, 2, 16), whole_numbers(1, 150, 1, 16)
@@ -193,7 +193,9 @@ def test_packed_sequences_are_their_own(pool):
 
 def test_what_is_refused():
     with pytest.raises(UnsupportedOnBackend, match="float64"):
-        engine(dtype=torch.float64)(torch.zeros(1, 1, 1, 16).double(), torch.zeros(1, 1, 1, 16).double(), topk=1)
+        engine(dtype=torch.float64)(
+            torch.zeros(1, 1, 1, 16).double(), torch.zeros(1, 1, 1, 16).double(), topk=1
+        )
     with pytest.raises(AttnEngineError):  # no GPU, or tensors of a CPU where there is one
         engine(backend="triton")(torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 16), topk=1)
     with pytest.raises(BackendDeviceMismatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_engine import AttentionEngine, meta_tensor
-from attn_engine.errors import WrongArgument
+from attn_engine.errors import AttnEngineError, WrongArgument
 from attn_engine.library import flash_mla_with_kvcache, get_mla_metadata
 from attn_engine.runtime.cpu_compile import find_compiler
 from tests.serving.caches import attention, filled
@@ -83,3 +83,37 @@ def test_what_it_does_not_do() -> None:
         with pytest.raises(WrongArgument) as found:
             flash_mla_with_kvcache(*given, **options)
         assert found.value.details["argument"] == name
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("q.shape", {"q": torch.zeros(2, 4, 24)}),
+    ("q", {"q": [0.0]}),
+    ("k_cache", {"k_cache": None}),
+    ("k_cache.dtype", {"k_cache": torch.zeros(4, 16, 1, 24).half()}),
+    ("k_cache.shape", {"k_cache": torch.zeros(4, 16, 1, 16)}),
+    ("k_cache.shape", {"k_cache": torch.zeros(4, 16, 24)}),
+    ("heads of q", {"k_cache": torch.zeros(4, 16, 3, 24)}),
+    ("head_dim_v", {"head_dim_v": 25}),
+    ("head_dim_v", {"head_dim_v": 0}),
+    ("softmax_scale", {"softmax_scale": "0.1"}),
+    ("block_table", {"block_table": torch.tensor([[0, 4], [2, 3]])}),
+    ("block_table", {"block_table": torch.zeros(2, 2)}),
+    ("cache_seqlens", {"cache_seqlens": torch.tensor([33, 1])}),
+    ("cache_seqlens", {"cache_seqlens": torch.tensor([3, -1])}),
+    ("cache_seqlens", {"cache_seqlens": torch.tensor([3])}),
+    ("cache_seqlens", {"cache_seqlens": [3, 3]}),
+    ("topk_length", {"indices": torch.zeros(2, 1, 3).int(), "topk_length": torch.ones(2, 1).int()}),
+    ("topk_length", {"indices": torch.zeros(2, 1, 3).int(), "topk_length": [1, 2]}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), WRONG)
+def test_mistakes_are_told_by_the_callers_names(name: str, options: dict[str, Any]) -> None:
+    given: dict[str, Any] = {
+        "q": torch.zeros(2, 1, 4, 24), "k_cache": torch.zeros(4, 16, 1, 24), "backend": "torch",
+        "block_table": torch.tensor([[0, 1], [2, 3]]), "cache_seqlens": torch.tensor([20, 5]), "head_dim_v": 16,
+    }  # fmt: skip
+    assert flash_mla_with_kvcache(**given)[0].shape == (2, 1, 4, 16)
+    with pytest.raises(AttnEngineError) as found:
+        flash_mla_with_kvcache(**{**given, **options})
+    assert found.value.details["argument"] == name

@@ -227,3 +227,26 @@ def test_hadamard_helps_outliers() -> None:
     plain = best(to_int8(q).values, to_int8(k).values)
     turned = best(to_int8(hadamard(q)).values, to_int8(hadamard(k)).values)
     assert len(want & turned) > len(want & plain)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("kind", ["fp8", "fp8_ue8m0", "int8"])
+def test_what_narrow_formats_leave(kind: str, turned: bool, seed: int) -> None:
+    """Queries and keys, turned first and then quantised; weights stay as they are."""
+    torch.manual_seed(seed)
+    given = operands([5, 9], 2)
+    _, (query, key, weights) = both(given)
+    _, found = both(given, quantisation=kind, hadamard=turned)
+    matrix = (sylvester(16) / 4 if turned else torch.eye(16)).float()
+
+    def narrow(x: Tensor) -> Tensor:
+        return to_int8(x).values if kind == "int8" else to_fp8(x, ue8m0=kind == "fp8_ue8m0").values
+
+    for x, exact in zip(found, (query, key), strict=False):
+        assert not torch.equal(x, exact @ matrix)
+        step = (
+            exact.abs().amax(-1, keepdim=True) / 8
+        )  # sums in another order may be rounded to the next number
+        torch.testing.assert_close(x, narrow(exact @ matrix), rtol=0.13, atol=float(step.max()))
+        assert float((x - narrow(exact @ matrix)).abs().gt(1e-6).float().mean()) < 0.05
+    assert torch.equal(found[2], weights)

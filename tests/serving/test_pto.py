@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -231,6 +232,7 @@ WRONG = [
     ("cache_index", lambda x: x.float(), WrongPages, "cache_index"),
     ("cache_index", lambda x: x[:, :1], ShapeMismatch, "cache_index"),
     ("block_table", put((0, 1), -1), WrongPages, "block_table"),
+    ("block_table", put((0, 2), -1), WrongPages, "block_table"),
     ("block_table", put((0, 0), 10**6), WrongPages, "block_table"),
     ("block_table", lambda x: x[:1], ShapeMismatch, "block_table"),
     ("act_seqs", put((0,), 1000), WrongPages, "act_seqs"),
@@ -279,12 +281,28 @@ def test_bad_options_write_nothing(options: dict[str, Any], seed: int) -> None:
     untouched(call, given)
 
 
-@pytest.mark.parametrize(("backend", "error"), [("tilelang", UnsupportedOnBackend), ("tpu", UnknownBackend)])
-def test_other_backends_write_nothing(backend: str, error: type[Exception], seed: int) -> None:
+@pytest.mark.parametrize("backend", ["tilelang", "tpu"])
+def test_other_backends_write_nothing(backend: str, seed: int) -> None:
     given = operands([37, 4], 2)
     call = dict(zip(given.tensors, given.copy(), strict=True))
-    with pytest.raises(error, match=backend):
+    with pytest.raises((UnsupportedOnBackend, UnknownBackend), match=backend):
         sparse_attention_pto(*call.values(), topk=4, backend=backend)
+    untouched(call, given)
+
+
+@pytest.mark.parametrize("part", ["lightning_indexer", "sparse_flash_attention"])
+def test_what_fails_late_leaves_the_caches(part: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that is missing, say: after new rows were written, which were seen in the caches by then."""
+    given = operands([37, 4], 2)
+    call = dict(zip(given.tensors, given.copy(), strict=True))
+
+    def fails(*_: Any, **__: Any) -> None:
+        assert not torch.equal(bits(call["kv_cache"]), bits(given.tensors["kv_cache"]))
+        raise MemoryError
+
+    monkeypatch.setattr(sys.modules[sparse_attention_pto.__module__], part, fails)
+    with pytest.raises(MemoryError):
+        sparse_attention_pto(*call.values(), topk=4)
     untouched(call, given)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from attn_engine.codegen.backends.chunk_params import SEGMENT_TOKENS, SIZES, ChunkParam, chunk_params
 from attn_engine.codegen.backends.chunk_rows import RowRenderer
-from attn_engine.codegen.backends.chunk_schedule import phases_between, scheduled
+from attn_engine.codegen.backends.chunk_schedule import phases_between, reads_state_rows, scheduled
 from attn_engine.codegen.backends.chunk_statements import COLUMNS, StatementRenderer, between_name
 from attn_engine.codegen.backends.cpu import IN_DOUBLE, REGISTERS, TYPES, CpuTarget
 from attn_engine.codegen.backends.cpu_names import KEYWORDS, LOCALS, header_names
@@ -43,6 +43,7 @@ class _ChunkRenderer(StatementRenderer):
         self.tiles = {tile: tile.name for tile in kernel.tiles()}
         self.rows = RowRenderer(self.program, self._inputs(), self.padded, self.renamed, self.in_double)
         self.vector = self.program.rank is Rank.VECTOR
+        self.state_pairs = False
 
     def render(self, header: tuple[str, ...]) -> str:
         body = self.task()
@@ -66,8 +67,8 @@ class _ChunkRenderer(StatementRenderer):
             "",
             "namespace attention {",
             "",
-            f"constexpr int CHUNK = {self.chunk}, SEGMENT = {SEGMENT_TOKENS // self.chunk}, D = {p.dim_qk}, DV = {p.dim_v}, "
-            f"STATE_COLUMNS = {p.state_columns};",
+            f"constexpr int CHUNK = {self.chunk}, SEGMENT = {SEGMENT_TOKENS // self.chunk}, D = {p.dim_qk}, "
+            f"DV = {p.dim_v}, STATE_COLUMNS = {p.state_columns};",
             f"constexpr int {columns};",
             "",
             "struct Arguments {  // 8 bytes each: the launcher fills them in this order",
@@ -113,6 +114,8 @@ class _ChunkRenderer(StatementRenderer):
                 rows = "CHUNK" if tile.axes[0] == "t" else "D_COLUMNS"
                 lines.append(f"Real {tile.name}[{rows}][{COLUMNS[tile.axes[1]]}];")
         lines.append("Real spare_rows[D_COLUMNS > V_COLUMNS ? D_COLUMNS : V_COLUMNS][T_COLUMNS];")
+        if self._paired and any(map(reads_state_rows, (self.kernel.scan, self.kernel.gradient))):
+            lines.append("Pair state_pairs[(D_COLUMNS + 1) / 2][V_COLUMNS];")
         if self.vector:
             lines.append("VectorSpare<T_COLUMNS, D_COLUMNS> spare;")
         if self.kernel.gradient:
@@ -172,8 +175,10 @@ class _ChunkRenderer(StatementRenderer):
 
     def _step(self, name: str, body: tuple[ChunkStmt, ...]) -> list[str]:
         """What is done to a chunk, as a local function."""
-        self.phases = phases_between(body)
-        lines = [line for s in scheduled(body) for line in self.statement(s)]
+        self.phases, self.state_pairs = phases_between(body), self._paired and reads_state_rows(body)
+        lines = [line for s in scheduled(body, self._paired) for line in self.statement(s)]
+        if self.state_pairs and name == "gradient":
+            lines.insert(0, PACK_STATE)
         sums = self._sums() if name == "gradient" else []
         clear = [f"__builtin_memset({w.tensor}_sum, 0, sizeof {w.tensor}_sum);" for w in sums]
         add = [f"add_total<{self._total_size(w)}>({self._total_place(w)}, {w.tensor}_sum);" for w in sums]
@@ -199,6 +204,7 @@ class _ChunkRenderer(StatementRenderer):
             "clear_rows(state, 0, D_COLUMNS);",
             "const auto initial_rows = matrix(initial, sequence, head);",
             "for (int row = 0; row < D; ++row) read_row(state[row], initial_rows, row, STATE_COLUMNS);",
+            *self._packed_for_scan(),
             "for (int chunk_start = 0; chunk_start < length; chunk_start += CHUNK) {",
             "  const int chunk = chunk_start / CHUNK;",
             "  if (arguments.keep_states && chunk % SEGMENT == 0) {",
@@ -214,6 +220,10 @@ class _ChunkRenderer(StatementRenderer):
             "  for (int column = 0; column < STATE_COLUMNS; column += LANES)",
             "    write_row<STATE_COLUMNS>(final_rows, row, column, load(state[row] + column));",
         ]
+
+    def _packed_for_scan(self) -> list[str]:
+        """The state in pairs of rows, where the chunks that follow read it so; they keep both up to date."""
+        return [PACK_STATE] if self._paired and reads_state_rows(self.kernel.scan) else []
 
     @staticmethod
     def _step_loops() -> list[str]:
@@ -241,6 +251,7 @@ class _ChunkRenderer(StatementRenderer):
             "  const int begin = segment * SEGMENT, end = min(begin + SEGMENT, chunks);",
             "  const auto kept_rows = matrix(kept, about[3] + segment, head);",
             "  for (int row = 0; row < D; ++row) read_row(state[row], kept_rows, row, STATE_COLUMNS);",
+            *(f"  {line}" for line in self._packed_for_scan()),
             "  for (int chunk = begin; chunk < end; ++chunk) {",
             "    __builtin_memcpy(states[chunk - begin], state, sizeof state);",
             "    if (chunk + 1 < end) scan(chunk * CHUNK);",
@@ -322,10 +333,11 @@ class _ChunkRenderer(StatementRenderer):
         return inputs
 
 
+PACK_STATE = "pack_pairs(state_pairs[0], V_COLUMNS, state[0], V_COLUMNS, D_COLUMNS, V_COLUMNS);"
 _STATES = ("initial", "final", "kept", "d_initial", "d_final")
 _FIXED = frozenset(
     """sequence head batch first length count rows row column chunk_start chunk segment begin end chunks about
     scan decay_between decay_before gradient initial final kept fault query key value beta decay t d_idx
-    dv_idx spare spare_rows spare_state states CHUNK SEGMENT D DV STATE_COLUMNS T_COLUMNS D_COLUMNS
+    dv_idx spare spare_rows spare_state state_pairs states CHUNK SEGMENT D DV STATE_COLUMNS T_COLUMNS D_COLUMNS
     V_COLUMNS d_output place sequences faults heads""".split()
 )

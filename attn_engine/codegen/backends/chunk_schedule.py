@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from attn_engine.ir.chunk import ChunkStmt, Gram, GramGradient, Product, Scale, Tile, tiles_of
+from attn_engine.ir.chunk import (
+    STATE,
+    ChunkStmt,
+    Gram,
+    GramGradient,
+    Product,
+    Scale,
+    StateStep,
+    Tile,
+    tiles_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,16 +25,27 @@ class ScaledProduct:
     by: Tile
 
 
-ScheduledStmt = ChunkStmt | ScaledProduct
+@dataclass(frozen=True, slots=True)
+class ScaledStateStep:
+    """A state step whose keys are multiplied by the numbers of `by` as they are packed."""
+
+    step: StateStep
+    by: Tile
 
 
-def scheduled(body: tuple[ChunkStmt, ...]) -> tuple[ScheduledStmt, ...]:
-    """The same statements, with every scaling left out that a product can do by the way."""
+ScheduledStmt = ChunkStmt | ScaledProduct | ScaledStateStep
+
+
+def scheduled(body: tuple[ChunkStmt, ...], paired: bool) -> tuple[ScheduledStmt, ...]:
+    """The same statements, with every scaling left out that a product can do by the way.
+
+    paired: operands of state steps are packed.
+    """
     found: list[ScheduledStmt] = list(body)
     for scale in [s for s in body if isinstance(s, Scale) and s.by.axes == ("t",)]:
         if scale.to is scale.x:
             _scale_result(found, scale)
-        else:
+        elif not (paired and _scale_keys(found, scale)):
             _scale_operand(found, scale)
     return tuple(found)
 
@@ -43,6 +64,16 @@ def _scale_operand(body: list[ScheduledStmt], scale: Scale) -> None:
     body.remove(scale)
 
 
+def _scale_keys(body: list[ScheduledStmt], scale: Scale) -> bool:
+    """Whether only a state step read the scaled rows, which now scales them itself."""
+    users = [i for i, s in enumerate(body) if s != scale and scale.to in _tiles(s)]
+    if len(users) != 1 or not isinstance(step := body[users[0]], StateStep):
+        return False
+    body[users[0]] = ScaledStateStep(replace(step, keys=scale.x), scale.by)
+    body.remove(scale)
+    return True
+
+
 def _scale_result(body: list[ScheduledStmt], scale: Scale) -> None:
     """to = a b; to = to * by, as one."""
     place = body.index(scale)
@@ -54,7 +85,18 @@ def _scale_result(body: list[ScheduledStmt], scale: Scale) -> None:
 
 
 def _tiles(s: ScheduledStmt) -> tuple[Tile, ...]:
-    return (*_tiles(s.product), s.by) if isinstance(s, ScaledProduct) else tiles_of(s)
+    match s:
+        case ScaledProduct(product, by):
+            return (*tiles_of(product), by)
+        case ScaledStateStep(step, by):
+            return (*tiles_of(step), by)
+        case _:
+            return tiles_of(s)
+
+
+def reads_state_rows(body: tuple[ChunkStmt, ...]) -> bool:
+    """Whether the state is the right operand of a product: then products of pairs read it in pairs of rows."""
+    return any(isinstance(s, Product) and s.b == STATE and not s.turned for s in body)
 
 
 def phases_between(body: tuple[ChunkStmt, ...]) -> tuple[bool, ...]:

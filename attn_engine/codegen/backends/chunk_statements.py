@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 
 from attn_engine.codegen.backends.chunk_rows import RowRenderer
-from attn_engine.codegen.backends.chunk_schedule import ScaledProduct, ScheduledStmt
+from attn_engine.codegen.backends.chunk_schedule import ScaledProduct, ScaledStateStep, ScheduledStmt
 from attn_engine.ir.chunk import (
+    STATE,
     CarriedGradient,
     ChunkKernel,
     Decays,
@@ -47,6 +48,7 @@ class StatementRenderer:
     rows: RowRenderer
     tiles: Mapping[Tile, str]
     vector: bool  # the decay is one for each dimension
+    state_pairs: bool  # the state is also kept as pairs of rows
     phases: tuple[bool, ...]  # of the matrices of decays that the statements at hand need
 
     def statement(self, s: ScheduledStmt) -> list[str]:
@@ -54,6 +56,8 @@ class StatementRenderer:
         match s:
             case ScaledProduct(product, by):
                 return self._product(product, by)
+            case ScaledStateStep(step, by):
+                return [self._state_step(step, by)]
             case Section(title):
                 return ["", RowRenderer.remark(f"-- {title}")]
             case Rows():
@@ -82,10 +86,8 @@ class StatementRenderer:
                 return self._product(s)
             case Solve(to, matrix, turned):
                 return [f"solve_{'upper' if turned else 'lower'}({to.name}, {matrix.name}, rows);"]
-            case StateStep(state, keys, values, whole, negative):
-                names = f"{state.name}, D, {keys.name}, {values.name}"
-                return [f"state_step<{flag_of(negative)}>({names}, rows, {self._whole(whole)});"]
-
+            case StateStep():
+                return [self._state_step(s)]
             case TokenStep():
                 return self._token_step(s)
 
@@ -134,6 +136,13 @@ class StatementRenderer:
     def _position(self) -> str:
         """Where the token is in its tensors, for the mods: a single step is told."""
         return "arguments.position" if self.kernel.name == "linear_step" else "token"
+
+    def _state_step(self, s: StateStep, by: Tile | None = None) -> str:
+        names = f"{s.state.name}, D, {s.keys.name}, {s.values.name}, rows, {self._whole(s.whole)}"
+        pairs = self.state_pairs and s.state == STATE
+        if by is not None or pairs:
+            names += f", {'nullptr' if by is None else by.name}"
+        return f"state_step<{flag_of(s.negative)}>({names}{', state_pairs' if pairs else ''});"
 
     @staticmethod
     def _whole(whole: Tile | None) -> str:
@@ -221,7 +230,8 @@ class StatementRenderer:
             return [f"{call}, rows, {s.a.name}[0], {strides}, {s.b.name}{end}"]
         columns = COLUMNS[s.a.axes[1]]
         if not s.turned:
-            return [f"{call}, {self._dims(s.a)}, {s.a.name}[0], {columns}, 1, {s.b.name}{end}"]
+            b = "state_pairs" if self.state_pairs and s.b == STATE else s.b.name
+            return [f"{call}, {self._dims(s.a)}, {s.a.name}[0], {columns}, 1, {b}{end}"]
         assert s.b.axes == ("d", "v")
         return [
             f"transpose_rows(spare_state, {s.b.name}, D_COLUMNS, STATE_COLUMNS);",

@@ -185,10 +185,8 @@ class TritonRenderer(Choosing):
     def _renamings(self) -> dict[str, str]:
         """New names for a user's values that would hide the file's own names."""
         own = {"tl", "triton", "float", *HELPERS, *BLOCKS.values(), *DIMENSION_CONSTANTS.values()}
-        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {
-            "place",
-            *choice_names(self.kernel),
-        }
+        own |= {f"{axis}_{what}" for axis in ("q", "kv") for what in ("tile", "row")} | {"place"}
+        own |= choice_names(self.kernel)
         for p in self.kernel.params:
             own |= {p.name, *stride_names(p), *p.shape}
         own -= LENGTHS  # a kernel over sequences sets them

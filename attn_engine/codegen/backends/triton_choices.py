@@ -34,7 +34,7 @@ def choice_names(kernel: Kernel) -> set[str]:
 class Choosing(Addressing):
     """Prints what is done to rows of which the best candidates are kept. All shares of the keys have one state."""
 
-    def choose(self, s: Choose) -> list[str]:
+    def choice(self, s: Choose) -> list[str]:
         """A call of include/select.triton."""
         row, value = self._row(s.states, s.row[-3:]), self.expr(s.value)
         plane = stride_names(self.kernel.param(s.states))[0]
@@ -61,6 +61,7 @@ class Choosing(Addressing):
         strides = stride_names(self.kernel.param(tensor))[-1 - len(indices) : -1]
         places: list[str] = []
         for index, stride in zip(indices, strides, strict=True):
-            text = self.expr(index, (), INFIX[Op.MUL][1])
-            places.append(f"{text if self._is_wide(index) else f'tl.cast({text}, tl.int64)'} * {stride}")
+            wide = self._is_wide(index)
+            text = self.expr(index, (), INFIX[Op.MUL][1] if wide else 0)
+            places.append(f"{text if wide else f'tl.cast({text}, tl.int64)'} * {stride}")
         return " + ".join([tensor, *places])

@@ -237,8 +237,9 @@ class _Selection:
         names = self.names()
         by_head = _asks_for_the_head(self.program.pairs)
         seen = visibility(self.pairs, names, {}, ("kv",))
-        end = Const(self.schedule.heads) if self.schedule.one_tile else ceil_to(Q_LEN, self.schedule.heads)
-        heads = Loop("q_start", Const(0), end, "q", (*self.heads(names, by_head),))
+        rows, first = self.schedule.heads, Const(0)
+        end = first + rows if self.schedule.one_tile else ceil_to(Q_LEN, rows)
+        heads = Loop("q_start", first, end, "q", (*self.heads(names, by_head),))
         start: list[Stmt] = [Let(IMPORTANCE.name, Full(0.0, ("kv",)))]
         if by_head:
             there: Expr = SEEN > 0.0

@@ -57,6 +57,17 @@ def check_gates(
     return g_cmp, g_slc, g_win
 
 
+def check_function(name: str, given: object) -> None:
+    """Raise WrongArgument for what cannot be called."""
+    if not callable(given):
+        _refuse(
+            name,
+            given,
+            "a function of blocks (..., l, heads, D)",
+            "Take mean_pooling or another of docs/nsa.md.",
+        )
+
+
 def check_rows(name: str, rows: object, like: Tensor, blocks: int) -> Tensor:
     """What phi made of the blocks of `like`, (batch, blocks, heads, D) or packed (blocks, heads, D)."""
     leading = like.shape[:-3]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.library.nsa.arguments import (
+    check_function,
     check_gates,
     check_pair,
     check_queries,
@@ -103,6 +104,8 @@ def compressed_pair(
     compression: Compression,
 ) -> Pair:
     """The rows that stand for blocks; raises WrongArgument for a phi that gives others."""
+    for name, f in zip(("compress_k", "compress_v"), phi, strict=True):
+        check_function(name, f)
     blocks = sequences.blocks(compression)
     rows_k, rows_v = (
         check_rows(name, compress(x, f, sequences, compression), x, blocks)

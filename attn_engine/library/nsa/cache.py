@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_engine.library.nsa.arguments import check_gates, check_queries, check_rows, scale_of
+from attn_engine.library.arguments import at_least
+from attn_engine.library.nsa.arguments import (
+    check_function,
+    check_gates,
+    check_queries,
+    check_rows,
+    scale_of,
+)
 from attn_engine.library.nsa.attention import BranchCall
 from attn_engine.library.nsa.compression import Phi, Place, mean_pooling
 from attn_engine.library.nsa.gating import gated
@@ -63,6 +70,10 @@ class NSACache:
     ) -> None:
         compression = Compression(compression_block, compression_stride)
         self.sizes = Sizes(compression, selection_block, selected_blocks, window)
+        at_least("batch", batch, 0)
+        at_least("capacity", capacity, 0)
+        for name, phi in (("compress_k", compress_k), ("compress_v", compress_v)):
+            check_function(name, phi)
         self.phi, self.place_k = (compress_k, compress_v), place_k
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.block_table: Tensor | None = None
@@ -71,6 +82,9 @@ class NSACache:
             width, compressed_rows = page_rows(capacity, page_size, compression)
             self.block_table = torch.full((batch, width), -1, dtype=torch.int32, device=device)
             places, rows = batch * width if pages is None else pages, page_size
+            at_least("pages", places, 0)
+        elif pages is not None:
+            refuse("pages", pages, "None without page_size", "Say how many tokens a page has.")
 
         def pair(places: int, rows: int) -> Pair:
             k, v = (

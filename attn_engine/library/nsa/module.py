@@ -20,6 +20,7 @@ from attn_engine.library.nsa.compression import (
 from attn_engine.library.nsa.rotary import Rotary
 from attn_engine.library.nsa.sequences import CuSeqlens
 from attn_engine.library.nsa.sizes import Compression, Sizes, refuse
+from attn_engine.library.sparse.seer_arguments import shaped
 
 PHIS = ("mean", "weighted", "linear", "mlp")
 
@@ -58,6 +59,9 @@ class NativeSparseAttention(nn.Module):
         self.sizes = Sizes(compression, selection_block, selected_blocks, window)
         self.heads, self.kv_heads, self.backend = heads, kv_heads, backend
         self.head_dim = dim // heads if head_dim is None else head_dim
+        if rotary_base is not None and self.head_dim % 2:
+            instead = "Give head_dim, or rotary_base=None."
+            refuse("head_dim", self.head_dim, "even: rotary positions turn pairs of numbers", instead)
         self.pairs = 3 if own_pairs else 1
         self.rotary = None if rotary_base is None else Rotary(self.head_dim, rotary_base)
         self.to_q = nn.Linear(dim, heads * self.head_dim, bias=False)
@@ -80,6 +84,9 @@ class NativeSparseAttention(nn.Module):
         counts: with a cache, integers (batch,), how many of the n tokens each sequence has; the output of others is 0.
         Calls with a cache have no gradients.
         """
+        packed = cu_seqlens is not None and cache is None
+        rows = ("rows",) if packed else ("batch", "T")
+        shaped("x", x, (*rows, self.to_q.in_features), "tokens, packed where cu_seqlens is given")
         if cache is None:
             q, kv, gates = self._projected(x, self._positions(x, cu_seqlens))
             o = native_sparse_attention(

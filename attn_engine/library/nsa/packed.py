@@ -16,7 +16,7 @@ from attn_engine.library.nsa.branches import over_blocks, over_selected
 from attn_engine.library.nsa.compression import Phi, compress, mean_pooling
 from attn_engine.library.nsa.selection import selected
 from attn_engine.library.nsa.sequences import Sequences, sequences_in_caches, sequences_of
-from attn_engine.library.nsa.sizes import Compression, power_of_two, refuse
+from attn_engine.library.nsa.sizes import Compression, multiple, power_of_two, refuse
 from attn_engine.library.sparse.seer_arguments import shaped
 
 
@@ -37,7 +37,7 @@ def linear_compress(
     def phi(blocks: Tensor) -> Tensor:
         return torch.einsum("blhd,hldo->bho", blocks, w.unflatten(1, (kernel_size, -1)))
 
-    return _compressed(x, phi, cu_seqlens, Compression(kernel_size, kernel_stride), pe)
+    return _compressed(x, phi, cu_seqlens, _compression(kernel_size, kernel_stride), pe)
 
 
 def weightedpool_compress(
@@ -54,7 +54,7 @@ def weightedpool_compress(
     def phi(blocks: Tensor) -> Tensor:
         return torch.einsum("blhd,hl->bhd", blocks, w)
 
-    return _compressed(x, phi, cu_seqlens, Compression(kernel_size, kernel_stride), pe)
+    return _compressed(x, phi, cu_seqlens, _compression(kernel_size, kernel_stride), pe)
 
 
 def avgpool_compress(
@@ -68,7 +68,7 @@ def avgpool_compress(
     """As `linear_compress`, the mean; w is None."""
     if w is not None:
         refuse("w", "given", "None", "A mean has no weights; weightedpool_compress has.")
-    return _compressed(x, mean_pooling, cu_seqlens, Compression(kernel_size, kernel_stride), pe)
+    return _compressed(x, mean_pooling, cu_seqlens, _compression(kernel_size, kernel_stride), pe)
 
 
 def compressed_attention(
@@ -95,7 +95,7 @@ def compressed_attention(
     init_blocks and the last local_blocks up to the query's own are always among the topk. max_seqlen_q,
     max_seqlen_k: not needed.
     """
-    compression = Compression(kernel_size, kernel_stride)
+    compression = _compression(kernel_size, kernel_stride)
     _check_selection(compression, block_size, topk, init_blocks, local_blocks)
     check_queries(q, packed=True)
     check_pair(("k", "v"), (k, v), q, (k, v))
@@ -151,7 +151,7 @@ def compressed_attention_decode(
     q: (batch, HQ, D). k, v: caches of compressed rows (batch, capacity, H, D). seqlens, compress_seqlens: integers
     (batch,), the tokens and the compressed rows of each sequence.
     """
-    compression = Compression(kernel_size, kernel_stride)
+    compression = _compression(kernel_size, kernel_stride)
     _check_selection(compression, block_size, topk, init_blocks, local_blocks)
     shaped("q", q, ("batch", "heads", "D"), "the last tokens")
     last = q[:, None]
@@ -212,6 +212,12 @@ def _check_selection(compression: Compression, block_size: int, topk: int, first
     at_least("init_blocks", first, 0)
     at_least("local_blocks", last, 1)
     at_least("topk", topk, max(1, first + last))
-    if block_size % compression.stride:
-        expected = f"a multiple of kernel_stride, {compression.stride}"
-        refuse("block_size", block_size, expected, "Take 64 with a stride of 16.")
+    multiple("block_size", block_size, compression.stride, "kernel_stride")
+
+
+def _compression(kernel_size: int, kernel_stride: int) -> Compression:
+    """Blocks of so many tokens; raises WrongArgument with the names that they have here."""
+    at_least("kernel_size", kernel_size, 1)
+    at_least("kernel_stride", kernel_stride, 1)
+    multiple("kernel_size", kernel_size, kernel_stride, "kernel_stride")
+    return Compression(kernel_size, kernel_stride)

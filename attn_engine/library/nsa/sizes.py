@@ -78,8 +78,8 @@ def refuse(argument: str, got: object, expected: str, instead: str) -> NoReturn:
     raise WrongArgument(argument=argument, got=got, expected=expected, instead=instead)
 
 
-def multiple(argument: str, value: int, stride: int) -> None:
-    """Raises WrongArgument for what is no multiple of compression_stride."""
+def multiple(argument: str, value: int, stride: int, called: str = "compression_stride") -> None:
+    """Raises WrongArgument for what is no multiple of the stride, which the caller calls `called`."""
     if value % stride:
         instead = f"Take {stride}, {2 * stride}, {4 * stride}, ..."
-        refuse(argument, value, f"a multiple of compression_stride, {stride}", instead)
+        refuse(argument, value, f"a multiple of {called}, {stride}", instead)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +115,19 @@ def write_to_slots(
     written = flat[source]
     _check_once(written)
     _write(pieces, targets, source, written)
+
+
+@contextmanager
+def kept_if_all_goes_well(new: Sequence[Tensor], caches: Sequence[Tensor], slots: Tensor) -> Iterator[None]:
+    """`write_to_slots`, whose rows are taken back where the body raises: the bytes that were there before."""
+    page = slots.clamp_min(0) // caches[0].shape[1], slots.clamp_min(0) % caches[0].shape[1]
+    before = [cache[page] for cache in caches]
+    write_to_slots(new, caches, slots)
+    try:
+        yield
+    except BaseException:
+        write_to_slots(before, caches, slots)
+        raise
 
 
 def _pairs_of(

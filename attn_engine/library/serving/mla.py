@@ -15,10 +15,11 @@ from torch import Tensor
 from attn_engine.engine import AttentionEngine
 from attn_engine.errors import ShapeMismatch, WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
-from attn_engine.library.arguments import integers, scale_of
+from attn_engine.library.arguments import called, divisible, integers, one_each, scale_of
 from attn_engine.library.serving.masks import causal_with_offset
 from attn_engine.library.serving.mla_caches import latent_bytes, unpack_latent_bytes
 from attn_engine.library.serving.quantisation import BLOCK
+from attn_engine.library.tokens.arguments import alike, prefix, refuse_shape, shaped
 from attn_engine.library.tokens.flash_mla_sparse import with_sink
 from attn_engine.library.tokens.sparse_attention import engine_of, sparse_attention
 from attn_engine.runtime.paged_checks import check_table
@@ -71,6 +72,7 @@ def flash_mla_with_kvcache(
         if x is not None:
             instead = "One cache is what this function is for."
             raise WrongArgument(argument=name, got=type(x).__name__, expected="left out", instead=instead)
+    _check(q, k_cache, head_dim_v, is_fp8_kvcache)
     scale = scale_of("softmax_scale", softmax_scale, q.shape[-1])
     if indices is not None:
         out, lse = _over_slots(
@@ -85,16 +87,31 @@ def flash_mla_with_kvcache(
         )
         expected = expected if cache_seqlens is None else "left out where indices are"
         raise WrongArgument(argument=argument, got=got, expected=expected, instead=instead)
+    one_each("cache_seqlens", cache_seqlens, q.shape[0])
     if is_fp8_kvcache:
         k_cache, block_table = _converted(k_cache, block_table, cache_seqlens, q.dtype, head_dim_v)
     engine = _engine(q.dtype, q.shape[-1], head_dim_v, scale, causal, backend)
     offset = {"q_offset": cache_seqlens - q.shape[1]} if causal else {}
     pages = {} if block_table is None else {"block_table": block_table}
-    out, rows = engine(
-        q, k_cache, k_cache[..., :head_dim_v],
-        len_kv=cache_seqlens, return_final_rowscales=True, **offset, **pages,
-    )  # fmt: skip
+    with called(k="k_cache", len_kv="cache_seqlens"):
+        out, rows = engine(
+            q, k_cache, k_cache[..., :head_dim_v],
+            len_kv=cache_seqlens, return_final_rowscales=True, **offset, **pages,
+        )  # fmt: skip
     return with_sink(out, rows["lse"], attn_sink), rows["lse"]
+
+
+def _check(q: Tensor, k_cache: Tensor, head_dim_v: int, is_fp8: bool) -> None:
+    """What the errors of an engine's call would not know by these names."""
+    shaped("q", q, "(batch, queries, heads, dim)")
+    shaped("k_cache", k_cache, "(pages or batch, rows, kv heads, dim)")
+    divisible(q.shape[2], k_cache.shape[2], keys="k_cache")
+    prefix("head_dim_v", head_dim_v, q.shape[3])
+    if is_fp8:
+        return
+    alike("q", q, k_cache=k_cache)
+    if q.shape[3] != k_cache.shape[3]:
+        refuse_shape("k_cache", k_cache, f"one with {q.shape[3]} columns, as q has")
 
 
 def _over_slots(
@@ -113,6 +130,8 @@ def _over_slots(
         instead = "Leave out what a query may not see."
         raise WrongArgument(argument="causal", got=True, expected="False beside indices", instead=instead)
     integers("indices", indices, (3,))
+    if topk_length is not None:
+        one_each("topk_length", topk_length, q.shape[0])
     counts = None if topk_length is None else topk_length[:, None].expand(indices.shape[:2])
     options: dict[str, Any] = {"dim_v": head_dim_v, "sm_scale": scale, "return_lse": True, "backend": backend}
     if not is_fp8:
@@ -143,8 +162,8 @@ def _converted(
     if block_table is None:
         return unpack_latent_bytes(k_cache, dtype, head_dim_v), None
     integers("block_table", block_table, (2,))
-    integers("cache_seqlens", lengths, (1,))
-    check_table(block_table, lengths.detach().to("cpu", torch.int64), k_cache.shape[1], k_cache.shape[0])
+    on_host = lengths.detach().to("cpu", torch.int64)
+    check_table(block_table, on_host, k_cache.shape[1], k_cache.shape[0], "cache_seqlens")
     first = torch.arange(block_table.shape[1], device=lengths.device) * k_cache.shape[1]
     read = first < lengths[:, None]
     pages, place = torch.unique(block_table[read], return_inverse=True)

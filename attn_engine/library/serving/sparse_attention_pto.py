@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from attn_engine.library.arguments import number, scale_of
-from attn_engine.library.serving.append import write_to_slots
+from attn_engine.library.serving.append import kept_if_all_goes_well
 from attn_engine.library.serving.prologs import indexer_prolog, mla_prolog
 from attn_engine.library.serving.pto_checks import check_call
-from attn_engine.library.sparse.indexer import indexer_engine, lightning_indexer
+from attn_engine.library.sparse.indexer import lightning_indexer
 from attn_engine.library.tokens.sparse_flash import sparse_flash_attention
 
 
@@ -66,7 +66,7 @@ def sparse_attention_pto(
     (copies of them: for tests).
 
     Everything is checked before anything is written: ShapeMismatch, WrongArgument, WrongPages, NotATensor,
-    DeviceMismatch name the tensor. No gradients: CacheNotDifferentiable.
+    DeviceMismatch name the tensor; after any error the caches are as they were. No gradients: CacheNotDifferentiable.
     """
     mla = {
         "x": x, "w_dq": w_dq, "w_uq_qr": w_uq_qr, "w_uk": w_uk, "w_dkv_kr": w_dkv_kr,
@@ -86,24 +86,20 @@ def sparse_attention_pto(
             eps=number("layer_norm_eps", layer_norm_eps, 0), rounding=rounding,
             hadamard=hadamard, quantisation=quantisation,
         )  # fmt: skip
-        # A backend that cannot choose is refused before anything is written.
-        indexer_engine(of_indexer.query.dtype, sizes["dim"], True, backend)
-        new = (of_mla.latent, of_mla.k_rope, of_indexer.key)
-        write_to_slots(
-            [row.to(x.dtype)[:, :, None] for row in new], [*caches.values()], cache_index.clamp_min(-1)
-        )
-        lengths = act_seqs.clamp_min(0)
-        latents, rotated, keys = (c.to(of_mla.latent.dtype) for c in caches.values())
-        chosen = lightning_indexer(
-            of_indexer.query, keys, of_indexer.weights,
-            actual_seq_lengths_key=lengths, block_table=block_table, sparse_count=topk, sparse_mode=3,
-            backend=backend,
-        )  # fmt: skip
-        out = sparse_flash_attention(
-            of_mla.q_latent, latents, latents, chosen, scale, block_table=block_table,
-            actual_seq_lengths_kv=lengths, query_rope=of_mla.q_rope, key_rope=rotated,
-            backend=backend,
-        )  # fmt: skip
+        new = [row.to(x.dtype)[:, :, None] for row in (of_mla.latent, of_mla.k_rope, of_indexer.key)]
+        with kept_if_all_goes_well(new, [*caches.values()], cache_index.clamp_min(-1)):
+            lengths = act_seqs.clamp_min(0)
+            latents, rotated, keys = (c.to(of_mla.latent.dtype) for c in caches.values())
+            chosen = lightning_indexer(
+                of_indexer.query, keys, of_indexer.weights,
+                actual_seq_lengths_key=lengths, block_table=block_table, sparse_count=topk, sparse_mode=3,
+                backend=backend,
+            )  # fmt: skip
+            out = sparse_flash_attention(
+                of_mla.q_latent, latents, latents, chosen, scale, block_table=block_table,
+                actual_seq_lengths_kv=lengths, query_rope=of_mla.q_rope, key_rope=rotated,
+                backend=backend,
+            )  # fmt: skip
     return out.to(x.dtype)
 
 

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from attn_engine.errors import WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
+from attn_engine.library.arguments import called, one_each
 from attn_engine.selection_engine import SelectionEngine
+
+_CALLED = {"q": "query", "k": "key", "len_q": "actual_seq_lengths_query", "len_kv": "actual_seq_lengths_key"}
 
 
 def relu_of_heads(score: Any, custom: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
@@ -61,7 +64,8 @@ def lightning_indexer(
         sparse_mode,
         backend,
     )
-    return engine(query, key, topk=sparse_count, **arguments)
+    with called(**_CALLED, topk="sparse_count"):
+        return engine(query, key, topk=sparse_count, **arguments)
 
 
 def indexer_scores(
@@ -82,7 +86,8 @@ def indexer_scores(
     engine, arguments = _call(
         query, key, weights, actual_seq_lengths_query, actual_seq_lengths_key, block_table, sparse_mode, None
     )
-    return engine.importance(query, key, dtype=dtype, **arguments)[:, :, 0]
+    with called(**_CALLED):
+        return engine.importance(query, key, dtype=dtype, **arguments)[:, :, 0]
 
 
 def mqa_logits(
@@ -129,6 +134,9 @@ def _call(
 ) -> tuple[SelectionEngine, dict[str, Tensor]]:
     """The engine, and what its call brings beside query and key."""
     _check(query, key, block_table, lengths_key, sparse_mode)
+    for name, lengths in (("query", lengths_query), ("key", lengths_key)):
+        if lengths is not None:
+            one_each(f"actual_seq_lengths_{name}", lengths, query.shape[0])
     arguments = {"weights": weights}
     if lengths_query is not None:
         arguments["len_q"] = lengths_query

@@ -36,10 +36,26 @@ INLINE void pack_rows(Pair* to, int64_t to_stride, const Real* x, int64_t stride
     }
 }
 
+/// The same with row i times by[i].
+INLINE void pack_scaled_pairs(Pair* to, int64_t to_stride, const Real* x, int64_t stride, int rows, int columns, const Real* by) {
+  for (int row = 0; row < rows; row += 2, to += to_stride)
+    for (int column = 0; column < columns; column += WIDTH) {
+      const Real* place = x + row * stride + column;
+      const FloatVector odd = row + 1 < rows ? *(const FloatVector*)(place + stride) * by[row + 1] : FloatVector{};
+      *(PairVector*)(to + column) = pairs_of(*(const FloatVector*)place * by[row], odd);
+    }
+}
+
 /// Numbers of a product, by any two strides of which one is 1, as pairs along its depth.
 struct Numbers {
   Pair* pairs;
   int64_t row_stride, pair_stride;
+  /// x transposed, with row i of x times by[i] where there is `by`.
+  Numbers(Pair* room, const Real* x, int64_t stride, int rows, int depth, const Real* by)
+      : pairs(room), row_stride(1), pair_stride(round_up(rows, WIDTH)) {
+    if (by) pack_scaled_pairs(pairs, pair_stride, x, stride, depth, rows, by);
+    else pack_pairs(pairs, pair_stride, x, stride, depth, rows);
+  }
   Numbers(Pair* room, const Real* a, int64_t stride, int64_t depth_stride, int rows, int depth) : pairs(room) {
     if (depth_stride == 1) {
       row_stride = round_up(depth, WIDTH) / 2, pair_stride = 1;

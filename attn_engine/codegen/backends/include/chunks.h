@@ -101,16 +101,21 @@ struct RowFactor {
 };
 
 /// to[row] (set) factor(row) * sum over k of a(row, k) * b[k]; numbers of `a` by any two strides.
-template <Set SET, Depth DEPTH, int N, class Factor = Whole>
+/// Where b holds pairs of rows already, they are not packed again.
+template <Set SET, Depth DEPTH, int N, class Lane, class Factor = Whole>
 OUTLINE void product(Real (*to)[N], int rows, int depth, const Real* a, int64_t row_stride, int64_t depth_stride,
-                     const Real (*b)[N], Factor factor = {}) {
+                     const Lane (*b)[N], Factor factor = {}) {
 #if defined(PAIRED_PRODUCTS)
+  constexpr bool packed = std::is_same_v<Lane, Pair>;
+  constexpr int lanes_stride = packed ? N : LANES;
   const Numbers numbers(ROOM_FOR_PAIRS(room_for_numbers(rows, depth)), a, row_stride, depth_stride, rows, depth);
-  Pair* lanes = ROOM_FOR_PAIRS((depth + 1) / 2 * LANES);
+  Pair* room = ROOM_FOR_PAIRS(packed ? 0 : (depth + 1) / 2 * LANES);
 #endif
   for (int column = 0; column < N; column += LANES) {
 #if defined(PAIRED_PRODUCTS)
-    pack_pairs(lanes, LANES, b[0] + column, N, depth, LANES);
+    const Pair* lanes = room;
+    if constexpr (packed) lanes = b[0] + column;
+    else pack_pairs(room, LANES, b[0] + column, N, depth, LANES);
 #endif
     for (int block = 0; block < rows; block += ROWS) {
       const int first = DEPTH == Depth::FROM_ROW ? block : 0;
@@ -119,7 +124,7 @@ OUTLINE void product(Real (*to)[N], int rows, int depth, const Real* a, int64_t 
       UNROLL for (int r = 0; r < ROWS; ++r) sums[r] = fill(0);
 #if defined(PAIRED_PRODUCTS)
       multiply_add(sums, last - first, numbers.at(block, first), numbers.row_stride, numbers.pair_stride,
-                   lanes + first / 2 * LANES, LANES);
+                   lanes + first / 2 * lanes_stride, lanes_stride);
 #else
       multiply_add(sums, last - first, a + block * row_stride + first * depth_stride, row_stride, depth_stride,
                    b[first] + column, N);
@@ -147,11 +152,16 @@ template <int N> INLINE void scale_rows(Real (*to)[N], const Real (*x)[N], const
       store(to[row] + column, load(x[row] + column) * load(by[row] + column));
 }
 
-/// state = whole * state (+ or -) keys^T values.
+/// state = whole * state (+ or -) keys^T values. Products of pairs: token i of `keys` times by[i], where there is `by`, and
+/// the state in pairs of rows once more, where there is room for it.
 template <bool NEGATIVE, int N, int D, class Whole>
-OUTLINE void state_step(Real (*state)[N], int dims, const Real (*keys)[D], const Real (*values)[N], int rows, Whole whole) {
+OUTLINE void state_step(Real (*state)[N], int dims, const Real (*keys)[D], const Real (*values)[N], int rows, Whole whole
 #if defined(PAIRED_PRODUCTS)
-  const Numbers numbers(ROOM_FOR_PAIRS(room_for_numbers(dims, rows)), keys[0], 1, D, dims, rows);
+                        , const Real* by = nullptr, Pair (*state_pairs)[N] = nullptr
+#endif
+) {
+#if defined(PAIRED_PRODUCTS)
+  const Numbers numbers(ROOM_FOR_PAIRS(room_for_numbers(dims, rows)), keys[0], D, dims, rows, by);
   Pair* lanes = ROOM_FOR_PAIRS(rows / 2 * LANES);
 #endif
   for (int column = 0; column < N; column += LANES) {
@@ -169,8 +179,15 @@ OUTLINE void state_step(Real (*state)[N], int dims, const Real (*keys)[D], const
       UNROLL for (int r = 0; r < ROWS; ++r) {
         Real* place = state[block + r] + column;
         const Floats before = load(place) * whole(block + r);
-        store(place, NEGATIVE ? before - sums[r] : before + sums[r]);
+        sums[r] = NEGATIVE ? before - sums[r] : before + sums[r];
+        store(place, sums[r]);
       }
+#if defined(PAIRED_PRODUCTS)
+      if (state_pairs)
+        UNROLL for (int r = 0; r + 1 < ROWS; r += 2)
+          UNROLL for (int p = 0; p < PARTS; ++p)
+            *(PairVector*)(state_pairs[(block + r) / 2] + column + p * WIDTH) = pairs_of(sums[r].part[p], sums[r + 1].part[p]);
+#endif
     }
   }
 }
