@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,5 +88,5 @@ class _OverTokens:
     def _attend(
         self, inputs: Inputs, captured: Mapping[str, Tensor], dtype: torch.dtype | None
     ) -> tuple[Tensor, Results]:
-        bound = Bound(self.bound.program, dict(captured), self.bound.numbers)
-        return attend_over(self.engine, bound, self.lists, *keys_of(self.engine, inputs), dtype)
+        bound = replace(self.bound, captured=dict(captured))
+        return attend_over(self.engine, bound, self.lists, *keys_of(self.engine, inputs, bound.scales), dtype)

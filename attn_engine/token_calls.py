@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,8 @@ from attn_engine.runtime.call import Call, register
 from attn_engine.runtime.call_checks import refuse_transforms
 from attn_engine.runtime.compiled import CompiledAttention
 from attn_engine.runtime.dense_tokens import dense_tokens
+from attn_engine.runtime.paged_checks import CacheNotDifferentiable
+from attn_engine.runtime.scaled import check_scales, like_queries, refuse_bare, scales_given
 from attn_engine.runtime.shared_values import values_in_keys
 from attn_engine.runtime.strides import of_logical
 from attn_engine.runtime.token_attention import Keys, TokenAttention, TokenCall
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 _OTHER_WAYS = (
     "cu_len_q", "cu_len_kv", "start_q", "len_q", "start_kv", "block_sparse_mask", "block_sparse_indices",
-    "k_scale", "v_scale",
 )  # fmt: skip
 
 
@@ -105,7 +106,8 @@ class GivenTokens:
         bound, lists = self.bound(engine, inputs, custom, named, called)
         if sets:
             lists.refuse_duplicates()
-        o, rows = attend_over(engine, bound, lists, *keys_of(engine, inputs, shared=shared), dtype)
+        keys = keys_of(engine, inputs, bound.scales, shared=shared)
+        o, rows = attend_over(engine, bound, lists, *keys, dtype)
         return of_logical(o, engine.layout, False), rows
 
     def bound(
@@ -119,9 +121,17 @@ class GivenTokens:
         """The program and what it reads, and the lists, after the checks of a call."""
         table, length = (named.pop(n, None) for n in (BLOCK_TABLE, LEN_KV))
         in_cache = table is not None or self.name == LISTS[1]
-        bound = self._bound(engine, inputs, custom, named, in_cache, table)
+        scales = scales_given(named, engine._checks.custom_shapes, *inputs[1:], engine.layout)
+        stand_ins = inputs[1:]
+        if scales is None:
+            refuse_bare(*inputs[1:])
+        else:
+            stand_ins = like_queries(*inputs)
+            check_scales(*inputs[1:], scales, engine.layout)
+        bound = self._bound(engine, (inputs[0], *stand_ins), custom, named, in_cache, table)
         q, k, _ = (engine._logical(x) for x in inputs)
-        return bound, checked_lists(self.name, self.indices, self.counts, q, k, table, length, called)
+        lists = checked_lists(self.name, self.indices, self.counts, q, k, table, length, called)
+        return replace(bound, scales=scales or {}), lists
 
     def _bound(
         self,
@@ -149,23 +159,31 @@ class GivenTokens:
 
 
 def keys_of(
-    engine: AttentionEngine, inputs: tuple[Tensor, Tensor, Tensor], *, shared: bool = False
+    engine: AttentionEngine,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    scales: Mapping[str, Tensor],
+    *,
+    shared: bool = False,
 ) -> tuple[Tensor, Keys]:
     """q as (B, H, rows, D), and K and V, which are read once where v is the first columns of k: known to be (shared),
-    or seen to be where nobody asks for the gradient of either."""
+    or seen to be where nobody asks for the gradient of either. scales: of both, by the kernels' names, or none."""
     q, k, v = (engine._logical(x) for x in inputs)
     learned = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-    once = shared or (values_in_keys(k, v) and not learned)
-    return q, Keys((k,), (), v.shape[3]) if once else Keys((k,), (v,))
+    of_both = tuple(scales.values())
+    if shared or (values_in_keys(k, v, scales) and not learned):
+        return q, Keys((k,), (), v.shape[3], of_both[:1])
+    return q, Keys((k,), (v,), 0, of_both)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bound:
-    """A program without lists, its captured tensors and its numbers ("scale" among them)."""
+    """A program without lists, its captured tensors and its numbers ("scale" among them); scales of K and V by the
+    kernels' names, where they are float8."""
 
     program: Attention
     captured: dict[str, Tensor]
     numbers: dict[str, Any]
+    scales: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def attend_over(
@@ -181,6 +199,10 @@ def attend_over(
     dtype: of the dense definition, None: with the engine's kernels.
     """
     program, captured = bound.program, bound.captured
+    if keys.scales and torch.is_grad_enabled():
+        tensors = {"q": q, **captured}
+        for name in (n for n, x in tensors.items() if x.requires_grad):
+            raise CacheNotDifferentiable(argument=name)
     if not packable(program.rule):
         raise UnsupportedOnBackend(
             backend=engine.backend,
@@ -195,7 +217,8 @@ def attend_over(
     else:
         name = backend_for(engine.backend, q.device.type)
         full, ragged = (_call_of(engine, over_token_lists(program, ragged=x), name) for x in (False, True))
-        call = TokenCall(full, ragged, lists, numbers, tuple(captured), len(keys.keys), keys.dim_v)
+        names, parts = tuple(captured), len(keys.keys)
+        call = TokenCall(full, ragged, lists, numbers, names, parts, keys.dim_v, keys.scales)
         tensors = (*keys.keys, *keys.values)
         o, *rows = TokenAttention.apply(call, len(tensors), q, *tensors, *captured.values())
     return o, dict(zip(program.rule.row_outputs, rows, strict=True))

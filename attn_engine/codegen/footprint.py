@@ -17,7 +17,7 @@ from attn_engine.ir.expr import COLUMNS, Cast, Dot, Expr, FirstColumns, Load, Va
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import If, Kernel, Let, Loop, Stmt, StoreTile, expressions, walk
 
-_WIDTH = {Storage.FLOAT64: 8, Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.BFLOAT16: 2, Storage.FLOAT8: 1}
+_WIDTH = {Storage.FLOAT64: 8, Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.BFLOAT16: 2}
 _ROLES = ("resident", "staged", "made")
 
 
@@ -139,8 +139,9 @@ class _Reader:
 
     @property
     def width(self) -> int:
+        """That of q: tiles in float8 become such numbers before they are multiplied."""
         wide = (p for p in self.kernel.params if p.shape and p.shape[-1] in ("dim_qk", "dim_v"))
-        return min((_WIDTH[p.storage] for p in wide), default=4)
+        return min((_WIDTH[p.storage] for p in wide if p.storage is not Storage.FLOAT8), default=4)
 
     def operands(self, products: list[Dot]) -> dict[str, dict[str, Tile]]:
         """By role and name, each with the places of the products that read it."""

@@ -44,6 +44,11 @@ class Target:
         """Whether four warps multiply together, reading both operands from shared memory (wgmma, tcgen05)."""
         return self.name in ("sm_90", "sm_100")
 
+    @property
+    def float8(self) -> bool:
+        """Whether it has instructions that convert numbers in e4m3 as caches have them (e4m3fn)."""
+        return self.name in ("sm_90", "sm_100")
+
 
 TARGETS = {
     target.name: target

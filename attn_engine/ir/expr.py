@@ -20,7 +20,8 @@ from weakref import WeakValueDictionary
 
 from attn_engine.ir.ops import INFO, DType, Number, Op, result_dtype
 
-AXES = ("q", "kv", "d", "d2", "d3", "d4", "dv", "dv2", "dv3", "dv4")
+MOST_PIECES = 8  # of the columns of a tile
+AXES = ("q", "kv", *(f"{a}{i if i > 1 else ''}" for a in ("d", "dv") for i in range(1, MOST_PIECES + 1)))
 COLUMNS = AXES[2:]
 
 

@@ -15,7 +15,7 @@ from attn_engine.codegen.backends.cpu import render_cpu
 from attn_engine.codegen.backends.triton import TritonOptions, render_triton
 from attn_engine.codegen.gpu_schedule import default_schedule
 from attn_engine.codegen.lower.capture import CaptureGradient, runs_side_by_side
-from attn_engine.codegen.lower.scaled import SCALED, is_scaled, scale_param
+from attn_engine.codegen.lower.scaled import COLUMNS_OF_SCALE, SCALED, is_scaled, scale_param
 from attn_engine.codegen.pipeline import with_header
 from attn_engine.codegen.schedule import Schedule, cpu_schedule, torch_schedule, within_blocks
 from attn_engine.errors import (
@@ -25,13 +25,14 @@ from attn_engine.errors import (
     UnknownBackend,
     UnsupportedOnBackend,
 )
+from attn_engine.ir.expr import MOST_PIECES
 from attn_engine.ir.ops import Number, Storage
 from attn_engine.ir.printer import format_kernel
 from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.backend import Backend, Launchable
 from attn_engine.runtime.gpu_target import current_device_name, current_target
-from attn_engine.runtime.scaled import dequantised, refuse_caches
+from attn_engine.runtime.scaled import dequantised
 from attn_engine.runtime.tilelang_backend import TileLangBackend
 from attn_engine.version import VERSION
 
@@ -122,7 +123,10 @@ class TritonBackend:
         return interpreter_schedule(chosen) if self.interpret else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
-        refuse_caches(program, self.name)
+        most = COLUMNS_OF_SCALE * MOST_PIECES
+        if program.cache is not None and max(program.dim_qk, program.dim_v) > most:
+            feature = f"keys and values in float8 of more than {most} columns"
+            raise UnsupportedOnBackend(backend=self.name, feature=feature, instead='Use backend="cpu".')
         if program.element is Storage.FLOAT64 and not self.interpret:
             raise UnsupportedOnBackend(
                 backend=self.name, feature="float64", instead='Use backend="cpu", or float32 tensors.'

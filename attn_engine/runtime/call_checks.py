@@ -54,7 +54,7 @@ class Passed:
         """What the checks and the plan of a call depend on, but for captured numbers."""
         of_k, of_v = shape_signature(k), shape_signature(v)
         kind: tuple[object, ...] = (shape_signature(q), of_k, of_v)
-        if len(of_k) > 1 and of_k[1:] == of_v[1:] and values_in_keys(k, v):
+        if len(of_k) > 1 and of_k[1:] == of_v[1:] and values_in_keys(k, v, tensors):
             kind += ("values in keys",)  # a plan's kernels read one memory
         for name, x in custom.items():
             kind += (name, *call_signature(x, name in self.contents))
@@ -99,7 +99,8 @@ class CallChecks:
             return found
         self.check_shapes(q, k, v, program.sequences, program.cache is not None)
         layout = self.expected.layout
-        check_scales(program, k, v, tensors, layout)
+        if program.cache is not None:
+            check_scales(k, v, tensors, layout)
         of_tensors = sizes = sizes_of(logical_view(q, layout), logical_view(k, layout))
         if (tables := sequences_of_call(program, tensors)) is not None and program.sequences is not None:
             if page := program.sequences.page:

@@ -125,7 +125,7 @@ class CompiledAttention:
         self, q: Tensor, k: Tensor, v: Tensor, captured: Tensors, scalars: Scalars, out: Tensor
     ) -> list[Tensor]:
         """Fill `out` (B, H, Sq, Dv); returns the saved row values (B, H, Sq), in order, and pooled weights."""
-        if (compiled := self.of_values(k, v)) is not self:
+        if (compiled := self.of_values(k, v, captured)) is not self:
             return compiled.forward(q, k, v, captured, scalars, out)
         if self.schedule.folded and scalars["scale"] <= 0:
             return self.unfolded.forward(q, k, v, captured, scalars, out)
@@ -146,10 +146,9 @@ class CompiledAttention:
         """The kernels for a scale that is not positive: it cannot be taken out of a maximum."""
         return CompiledAttention(self.program, self.backend, replace(self.schedule, folded=False))
 
-    def of_values(self, k: Tensor, v: Tensor) -> CompiledAttention:
+    def of_values(self, k: Tensor, v: Tensor, tensors: Tensors) -> CompiledAttention:
         """The kernels of a forward pass over such values: those that load tiles once where v lies in k."""
-        known = self.program.values_in_keys or self.program.cache is not None  # scales of both may differ
-        return self._sharing if not known and values_in_keys(k, v) else self
+        return self._sharing if not self.program.values_in_keys and values_in_keys(k, v, tensors) else self
 
     @cached_property
     def _sharing(self) -> CompiledAttention:

@@ -10,6 +10,7 @@ from torch import Tensor
 from attn_engine.ir.ops import Number
 from attn_engine.ir.program import Attention
 from attn_engine.runtime.reference import reference
+from attn_engine.runtime.scaled import dequantised
 from attn_engine.runtime.token_attention import Keys, Rows, tensors_of_piece
 from attn_engine.runtime.token_lists import Piece, TokenLists
 
@@ -29,8 +30,9 @@ def dense_tokens(
     """
     by_heads: dict[int, list[list[Tensor]]] = {}
     for piece in lists.pieces(1):
-        key = torch.cat([_rows(x, piece) for x in keys.keys], -1)
-        value = _rows(keys.values[0], piece) if keys.values else key[..., : keys.dim_v]
+        columns = [_rows(x, piece, scale, dtype) for x, scale in keys.parts()]
+        key = torch.cat(columns[: len(keys.keys)], -1)
+        value = columns[-1] if keys.values else key[..., : keys.dim_v]
         given = {**captured, **tensors_of_piece(program, lists, piece)}
         o, rows = reference(program, Rows(q).of(piece), key, value, given, numbers, dtype)
         found = [x.flatten(1, 2) for x in (o, *rows.values())]
@@ -45,8 +47,9 @@ def dense_tokens(
     return o, rows
 
 
-def _rows(x: Tensor, piece: Piece) -> Tensor:
+def _rows(x: Tensor, piece: Piece, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(n, kv heads, longest, D) of a tensor (N, H, rows, D)."""
+    x = x if scale is None else dequantised(x, scale, dtype)
     flat = x[:, piece.kv_heads].transpose(1, 2).flatten(0, 1)
     flat = flat if len(flat) else flat.new_zeros((1, *flat.shape[1:]))
     return flat[piece.rows].transpose(1, 2)

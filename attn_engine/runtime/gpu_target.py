@@ -42,3 +42,10 @@ def target_of(properties: Any) -> Target:
         if name != nearest.name
         else nearest
     )
+
+
+def converts_float8() -> bool:
+    """Whether torch's current device has instructions for numbers in e4m3: of NVIDIA's, 8.9 and newer."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 9)

@@ -83,7 +83,7 @@ def forward_plan(
     output = empty_ordered_like(q, v.shape[-1])
     out_layout, out = Layout.of(output), Layout.of(logical(output))
     q, k, v = logical(q), logical(k), logical(v)
-    compiled = compiled.of_values(k, v)
+    compiled = compiled.of_values(k, v, captured)
     tables = sequences_of_call(compiled.program, captured)
     if tables is not None and not plannable(compiled.program, tables, q):
         return None

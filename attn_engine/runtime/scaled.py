@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attn_engine.codegen.lower.scaled import COLUMNS_OF_SCALE as COLUMNS
 from attn_engine.codegen.lower.scaled import SCALES
-from attn_engine.errors import AttnEngineError, DeviceMismatch, NotATensor, UnsupportedOnBackend
+from attn_engine.errors import AttnEngineError, DeviceMismatch, NotATensor
 from attn_engine.ir.ops import Storage
-from attn_engine.ir.program import Attention
 from attn_engine.runtime.strides import logical_view
 
-COLUMNS = 128  # of one scale, where a row has several (codegen/backends/include/scaled.h has the same)
 ARGUMENTS = ("k_scale", "v_scale")
 CACHE = Storage.FLOAT8
 DTYPE = torch.float8_e4m3fn
+CODES = torch.uint8  # its bytes
 
 
 class WrongScales(AttnEngineError, ValueError):
@@ -59,25 +60,26 @@ def _logical(name: str, scale: Any, x: Tensor, layout: str) -> Tensor:
     return logical_view(scale if scale.ndim == rank else scale.unsqueeze(-1), layout)
 
 
-def check_scales(
-    program: Attention, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor], layout: str
-) -> None:
-    """Raise a typed error for the first thing that is wrong with the scales of a program that has some, by the kernels'
+def check_scales(k: Tensor, v: Tensor, tensors: Mapping[str, Tensor], layout: str) -> None:
+    """Raise a typed error for the first thing that is wrong with the scales among a call's tensors, by the kernels'
     names; k and v were looked at before."""
-    if program.cache is None:
-        return
     for name, kernel, x in zip(ARGUMENTS, SCALES, (k, v), strict=True):
-        scale, rows = tensors[kernel], logical_view(x, layout)
-        if scale.dtype is not torch.float32:
-            _refuse(name, "its dtype", scale.dtype, torch.float32)
-        if scale.device != x.device:
-            raise DeviceMismatch(argument=name, got=scale.device, expected=x.device)
-        blocks = -(-rows.shape[3] // COLUMNS)
-        if scale.shape[:3] != rows.shape[:3] or scale.shape[3] not in (1, blocks):
-            of_x = ", ".join(map(str, x.shape[:-1]))
-            expected = f"({of_x}), or ({of_x}, {blocks})"
-            shown = scale.transpose(1, 2) if layout == "bshd" else scale
-            _refuse(name, "its shape", tuple(shown.shape[shown.ndim - x.ndim :]), expected)
+        check_scale(name, tensors[kernel], x, layout)
+
+
+def check_scale(name: str, scale: Tensor, x: Tensor, layout: str) -> None:
+    """Raise a typed error for scales (B, H, rows, scales of a row) that do not belong to x."""
+    rows = logical_view(x, layout)
+    if scale.dtype is not torch.float32:
+        _refuse(name, "its dtype", scale.dtype, torch.float32)
+    if scale.device != x.device:
+        raise DeviceMismatch(argument=name, got=scale.device, expected=x.device)
+    blocks = -(-rows.shape[3] // COLUMNS)
+    if scale.shape[:3] != rows.shape[:3] or scale.shape[3] not in (1, blocks):
+        of_x = ", ".join(map(str, x.shape[:-1]))
+        expected = f"({of_x}), or ({of_x}, {blocks})"
+        shown = scale.transpose(1, 2) if layout == "bshd" else scale
+        _refuse(name, "its shape", tuple(shown.shape[shown.ndim - x.ndim :]), expected)
 
 
 def like_queries(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,20 +104,27 @@ def refuse_bare(k: Tensor, v: Tensor) -> None:
             _refuse(name, "it", "left out", f"given: {name[0]} is {DTYPE}")
 
 
-def refuse_caches(program: Attention, backend: str) -> None:
-    """Raise UnsupportedOnBackend where a program has such keys."""
-    if program.cache is not None:
-        instead = 'Use backend="cpu", or keys and values of the type of q.'
-        raise UnsupportedOnBackend(
-            backend=backend, feature="keys and values in float8 with scales", instead=instead
-        )
-
-
-def dequantised(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x times its scales (..., 1) or (..., one for every 128 columns), in `dtype`: a copy."""
+def dequantised(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: int = COLUMNS) -> Tensor:
+    """x times its scales (..., 1) or (..., one for every 128 columns), in `dtype`: a copy, multiplied in float32 at
+    least."""
     if scale.shape[-1] > 1:
-        scale = scale.repeat_interleave(COLUMNS, -1)[..., : x.shape[-1]]
-    return x.to(dtype) * scale.to(dtype)
+        scale = scale.repeat_interleave(columns, -1)[..., : x.shape[-1]]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return (x.to(wide) * scale.to(wide)).to(dtype)
+
+
+def numbers_of(codes: Tensor) -> Tensor:
+    """What the bytes of float8 mean, float32, in new memory."""
+    if not codes.is_cpu:
+        return codes.view(DTYPE).float()
+    return (
+        _every_number().index_select(0, codes.flatten().int()).view(codes.shape)
+    )  # three times as fast as .float()
+
+
+@cache
+def _every_number() -> Tensor:
+    return torch.arange(256, dtype=CODES).view(DTYPE).float()
 
 
 def _refuse(argument: str, what: str, got: object, expected: object) -> None:

@@ -17,7 +17,6 @@ from attn_engine.ir.program import Attention
 from attn_engine.ir.tile import Kernel
 from attn_engine.runtime.backend import Launchable
 from attn_engine.runtime.gpu_target import current_target
-from attn_engine.runtime.scaled import refuse_caches
 from attn_engine.version import VERSION
 
 SHOWN = "sm_90a"  # what `engine.source` shows
@@ -44,7 +43,10 @@ class TileLangBackend:
         return small_tiles(chosen) if self.on_cpu else chosen
 
     def refuse(self, program: Attention, captures: Sequence[CaptureGradient]) -> None:
-        refuse_caches(program, self.name)
+        if program.cache is not None:
+            instead = 'Use backend="triton" or "cpu", or keys and values of the type of q.'
+            feature = "keys and values in float8 with scales"
+            raise UnsupportedOnBackend(backend=self.name, feature=feature, instead=instead)
         wide = program.element in (Storage.FLOAT32, Storage.FLOAT64)
         if wide != self.on_cpu:
             instead = 'Use backend="triton", or bfloat16 or float16 tensors: TileLang would round products to 10 bits.'

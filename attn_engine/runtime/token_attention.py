@@ -33,7 +33,7 @@ class TokenCall:
 
     full, ragged: the kernels for pieces whose lists are equally long, and for others. captures: names of the captured
     tensors, in order. key_parts: how many of the given tensors are columns of K, one after the other; dim_v: V is the
-    first columns of K, or 0: a tensor of its own, the last one.
+    first columns of K, or 0: a tensor of its own, the last one. scales: as of `Keys`.
     """
 
     full: Call
@@ -43,6 +43,7 @@ class TokenCall:
     captures: tuple[str, ...]
     key_parts: int
     dim_v: int
+    scales: tuple[Tensor | None, ...] = ()
 
     def call(self, piece: Piece) -> Call:
         return self.full if piece.full else self.ragged
@@ -67,12 +68,19 @@ def tensors_of_piece(program: Attention, lists: TokenLists, piece: Piece) -> dic
 class Keys:
     """Where K and V are: tensors (N, H, rows, D) whose columns follow each other.
 
-    values: one tensor, or none where V is the first dim_v columns of K.
+    values: one tensor, or none where V is the first dim_v columns of K. scales: of each of them, keys first, where any
+    is float8: (N, H, rows, 1 or one for every 128 columns), or None.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     dim_v: int = 0
+    scales: tuple[Tensor | None, ...] = ()
+
+    def parts(self) -> list[tuple[Tensor, Tensor | None]]:
+        """All of them, each with its scales."""
+        tensors = (*self.keys, *self.values)
+        return list(zip(tensors, self.scales or (None,) * len(tensors), strict=True))
 
 
 class Rows:
@@ -98,10 +106,12 @@ def empty_rows(like: Tensor, *dims: int, dtype: torch.dtype | None = None) -> Te
 class _KeysAndValues:
     """K and V of a piece, from the tensors of a call."""
 
-    def __init__(self, call: TokenCall, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, call: TokenCall, q: Tensor, tensors: Sequence[Tensor]) -> None:
         self._dim_v = call.dim_v
-        self._keys = GatheredRows(tuple(tensors[: call.key_parts]))
-        self._values = None if call.dim_v else GatheredRows(tuple(tensors[call.key_parts :]))
+        own, others = slice(call.key_parts), slice(call.key_parts, None)
+        scales, dtype = call.scales, q.dtype if call.scales else None
+        self._keys = GatheredRows(tuple(tensors[own]), scales[own], dtype)
+        self._values = None if call.dim_v else GatheredRows(tuple(tensors[others]), scales[others], dtype)
 
     @property
     def numbers_of_row(self) -> int:
@@ -123,7 +133,7 @@ class TokenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: TokenCall, count: int, q: Tensor, *tensors: Tensor):
         keys, captured = tensors[:count], dict(zip(call.captures, tensors[count:], strict=True))
-        gathered = _KeysAndValues(call, keys)
+        gathered = _KeysAndValues(call, q, keys)
         first = call.full.compiled
         out = empty_rows(q, first.program.dim_v)
         saved = [empty_rows(q, dtype=first.compute) for _ in first.saved_names]
@@ -170,7 +180,7 @@ def _gradients(
     learned: tuple[str, ...],
 ) -> dict[str, Any]:
     """By name: "q", "keys" (one for each tensor) and those of the learned tensors."""
-    gathered, compute = _KeysAndValues(call, keys), call.full.compiled.compute
+    gathered, compute = _KeysAndValues(call, q, keys), call.full.compiled.compute
     dq = empty_rows(q, q.shape[3])
     sums = [SummedRows(x, compute) for x in keys]
     of_captured = {n: torch.zeros_like(captured[n], dtype=compute) for n in learned}

@@ -9,6 +9,7 @@ from typing import Any
 from attn_engine.codegen.backends.triton import TritonOptions, argument_names
 from attn_engine.codegen.backends.triton_address import captured, stride_names
 from attn_engine.codegen.backends.triton_descriptors import tile_descriptors
+from attn_engine.codegen.targets import target_named
 from attn_engine.errors import BackendNotInstalled
 from attn_engine.ir.ops import DType, Storage
 from attn_engine.ir.tile import Kernel
@@ -20,7 +21,7 @@ from attn_engine.runtime.source_module import load_source
 POINTERS = {
     Storage.FLOAT64: "*fp64", Storage.FLOAT32: "*fp32", Storage.FLOAT16: "*fp16", Storage.BFLOAT16: "*bf16",
     Storage.INT64: "*i64", Storage.INT32: "*i32", Storage.INT16: "*i16", Storage.INT8: "*i8", Storage.UINT8: "*u8",
-    Storage.BOOL: "*i1",
+    Storage.BOOL: "*i1", Storage.FLOAT8: "*fp8e4nv",
 }  # fmt: skip
 PRODUCTS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"
 ALIGNED = [["tt.divisibility", 16]]
@@ -49,7 +50,7 @@ def compile_ahead(
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     begin = time.perf_counter()
     compiled = triton.compile(
-        ASTSource(fn=function, **_signature(kernel, options.descriptors)),
+        ASTSource(fn=function, **_signature(kernel, options.descriptors, target_named(target).float8)),
         target=gpu,
         options={"num_warps": options.num_warps, "num_stages": options.num_stages},
     )
@@ -64,8 +65,8 @@ def compile_ahead(
     )  # fmt: skip
 
 
-def _signature(kernel: Kernel, descriptors: bool) -> dict[str, Any]:
-    """Types and facts that a launch of the kernel would hand to the compiler."""
+def _signature(kernel: Kernel, descriptors: bool, float8: bool) -> dict[str, Any]:
+    """Types and facts that a launch of the kernel would hand to the compiler; float8: such tensors, not their bytes."""
     names = argument_names(kernel, descriptors)
     types = dict.fromkeys(names, "i32")
     types |= {s.name: "fp32" for s in kernel.scalars if s.dtype is DType.FLOAT}
@@ -78,7 +79,7 @@ def _signature(kernel: Kernel, descriptors: bool) -> dict[str, Any]:
     for p in kernel.params:
         if any(d.tensor == p.name for d in described):
             continue
-        types[p.name] = POINTERS[p.storage]
+        types[p.name] = POINTERS[p.storage if float8 or p.storage is not Storage.FLOAT8 else Storage.UINT8]
         facts[(names.index(p.name),)] = ALIGNED
         strides = [n for n in stride_names(p) if n in names]
         for name in strides[:-1]:

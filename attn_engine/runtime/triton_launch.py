@@ -15,9 +15,11 @@ from attn_engine.codegen.backends.triton import TritonOptions, argument_names
 from attn_engine.codegen.backends.triton_address import GRID_SIZES, captured, stride_names
 from attn_engine.codegen.backends.triton_descriptors import TileDescriptor, tile_descriptors
 from attn_engine.codegen.backends.triton_grid import section_size
+from attn_engine.codegen.lower.scaled import SCALES
 from attn_engine.errors import BackendNotInstalled, LaunchFailed
-from attn_engine.ir.ops import DType, Number
+from attn_engine.ir.ops import DType, Number, Storage
 from attn_engine.ir.tile import Kernel
+from attn_engine.runtime.gpu_target import converts_float8
 from attn_engine.runtime.source_module import load_source
 
 _LENGTHS = {"q": "q_len", "kv": "kv_len"}
@@ -47,7 +49,7 @@ class TritonKernel:
         described = tile_descriptors(kernel) if options.descriptors else ()
         self._described = tuple(dict.fromkeys(d.tensor for d in described))
         self._pointers = cache(pointers) if pointers is not None else None
-        known = _arguments(kernel, described)
+        known = {**_arguments(kernel, described), **_float8_arguments(kernel, interpret)}
         self._values = [known[name] for name in argument_names(kernel, options.descriptors)]
         self._kernel = kernel
         self._grid = [
@@ -200,3 +202,17 @@ def _arguments(kernel: Kernel, described: Sequence[TileDescriptor]) -> dict[str,
         if captured(p):
             found |= {own: extent(p.name, i) for i, own in enumerate(p.shape)}
     return {**found, **{d.name: tiles(d) for d in described}}
+
+
+def _float8_arguments(kernel: Kernel, interpret: bool) -> dict[str, Callable[[_Call], Any]]:
+    """Those of caches in float8: bytes for what has no instructions for it, and steps between scales of a row."""
+
+    def codes(name: str) -> Callable[[_Call], Any]:
+        return lambda call: call[0][name].view(torch.uint8)
+
+    def step(name: str) -> Callable[[_Call], Any]:
+        return lambda call: call[0][name].stride(3) if call[0][name].shape[3] > 1 else 0
+
+    narrow = [p.name for p in kernel.params if p.storage is Storage.FLOAT8]
+    found = {} if not narrow or (not interpret and converts_float8()) else {n: codes(n) for n in narrow}
+    return found | {stride_names(p)[-1]: step(p.name) for p in kernel.params if p.name in SCALES}

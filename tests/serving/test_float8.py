@@ -31,7 +31,6 @@ from attn_engine.library import (
 from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.paged_checks import CacheNotDifferentiable, WrongPages
 from attn_engine.runtime.scaled import WrongScales
-from attn_engine.runtime.token_errors import WrongTokens
 from tests.serving.caches import attention, filled
 
 CPU = "cpu" if find_compiler() is not None else "torch"
@@ -195,8 +194,12 @@ def test_caches_refuse(seed: int) -> None:
     for options, argument in (
         ({}, "scales"),
         ({"scales": scale[:1]}, "scales"),
-        ({"scales": scale.double()}, "new"),
+        ({"scales": scale.double()}, "scales"),
         ({"scales": (scale, scale)}, "scales"),
+        ({"scales": torch.zeros(2, 16, 1, 2)}, "scales"),  # of 128 columns each, where there are 32
+        ({"scales": scale, "block_table": torch.tensor([[0], [0]])}, "block_table"),  # one slot for two rows
+        ({"scales": scale, "block_table": torch.tensor([[0], [2]])}, "block_table"),
+        ({"scales": scale, "counts": torch.tensor([1, 2])}, "counts"),
     ):
         with pytest.raises(WrongPages) as found:
             append_to_cache(new, cache, lengths, **options)  # pyright: ignore[reportArgumentType]
@@ -205,6 +208,9 @@ def test_caches_refuse(seed: int) -> None:
         append_to_cache(new, torch.zeros(2, 16, 1, 32), lengths, scales=scale)
     assert not cache.float().any()
     assert not scale.any()
+
+
+INDICES = torch.zeros(2, 1, 1, 4, dtype=torch.int32)
 
 
 def bad(**changed: Any) -> dict[str, Any]:
@@ -233,7 +239,16 @@ def bad(**changed: Any) -> dict[str, Any]:
         ({"v": torch.zeros(2, 16, 2, 32).to(torch.float8_e5m2)}, WrongScales, "v"),
         ({"q": torch.zeros(2, 1, 4, 32).to(torch.float8_e4m3fn)}, Exception, "q"),
         ({"q": torch.zeros(2, 1, 4, 32, requires_grad=True)}, CacheNotDifferentiable, "q"),
-        ({"token_indices": torch.zeros(2, 1, 1, 4, dtype=torch.int32)}, WrongTokens, "k_scale"),
+        ({"token_indices": INDICES, "k_scale": None}, WrongScales, "k_scale"),
+        ({"token_indices": INDICES, "k_scale": None, "v_scale": None}, WrongScales, "k_scale"),
+        ({"token_indices": INDICES, "v_scale": torch.ones(2, 16, 1)}, WrongScales, "v_scale"),
+        ({"token_indices": INDICES, "v_scale": torch.ones(2, 16, 2).double()}, WrongScales, "v_scale"),
+        ({"token_indices": INDICES, "v": torch.zeros(2, 16, 2, 32)}, WrongScales, "v"),
+        (
+            {"token_indices": INDICES, "q": torch.zeros(2, 1, 4, 32, requires_grad=True)},
+            CacheNotDifferentiable,
+            "q",
+        ),
     ],
 )
 def test_bad_input(changed: dict[str, Any], error: type[Exception], argument: str) -> None:
@@ -243,10 +258,14 @@ def test_bad_input(changed: dict[str, Any], error: type[Exception], argument: st
 
 
 def test_backends_that_do_not_and_captured_float8() -> None:
-    for backend in ("triton-interpreter", "tilelang-cpu"):
-        built = engine((32, 32), backend=backend)
-        with pytest.raises(UnsupportedOnBackend):
-            built(**bad())
+    with pytest.raises(UnsupportedOnBackend):
+        engine((32, 32), backend="tilelang-cpu")(**bad())
+    wide = torch.zeros(1, 16, 1, 1152).to(torch.float8_e4m3fn)
+    scale = torch.ones(1, 16, 1)
+    with pytest.raises(UnsupportedOnBackend, match="1024"):
+        engine((1152, 1152), backend="triton-interpreter")(
+            torch.zeros(1, 1, 1, 1152), wide, wide, k_scale=scale, v_scale=scale
+        )
     table = torch.zeros(4).to(torch.float8_e4m3fn)
     with pytest.raises(UnsupportedDtype):
         engine((32, 32), score_mod=lambda score, b, h, q_idx, kv_idx: score + table[h])

@@ -16,7 +16,6 @@ from attn_engine.codegen.backends.triton import render_triton
 from attn_engine.codegen.footprint import footprint
 from attn_engine.codegen.pipeline import lower, with_header
 from attn_engine.codegen.schedule import few_rows_schedule
-from attn_engine.ir.ops import Storage
 from attn_engine.ir.program import Attention
 from attn_engine.runtime.cpu_compile import find_compiler
 from attn_engine.runtime.shared_values import values_in_keys
@@ -128,22 +127,26 @@ def test_kernels_load_a_tile_once(dims: tuple[int, int], once: bool) -> None:
 
 def test_what_lies_in_keys() -> None:
     k = torch.zeros(2, 5, 1, 8)
-    assert values_in_keys(k, k) and values_in_keys(k, k[..., :3])
-    assert not values_in_keys(k, k.clone())
-    assert not values_in_keys(k, k[..., 1:4])
-    assert not values_in_keys(k[..., :3], k)
-    assert not values_in_keys(k, k[:1].expand(2, -1, -1, -1))
-    assert not values_in_keys(k[:0], k[:0])
+    assert values_in_keys(k, k, {}) and values_in_keys(k, k[..., :3], {})
+    assert not values_in_keys(k, k.clone(), {})
+    assert not values_in_keys(k, k[..., 1:4], {})
+    assert not values_in_keys(k[..., :3], k, {})
+    assert not values_in_keys(k, k[:1].expand(2, -1, -1, -1), {})
+    assert not values_in_keys(k[:0], k[:0], {})
 
 
-def test_float8_caches_have_scales_of_their_own() -> None:
+def test_scales_are_shared_too() -> None:
     """A value that shares the bytes of its key need not share its scales."""
-    engine = built((48, 32), CPU)
-    k = torch.zeros(1, 5, 1, 48)
-    call, _ = engine._call(engine._present, "cpu")
-    scaled = replace(call.compiled, program=replace(call.compiled.program, cache=Storage.UINT8))
-    assert scaled.of_values(k, k[..., :32]) is scaled
-    assert call.compiled.of_values(k, k[..., :32]) is not call.compiled
+    k, scale, row = torch.zeros(2, 5, 1, 320), torch.ones(2, 5, 1, 3), torch.ones(2, 5, 1, 1)
+
+    def shared(columns: int, of_keys: Tensor, of_values: Tensor) -> bool:
+        return values_in_keys(k, k[..., :columns], {"K_scale": of_keys, "V_scale": of_values})
+
+    assert shared(256, scale, scale[..., :2]) and shared(128, scale, scale[..., :1]) and shared(256, row, row)
+    assert not shared(256, scale, scale[..., :1])  # one scale for both blocks
+    assert not shared(256, scale, scale[..., :2].clone())
+    assert not shared(256, scale, scale[..., 1:])
+    assert not shared(256, scale, row)
 
 
 def test_showcase(golden: Callable[[str, str], None]) -> None:

@@ -35,6 +35,7 @@ from attn_engine.codegen.backends.triton_layout import WIDTH, wrapped
 from attn_engine.codegen.backends.triton_types import TYPES, element_storage, widened
 from attn_engine.codegen.lower.columns import cut_columns
 from attn_engine.codegen.lower.emit import Names
+from attn_engine.codegen.lower.scaled import multiplied
 from attn_engine.codegen.render import ATOM, ordered
 from attn_engine.ir.expr import COLUMNS, Call, Expr, Full, Load, Var, transform
 from attn_engine.ir.ops import DType, Op, Storage
@@ -103,7 +104,7 @@ class TritonRenderer(Choosing):
     # -- the file
 
     def render(self, kernel: Kernel) -> str:
-        kernel = cut_columns(kernel)
+        kernel = multiplied(cut_columns(kernel))
         self.element = element_storage(kernel)
         self._described = tile_descriptors(kernel) if self._with_descriptors else ()
         self.kernel = replace(kernel, body=map_expressions(kernel.body, self._widened))
@@ -349,6 +350,8 @@ class TritonRenderer(Choosing):
         other = "0.0" if storage.floating else "0"
         mask = f", mask={address.inside}, other={other}" if address.inside else ""
         text = f"tl.load({address.pointer}{mask})"
+        if storage is Storage.FLOAT8:
+            return f"float8_values({text})"
         if e.kind is DType.FLOAT and TYPES.get(storage) != self.compute:
             return f"{text}.to(tl.{self.compute})"
         if e.kind is DType.INT and storage is not Storage.INT32:

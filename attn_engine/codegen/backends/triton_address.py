@@ -24,6 +24,7 @@ DIMENSION_WORDS = {
     "q_blocks": "tile", "kv_blocks": "tile", "ends": "end",
     "q_bounds": "block", "kv_bounds": "block", "partial_listed": "entry", "full_listed": "entry",
     "tile_count": "tile", "span": "end", "partial_words": "word", "pages": "page",
+    "K_scales": "block", "V_scales": "block",
     "tokens": "token", "shares": "share", "tile_tokens": "row", "words": "word", "topk": "place",
 }  # fmt: skip
 DIMENSION_CONSTANTS = {"dim_qk": "DIM_QK", "dim_v": "DIM_V"}
@@ -126,9 +127,12 @@ class Addressing(Renderer):
         if s.page is not None and s.page.axes:
             page, first = (f"tl.cast({self.expr(e)}, tl.int64)" for e in (s.page, s.first))
             places = self._named((s.tensor, "places"), f"{s.tensor}_places")
+            beside = (
+                "[:, None]" if param.shape[-1] in DIMENSION_CONSTANTS else ""
+            )  # columns, where it has any
             return [
                 f"{places} = {page} * {stride_names(param)[0]} + {first} * {stride}",
-                f"{name} = {s.tensor} + {places}[:, None]",
+                f"{name} = {s.tensor} + {places}{beside}",
             ]
         if s.page is not None:
             whole += f" + tl.cast({self.expr(s.page)}, tl.int64) * {stride_names(param)[0]}"

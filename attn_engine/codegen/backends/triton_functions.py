@@ -66,12 +66,28 @@ def load_tile(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.c
     return tiles.load(place).reshape(ROWS, COLUMNS)
 '''
 
+# Bytes are what the launch hands over where the hardware does not convert. As float16 their exponents are 8 too small.
+_FLOAT8_VALUES = '''
+@triton.jit
+def float8_values(codes):
+    """The numbers of e4m3 codes, or of their bytes, in float32."""
+    if codes.dtype == tl.uint8:
+        code = codes.to(tl.uint16)
+        bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        values = tl.where((code & 0x7F) == 0x7F, float("nan"), values)
+    else:
+        values = codes.to(tl.float32)
+    return values
+'''
+
 HELPERS: dict[str, str] = {
     "floor_divide": _FLOOR_DIVIDE,
     "floor_modulo": _FLOOR_MODULO,
     "bit_of": _BIT_OF,
     "tanh": _TANH,
     "load_tile": _LOAD_TILE,
+    "float8_values": _FLOAT8_VALUES,
 }
 
 

@@ -12,12 +12,13 @@ from dataclasses import replace
 from functools import lru_cache
 
 from attn_engine.codegen.lower.emit import Names
-from attn_engine.ir.expr import Dot, Expr, FirstColumns, Full, Reduce, Var, call, rebuild
+from attn_engine.codegen.lower.scaled import COLUMNS_OF_SCALE, is_scaled
+from attn_engine.ir.expr import MOST_PIECES, Dot, Expr, FirstColumns, Full, Reduce, Var, call, rebuild
 from attn_engine.ir.ops import Op
 from attn_engine.ir.tile import Accumulate, If, Kernel, Let, Loop, Stmt, StoreTile, walk
 
 SMALLEST = 16  # columns that a matrix unit multiplies
-MOST_PIECES = 4
+MOST_WITHOUT_SCALES = 4  # pieces
 _JOINED = {"sum": Op.ADD, "max": Op.MAX, "min": Op.MIN}
 
 
@@ -39,12 +40,26 @@ def pieces(columns: int) -> tuple[int, ...]:
     [(128,), (128, 64), (512, 64), (64, 32), (64, 16), (32, 8), (24,), (120,), (64, 32, 16)]
     """
     cuts: list[tuple[int, ...]] = [(columns,)]
-    while len(cuts) < MOST_PIECES and (rest := cuts[-1][-1]) > SMALLEST and padded(rest) != rest:
+    while len(cuts) < MOST_WITHOUT_SCALES and (rest := cuts[-1][-1]) > SMALLEST and padded(rest) != rest:
         largest = 1 << (rest.bit_length() - 1)
         cuts.append((*cuts[-1][:-1], largest, rest - largest))
     room = [sum(padded(n) for n in cut) for cut in cuts]
     enough = (cut for cut, held in zip(cuts, room, strict=True) if held * 8 <= columns * 9)
     return next(enough, cuts[room.index(min(room))])
+
+
+def pieces_of_scales(columns: int) -> tuple[int, ...]:
+    """The same where every 128 columns have a scale of their own: no piece holds columns of two. Up to 1024 columns;
+    backends that cut refuse more.
+
+    >>> [pieces_of_scales(n) for n in (64, 240, 576)]
+    [(64,), (128, 64, 32, 16), (128, 128, 128, 128, 64)]
+    """
+    if columns > MOST_PIECES * COLUMNS_OF_SCALE:
+        return pieces(columns)
+    whole, rest = divmod(columns, COLUMNS_OF_SCALE)
+    last = pieces(rest) if rest else ()
+    return (COLUMNS_OF_SCALE,) * whole + (last if whole + len(last) <= MOST_PIECES else (rest,))
 
 
 def piece_axes(axis: str, count: int) -> tuple[str, ...]:
@@ -55,9 +70,10 @@ def piece_axes(axis: str, count: int) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def cut_columns(kernel: Kernel) -> Kernel:
     """The kernel with "d" and "dv" in pieces; the kernel itself where one piece each will do."""
+    cut = pieces_of_scales if is_scaled(kernel) else pieces
     for axis, size in reversed(kernel.tile):  # "dv" first: pieces of a value are found among those of its key
-        if axis in ("d", "dv") and len(pieces(size)) > 1:
-            kernel = _Cut(kernel, axis, pieces(size)).kernel()
+        if axis in ("d", "dv") and len(cut(size)) > 1:
+            kernel = _Cut(kernel, axis, cut(size)).kernel()
     return kernel
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from attn_engine.codegen.lower.columns import pieces
+from attn_engine.codegen.lower.columns import pieces, pieces_of_scales
 from attn_engine.codegen.lower.values import DV_IDX, KEY, VALUE, load_tile
 from attn_engine.ir.expr import Cast, Expr, FirstColumns, Load, transform
 from attn_engine.ir.program import Attention
@@ -20,7 +20,8 @@ from attn_engine.ir.tile import If, Kernel, Let, Loop, Stmt, map_expressions
 
 def share_tiles(program: Attention) -> bool:
     """Whether values are read from the tiles of their keys: their pieces of columns are the first ones of the keys."""
-    keys, values = pieces(program.dim_qk), pieces(program.dim_v)
+    cut = pieces if program.cache is None else pieces_of_scales
+    keys, values = cut(program.dim_qk), cut(program.dim_v)
     return program.values_in_keys and keys[: len(values)] == values
 
 

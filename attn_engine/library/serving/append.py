@@ -159,6 +159,8 @@ def _with_scales(
         scale = scale if scale.ndim == cache.ndim else scale.unsqueeze(-1)
         if cache.dtype is not torch.float8_e4m3fn or not x.dtype.is_floating_point:
             _refuse("caches", "the dtype of one with scales", cache.dtype, "torch.float8_e4m3fn")
+        if scale.dtype is not torch.float32:
+            _refuse("scales", "the dtype of one", scale.dtype, "torch.float32")
         if scale.shape[:-1] != cache.shape[:-1] or scale.shape[-1] not in (1, blocks):
             of_cache = ", ".join(map(str, cache.shape[:-1]))
             expected = f"({of_cache}), or ({of_cache}, {blocks})"

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from attn_engine.engine import AttentionEngine
-from attn_engine.errors import WrongArgument
+from attn_engine.errors import ShapeMismatch, WrongArgument
 from attn_engine.frontend import CustomIO, meta_tensor
 from attn_engine.library.arguments import called, divisible, integers, one_each, scale_of
 from attn_engine.library.serving.masks import causal_with_offset
-from attn_engine.library.serving.mla_caches import unpack_latent_bytes
+from attn_engine.library.serving.mla_caches import latent_bytes, unpack_latent_bytes
+from attn_engine.library.serving.quantisation import BLOCK
 from attn_engine.library.tokens.arguments import alike, prefix, refuse_shape, shaped
 from attn_engine.library.tokens.flash_mla_sparse import with_sink
-from attn_engine.library.tokens.sparse_attention import sparse_attention
+from attn_engine.library.tokens.sparse_attention import engine_of, sparse_attention
 from attn_engine.runtime.paged_checks import check_table
-
-PIECE = 2**23  # numbers of float8 rows that are converted at a time, where queries bring indices
+from attn_engine.runtime.token_attention import Keys
+from attn_engine.runtime.token_checks import checked_lists
+from attn_engine.token_calls import Bound, attend_over
 
 
 def get_mla_metadata(*_: Any, **__: Any) -> tuple[None, None]:
@@ -58,11 +60,11 @@ def flash_mla_with_kvcache(
     says +inf).
 
     is_fp8_kvcache: rows of the cache are bytes, as `pack_latent_bytes` makes them (656 for d = 576 and head_dim_v =
-    512); those that a call reads become numbers of q's type in a copy. indices: int (b, s_q, topk), the keys of each
-    query as places in the cache, page * rows of a page + row; -1 or any other number outside counts for nothing, and
-    topk_length, int (b,), says how many entries count. Then block_table and cache_seqlens are not read, and causal is
-    for the indices to say. attn_sink: float (h_q,), a logit that takes its share of every row and gives nothing; it
-    is not in lse.
+    512); those that a call reads become numbers of q's type in a copy, with indices 32 MB at a time. indices: int (b,
+    s_q, topk), the keys of each query as places in the cache, page * rows of a page + row; -1 or any other number
+    outside counts for nothing, and topk_length, int (b,), says how many entries count. Then block_table and
+    cache_seqlens are not read, and causal is for the indices to say. attn_sink: float (h_q,), a logit that takes its
+    share of every row and gives nothing; it is not in lse.
 
     tile_scheduler_metadata and num_splits are not needed. Second caches are refused: WrongArgument.
     """
@@ -135,20 +137,22 @@ def _over_slots(
     if not is_fp8:
         chosen = indices[:, :, None]
         return sparse_attention(q, k_cache, chosen, topk_length=counts, physical=True, **options)
-    rows, topk = k_cache.flatten(0, 2), indices.shape[2]
-    inside = (indices >= 0) & (indices < len(rows))
-    if counts is not None:
-        inside = inside & (torch.arange(topk, device=q.device) < counts[..., None])
-    places = torch.where(inside, indices, 0).flatten(0, 1)
-    local = torch.where(inside, torch.arange(topk, device=q.device), -1).flatten(0, 1)[:, None, None]
-    queries, step = q.flatten(0, 1)[:, None], max(1, PIECE // max(1, topk * q.shape[3]))
-    parts: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, max(1, len(queries)), step):
-        piece = slice(first, first + step)
-        keys = unpack_latent_bytes(rows[places[piece]], q.dtype, head_dim_v)[:, :, None]
-        parts.append(sparse_attention(queries[piece], keys, local[piece], **options))
-    out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
-    return out.unflatten(0, q.shape[:2]).squeeze(2), lse.unflatten(0, q.shape[:2])[..., 0].transpose(1, 2)
+    parts = latent_bytes(k_cache, head_dim_v)
+    if parts.rope.shape[-1] + head_dim_v != q.shape[3]:
+        expected = (
+            f"{head_dim_v} + {head_dim_v // BLOCK * 4} + 2 * {q.shape[3] - head_dim_v} bytes of a token"
+        )
+        reason = f"q has {q.shape[3]} columns"
+        raise ShapeMismatch(argument="k_cache", got=tuple(k_cache.shape), expected=expected, reason=reason)
+    latent, scales, rope = (x.transpose(1, 2) for x in parts)
+    queries = q.transpose(1, 2)
+    lists = checked_lists("token_slots", indices, counts, queries, latent, called={"token_slots": "indices"})
+    engine = engine_of(q.dtype, q.shape[3], head_dim_v, scale, backend)
+    bound = Bound(engine.program, {}, {"scale": engine.scale})
+    out, rows = attend_over(
+        engine, bound, lists, queries, Keys((latent, rope), (), head_dim_v, (scales, None))
+    )
+    return out.transpose(1, 2), rows["lse"]
 
 
 def _converted(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_engine.errors import ShapeMismatch, WrongArgument
+from attn_engine.runtime.scaled import dequantised
 
 E4M3_LARGEST = 448.0
 BLOCK = 128
@@ -90,9 +91,7 @@ def dequantise(
     codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK
 ) -> Tensor:
     """codes * scales in `dtype`: scales (..., blocks) of `block` columns each, or (..., 1) for whole rows."""
-    each = scales if scales.shape[-1] == 1 else scales.repeat_interleave(block, -1)[..., : codes.shape[-1]]
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return (codes.to(wide) * each.to(wide)).to(dtype)
+    return dequantised(codes, scales, dtype, block)
 
 
 def _blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:

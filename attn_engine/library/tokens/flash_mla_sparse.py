@@ -8,7 +8,7 @@ from torch import Tensor
 from attn_engine.errors import DeviceMismatch, WrongArgument
 from attn_engine.library.arguments import divisible, number
 from attn_engine.library.tokens.arguments import alike, prefix, refuse_shape, shaped
-from attn_engine.library.tokens.sparse_attention import engine_of
+from attn_engine.library.tokens.sparse_attention import engine_of, first_scales
 from attn_engine.token_calls import GivenTokens
 
 
@@ -21,6 +21,7 @@ def flash_mla_sparse_fwd(
     attn_sink: Tensor | None = None,
     topk_length: Tensor | None = None,
     *,
+    k_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (s_q, h_q, d_v) in q's type; max_logits and lse (s_q, h_q), float32, natural logarithms.
@@ -30,12 +31,14 @@ def flash_mla_sparse_fwd(
     attn_sink: (h_q,), one logit more in every row's sum, which has no value: out is multiplied by
     1 / (1 + exp(attn_sink - lse)); lse is that without it. topk_length: int (s_q,), entries of each list that count.
     A query without keys has out = 0 and max_logits = lse = -inf (FlashMLA says lse = +inf).
+    k_scale: kv is float8_e4m3fn, with these scales, (s_kv, h_kv) or (s_kv, h_kv, one for every 128 columns).
 
     No gradients, as there; `sparse_attention` has them. Raises WrongArgument and WrongTokens.
     """
     shaped("q", q, "(queries, heads, dim)")
     shaped("kv", kv, "(keys, kv heads, dim)")
-    alike("q", q, kv=kv)
+    if k_scale is None:
+        alike("q", q, kv=kv)
     divisible(q.shape[1], kv.shape[1], keys="kv")
     if q.shape[2] != kv.shape[2]:
         refuse_shape("kv", kv, f"one with {q.shape[2]} columns, as q has")
@@ -48,7 +51,11 @@ def flash_mla_sparse_fwd(
         called = {"token_indices": "indices", "token_counts": "topk_length"}
         keys = kv.unsqueeze(0)
         inputs = (q.unsqueeze(0), keys, keys[..., :d_v])
-        o, rows = given.attend(engine, inputs, (), {}, shared=True, called=called)
+        scales = {}
+        if k_scale is not None:
+            of_keys = k_scale.unsqueeze(0)
+            scales = {"k_scale": of_keys, "v_scale": first_scales(of_keys, keys, d_v)}
+        o, rows = given.attend(engine, inputs, (), scales, shared=True, called=called)
         out = with_sink(o, rows["lse"], attn_sink)
     return out[0], rows["row_max"][0].T.float(), rows["lse"][0].T.float()
 

@@ -18,6 +18,7 @@ from attn_engine.errors import WrongArgument
 from attn_engine.frontend import meta_tensor
 from attn_engine.library.arguments import scale_of
 from attn_engine.library.tokens.arguments import prefix, shaped
+from attn_engine.runtime.scaled import COLUMNS
 from attn_engine.token_calls import GivenTokens
 
 
@@ -27,6 +28,8 @@ def sparse_attention(
     indices: Tensor,
     v: Tensor | None = None,
     *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     dim_v: int | None = None,
     sm_scale: float | None = None,
     topk_length: Tensor | None = None,
@@ -46,6 +49,8 @@ def sparse_attention(
     page + row. -1, or any other number outside of the keys, counts for nothing, wherever it stands. topk_length: int
     (B, S), the first so many entries of each list count. A token that stands there twice counts twice; with
     check_duplicates it is refused. Nothing is said about order or causality: that is what the indices say.
+    k_scale, v_scale: of kv, and of v where it is given, which are then float8_e4m3fn: a scale for each row and head or
+    for every 128 columns (docs/serving.md). Chosen rows become numbers of q's type; there are no gradients.
     A query without keys gives o = 0 and lse = -inf. sm_scale: None is Dq^-0.5.
 
     q, kv and v get gradients, also through lse; the same bits for any number of threads. Memory beside the results:
@@ -62,11 +67,19 @@ def sparse_attention(
     scale = scale_of("sm_scale", sm_scale, q.shape[3])
     engine = engine_of(q.dtype, q.shape[3], values.shape[3], scale, backend)
     given = GivenTokens("token_slots" if physical else "token_indices", indices, topk_length)
-    named = {n: x for n, x in (("block_table", block_table), ("len_kv", len_kv)) if x is not None}
+    if v is None and k_scale is not None:
+        v_scale = first_scales(k_scale, kv, values.shape[3])
+    of_call = {"block_table": block_table, "len_kv": len_kv, "k_scale": k_scale, "v_scale": v_scale}
+    named = {n: x for n, x in of_call.items() if x is not None}
     o, rows = given.attend(
         engine, (q, kv, values), (), named, shared=v is None, sets=check_duplicates, called=_called(physical)
     )
     return (o, rows["lse"]) if return_lse else o
+
+
+def first_scales(scale: Tensor, x: Tensor, columns: int) -> Tensor:
+    """The scales of the first columns of x."""
+    return scale[..., : -(-columns // COLUMNS)] if scale.ndim == x.ndim and scale.shape[-1] > 1 else scale
 
 
 def _called(physical: bool) -> dict[str, str]:

@@ -13,6 +13,7 @@ from attn_engine.errors import WrongArgument
 from attn_engine.library.arguments import divisible, number
 from attn_engine.library.tokens.arguments import alike, refuse_shape, shaped
 from attn_engine.library.tokens.sparse_attention import engine_of
+from attn_engine.runtime.scaled import check_scales, like_queries, scales_given
 from attn_engine.runtime.token_attention import Keys
 from attn_engine.runtime.token_checks import checked_lists, integers, lengths_of
 from attn_engine.token_calls import Bound, attend_over
@@ -35,6 +36,8 @@ def sparse_flash_attention(
     sparse_block_size: int = 1,
     sparse_mode: int = 3,
     return_softmax_lse: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
     """out (B, S, N, Dv) in query's type; with return_softmax_lse also lse (B, N, S), float32, the natural logarithm.
@@ -46,10 +49,14 @@ def sparse_flash_attention(
     sparse_indices: int32 or int64 (B, S, N2 or 1, k), positions in the sequence; -1 or any number outside of it counts
     for nothing. actual_seq_lengths_kv: int (B,), how many keys there are. actual_seq_lengths_query: int (B,), how many
     of the queries; rows behind are 0. sparse_mode: 3, query i of n sees keys below length - n + 1 + i; 0: all keys.
+    k_scale, v_scale: of key, and of value where it is given, which are then float8_e4m3fn: a scale for each row and
+    head or for every 128 columns (docs/serving.md); key_rope is of query's type, and there are no gradients.
     A query without keys gives 0 and lse = -inf. Differentiable in query, key, value and the two for rope.
     Raises WrongArgument and WrongTokens.
     """
-    queries, keys = _checked(query, key, value, query_rope, key_rope)
+    queries, keys = _checked(
+        query, key, value, query_rope, key_rope, {"k_scale": k_scale, "v_scale": v_scale}
+    )
     for name, x, known in (
         ("sparse_block_size", sparse_block_size, (1,)),
         ("sparse_mode", sparse_mode, (0, 3)),
@@ -77,7 +84,12 @@ def sparse_flash_attention(
 
 
 def _checked(
-    query: Tensor, key: Tensor, value: Tensor | None, query_rope: Tensor | None, key_rope: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    query_rope: Tensor | None,
+    key_rope: Tensor | None,
+    of_call: dict[str, Tensor | None],
 ) -> tuple[list[Tensor], Keys]:
     """The columns of the queries, and K and V as (N, heads, rows, D)."""
     layout = "(batch or pages, rows, heads, dim)"
@@ -86,7 +98,15 @@ def _checked(
     same = value is None or value is key
     others = {"value": key if same else value, "query_rope": query_rope, "key_rope": key_rope}
     given = {name: shaped(name, x, layout) for name, x in others.items() if x is not None}
-    alike("query", query, key=key, **given)
+    if same and of_call["k_scale"] is not None:
+        of_call = {**of_call, "v_scale": of_call["k_scale"]}
+    scales = scales_given(of_call, (), key, given.get("value", key), "bshd")
+    if scales is None:
+        alike("query", query, key=key, **given)
+    else:
+        like_queries(query, key, given.get("value", key))
+        check_scales(key, given.get("value", key), scales, "bshd")
+        alike("query", query, **{n: x for n, x in given.items() if n != "value"})
     if (query_rope is None) != (key_rope is None):
         name = "key_rope" if key_rope is None else "query_rope"
         raise WrongArgument(
@@ -104,9 +124,12 @@ def _checked(
         if query_rope.shape[3] != key_rope.shape[3]:
             refuse_shape("key_rope", key_rope, f"one with {query_rope.shape[3]} columns, as query_rope has")
         queries, keys = [query, query_rope], [*keys, key_rope.transpose(1, 2)]
+    of_key, of_value = (None, None) if scales is None else scales.values()
+    of_all = (of_key, *[None] * (len(keys) - 1), *([] if same else [of_value]))
+    of_all = of_all if scales is not None else ()
     if same:
-        return queries, Keys(tuple(keys), (), key.shape[3])
-    return queries, Keys(tuple(keys), (given["value"].transpose(1, 2),))
+        return queries, Keys(tuple(keys), (), key.shape[3], of_all)
+    return queries, Keys(tuple(keys), (given["value"].transpose(1, 2),), 0, of_all)
 
 
 def _limits(query: Tensor, lengths: Tensor, of_queries: Tensor | None, sparse_mode: int) -> Tensor:
