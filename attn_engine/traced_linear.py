@@ -13,6 +13,7 @@ from attn_engine.frontend import CustomIO, Trace
 from attn_engine.frontend.linear import Mod, ModInputs, trace_mod
 from attn_engine.frontend.names import KernelNames
 from attn_engine.ir.expr import Const, Expr, Var
+from attn_engine.ir.kernel_words import CHUNK_WORDS
 from attn_engine.ir.linear import BETA, KEY, QUERY, VALUE, WEIGHT_SUM, LinearProgram, Rank, decay_var
 from attn_engine.ir.ops import DType, Number, Storage
 from attn_engine.ir.program import Captured
@@ -97,9 +98,7 @@ class _Tracing:
 
     def __init__(self, description: LinearDescription, kind: LinearKind) -> None:
         self.description = description
-        self.names = KernelNames()
-        for taken in ("t", "beta", "decay", "weight_sum", "state"):
-            self.names.assign(("kernel", taken), taken)
+        self.names = KernelNames(CHUNK_WORDS)
         inputs = {"q": QUERY, "k": KEY, "v": VALUE}
         if kind.decay is not Rank.NONE:
             inputs["decay"] = decay_var(kind.decay)

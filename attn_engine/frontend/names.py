@@ -42,7 +42,9 @@ class KernelNames:
     One instance serves all functions of one engine, so that no two different tensors share a name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, words: frozenset[str] = frozenset()) -> None:
+        """words: names that the kernels of this engine have beside those of every kernel."""
+        self._words = words
         self._by_key: dict[Hashable, str] = {}
         self._taken: set[str] = set()
         self._alive: list[object] = []
@@ -72,10 +74,10 @@ class KernelNames:
         self._taken.add(candidates[-1])
         return candidates[-1]
 
-    @staticmethod
-    def _unfit(name: str) -> bool:
+    def _unfit(self, name: str) -> bool:
         return (
             name in RESERVED
+            or name in self._words
             or name.startswith(_PREFIXES)
             or re.search(r"_(size|stride)(_\d+)?$", name) is not None
         )
