@@ -26,7 +26,9 @@ RESERVED = frozenset(
     [*KERNEL_WORDS, *_OTHER_WORDS.split(), *_CPP_WORDS.split(), *keyword.kwlist, *dir(builtins)]
 )
 # Names that row values may have, and captured values may not.
-_ROW_WORDS = frozenset({"lse", "row_max", "row_sum"})
+_ROW_WORDS = frozenset(
+    "lse row_max row_sum safe_row_max inverse_sum saved_lse saved_row_max saved_inverse_sum result_tile".split()
+)
 _PREFIXES = ("block_", "tile_", "stride_", "grid_", "attn_", "part_", "partial_", "BLOCK_")
 
 
