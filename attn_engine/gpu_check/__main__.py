@@ -21,7 +21,7 @@ import torch
 from attn_engine.gpu_check.catalogue import CHECKS
 from attn_engine.gpu_check.machine import machine
 from attn_engine.gpu_check.report import Report
-from attn_engine.gpu_check.run import CHECKOUT, Options, run
+from attn_engine.gpu_check.run import CHECKOUT, GPU_BACKENDS, Options, comparisons, run
 from attn_engine.runtime.backends import DEVICES
 from attn_engine.runtime.gpu_device import missing_gpu
 
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
         print(*(f"{check.kind:9} {check.name}" for check in CHECKS), sep="\n")
+        print(*dict.fromkeys(f"compared  {row.name}" for row in comparisons(GPU_BACKENDS, "cuda")), sep="\n")
         return 0
     facts = machine()
     print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n")

@@ -83,6 +83,17 @@ def check_jobs(options: Options, backends: Sequence[str], device: str) -> list[C
     ]
 
 
+def comparisons(backends: Sequence[str], device: str) -> list[Comparison]:
+    """What is checked beside the catalogue: what is not one attention call."""
+    rows: list[Comparison] = []
+    for backend in backends:
+        place = backend, device, DEVICES[backend] == "cpu"
+        for of in (selection, chosen, serving) if _is_triton(backend) else ():
+            rows += of.checks(*place)
+        rows += linear.checks(*place) if _has_linear(backend) else []
+    return rows
+
+
 def run(options: Options, report: Report, path: Path) -> None:
     """Fill the report, saved after each job."""
     begin = time.monotonic()
@@ -109,13 +120,7 @@ def run(options: Options, report: Report, path: Path) -> None:
     until = begin + SHARE_OF_CHECKS * (end - begin) if options.benchmark and on_gpu else end
     device = "cpu" if all(DEVICES[b] == "cpu" for b in backends) else "cuda"
     if (on_gpu or device == "cpu") and not options.ahead_only and backends:
-        rows: list[Comparison] = []
-        for backend in backends:
-            place = backend, device, DEVICES[backend] == "cpu"
-            for of in (selection, chosen, serving) if _is_triton(backend) else ():
-                rows += of.checks(*place)
-            rows += linear.checks(*place) if _has_linear(backend) else []
-        asked = [c for c in rows if re.search(options.only, c.name)]
+        asked = [c for c in comparisons(backends, device) if re.search(options.only, c.name)]
         carry_out("checks", [*check_jobs(options, backends, device), *asked], until)
     found = target_of_device()
     compilers = tuple(b for b in backends if b in ahead.COMPILERS)

@@ -105,7 +105,9 @@ def test_captured_numbers_named_like_anything_in_a_kernel(backend: str) -> None:
         pytest.importorskip("tilelang")
     if backend == "cpu" and find_compiler() is None:
         pytest.skip("no C++ compiler")
-    others = "kv_rows task sums Scratch step lane BLOCK_KV DIM_V safe_row_max saved_lse inverse_sum result_tile"
+    others = (
+        "kv_rows task sums Scratch step lane BLOCK_KV DIM_V safe_row_max saved_lse inverse_sum result_tile"
+    )
     names = sorted(KERNEL_WORDS | set(GRID) | set(others.split()))
     metas = [meta_tensor(None, None, None, DIM, dtype=torch.float32)] * 3
     engine = AttentionEngine(

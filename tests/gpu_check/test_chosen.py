@@ -38,9 +38,10 @@ def test_what_is_taken_is_judged() -> None:
             judged(whole, *wrong)
     with pytest.raises(Failed):
         judged(rounded, 0, 1, 4)
-    assert selection._compared(
-        whole, torch.tensor([[[0, 2, 5]]]), importance, importance == importance[0, 0, 5]
-    )
+    forced = torch.arange(6)[None, None] == 5
+    assert selection._compared(whole, torch.tensor([[[0, 2, 5]]]), importance, forced) == 1
+    with pytest.raises(Failed):
+        selection._compared(whole, torch.tensor([[[0, 1, 2]]]), importance, forced)
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,12 +198,14 @@ def test_the_time_is_kept(tmp_path: Path, in_this_process: list[Job]) -> None:
     assert command.main(arguments) == 0
     content, page = result(tmp_path)
     assert {d["outcome"]["verdict"] for d in content["done"]} == {"not run"}
-    assert f"0 passed, 0 failed, {len(CHECKS)} not run" in page
+    assert f"0 passed, 0 failed, {len(in_this_process)} not run" in page
+    assert len(in_this_process) > len(CHECKS)
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(CHECKS)
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) > len(CHECKS) and len(set(listed)) == len(listed)
 
 
 def test_names_are_unique() -> None:
