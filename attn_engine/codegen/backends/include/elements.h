@@ -102,10 +102,11 @@ INLINE FloatVector half_values(IntVector bits) {
 #endif
 }
 
-INLINE FloatVector float8_values(IntVector bits) {
-  const IntVector sign = (bits & 0x80) << 24, rest = (bits & 0x7f) << 20;
-  const IntVector magnitude = (IntVector)((FloatVector)rest * 0x1p120f);
-  return (FloatVector)(sign | (rest == 0x7f << 20 ? 0x7fc00000 - IntVector{} : magnitude));
+/// Of bytes that were widened with their sign, which then stands above the exponent already.
+INLINE FloatVector float8_values(IntVector bytes) {
+  const IntVector bits = (bytes << 20) & (int)0x87f00000;
+  const FloatVector values = (FloatVector)bits * 0x1p120f;
+  return (bits & 0x07f00000) == 0x07f00000 ? (FloatVector)(0x7fc00000 - IntVector{}) : values;
 }
 
 /// The 16-bit patterns next to floats.
@@ -142,7 +143,7 @@ template <class T> INLINE VectorOf<std::remove_const_t<T>> load_vector(const T* 
     return half_values(load_halves(x));
 #endif
   } else if constexpr (std::is_same_v<Element, Float8>) {
-    return float8_values(__builtin_convertvector(neighbours<uint8_t>(x), IntVector));
+    return float8_values(__builtin_convertvector(neighbours<int8_t>(x), IntVector));
 #endif
   } else if constexpr (std::is_same_v<Element, bool>) {
     return -__builtin_convertvector(neighbours<uint8_t>(x), IntVector);

@@ -43,6 +43,12 @@ template <class M> INLINE auto row_ahead(const M& x, int row) {
   else return x.at(min(row + AHEAD, (int)x.rows - 1), 0);
 }
 
+/// Asks for a row that is to be copied, with its scales.
+template <int COLUMNS, class M> INLINE void ask_for_row(const M& x, int row) {
+  fetch_rows<COLUMNS>(x, row, 1);
+  if constexpr (SCALED<M>) fetch_rows<1>(x.scales, row, 1);
+}
+
 // -- a row as vectors: slices of WIDTH columns; where the width does not divide the row, the last slice ends with the row
 
 template <int COLUMNS> constexpr int SLICES = (COLUMNS + WIDTH - 1) / WIDTH;
@@ -224,7 +230,10 @@ OUTLINE void inner_products(Real (&scores)[QUERIES][LENGTH], const Real (&query)
   }
   for (; j < count; j += KEYS) {
     Real copied[KEYS][COLUMNS];
-    for (int i = 0; i < KEYS; ++i) read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
+    for (int i = 0; i < KEYS; ++i) {
+      ask_for_row<COLUMNS>(keys, j + i + AHEAD);
+      read_row(copied[i], keys, min(j + i, count - 1), COLUMNS);
+    }
     multiply_rows<COLUMNS>(scores, query, j, StridedWalk<Real>{copied[0], copied[0], COLUMNS});
   }
   for (int r = 0; r < QUERIES; ++r)
@@ -283,7 +292,7 @@ INLINE void add_copies(Real (&out)[QUERIES][PADDED], const Real (&weights)[QUERI
     const int rows = min(COPIED, count - j);
     Real copied[COPIED][COLUMNS], weight[QUERIES][COPIED];
     for (int i = 0; i < rows; ++i) {
-      if constexpr (M::IN_PAGES) fetch_rows<COLUMNS>(values, j + i + AHEAD, 1);
+      ask_for_row<COLUMNS>(values, j + i + AHEAD);
       read_row(copied[i], values, j + i, COLUMNS);
       for (int r = 0; r < QUERIES; ++r) weight[r][i] = weights[r][j + i];
     }
