@@ -50,6 +50,9 @@ TESTING_TILES: Mapping[Row, Launch] = {
 # The same where keys lie in pages: their places take registers that the model does not count.
 IN_PAGES: Mapping[Row, Launch] = {("sm_90", "forward", 128, 128): Launch(128, 64, 8, 2)}
 
+# The same where keys and values are bytes that are converted by shifts, tile for tile.
+OF_BYTES: Mapping[Row, Launch] = {("sm_80", "forward", 128, 128): Launch(64, 64, 8, 2)}
+
 # The same where rows belong to sequences, as those of lists of tokens that are not equally long.
 OF_SEQUENCES: Mapping[Row, Launch] = {("sm_90", "dq", 576, 512): Launch(16, 32, 8, 1)}
 

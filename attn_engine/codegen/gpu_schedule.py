@@ -13,6 +13,7 @@ from itertools import product
 from attn_engine.codegen.compiled_launches import (
     COMPILED,
     IN_PAGES,
+    OF_BYTES,
     OF_SEQUENCES,
     TESTING_TILES,
     VALUES_IN_KEYS,
@@ -61,6 +62,8 @@ def default_schedule(program: Attention, target: Target, device: str = "") -> Sc
         compiled = {**compiled, **OF_SEQUENCES}
     if program.sequences is not None and program.sequences.page:
         compiled = {**compiled, **IN_PAGES}
+    if program.cache is not None:
+        compiled = {**compiled, **OF_BYTES}
     if program.values_in_keys:
         compiled = {**compiled, **VALUES_IN_KEYS}
     bounded, about = is_bounded(program), (program.element, program.dim_qk, program.dim_v)
