@@ -8,9 +8,8 @@ from attn_engine.ir.chunk import ChunkKernel, RowOutput
 from attn_engine.ir.linear import Rank
 from attn_engine.ir.ops import Storage
 
-SEGMENT_TOKENS = (
-    512  # between two states that the forward pass keeps for the backward; a multiple of every chunk
-)
+# Tokens between two states that the forward pass keeps for the backward: a multiple of every chunk.
+SEGMENT_TOKENS = 512
 # Numbers behind the tensors, in order. `sequences` holds (batch element, first token, length, first segment) of each.
 SIZES = ("sequence_count", "heads", "q_heads", "k_heads", "keep_states", "position")
 
